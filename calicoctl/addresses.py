@@ -23,7 +23,7 @@ BITS = {4: 32, 6: 128}
 
 
 def parse_address(text: str, what: str = "IP address") -> IPAddress:
-    """Parse an IP address; raise CalicoError if it is invalid. `what` is its name in the error."""
+    """Parse an IP address. If it is invalid, raises CalicoError with a message that calls the address `what`."""
     from netaddr.core import INET_PTON, AddrFormatError
     from netaddr.ip import IPAddress
 
@@ -54,7 +54,7 @@ def parse_cidr(text: str) -> IPNetwork:
 
 
 def parse_pool_cidr(text: str) -> IPNetwork:
-    """Parse the CIDR of a pool; raise CalicoError if the text is not a CIDR, or has host bits set."""
+    """Parse the CIDR of a pool. Raises CalicoError if the text is not a CIDR, or if host bits are set."""
     network = parse_cidr(text)
     if parse_address(text.partition("/")[0]) != network.network:
         raise CalicoError(f"'{text}' is not the CIDR of a pool: it has host bits set; {network} has none")
@@ -69,7 +69,7 @@ _NOT_UNICAST = {
 
 
 def check_unicast(network: IPAddress | IPNetwork) -> None:
-    """Raise CalicoError if an address or a network overlaps a range that hosts and workloads cannot use."""
+    """Raise CalicoError if `network` contains an address that hosts and workloads cannot use (see _NOT_UNICAST)."""
     from netaddr.ip import IPNetwork
 
     own = IPNetwork(network)
@@ -79,7 +79,7 @@ def check_unicast(network: IPAddress | IPNetwork) -> None:
 
 
 def is_unicast(packed: bytes) -> bool:
-    """Return whether hosts and workloads can use an address; `packed` are its 4 or 16 bytes."""
+    """Return whether hosts and workloads can use an address (see _NOT_UNICAST); `packed` are its 4 or 16 bytes."""
     number = int.from_bytes(packed, "big")
     for shift, prefix in _not_unicast(len(packed)):  # noqa: SIM110, since all() would take twice as long
         if number >> shift == prefix:
@@ -89,7 +89,10 @@ def is_unicast(packed: bytes) -> bool:
 
 @cache
 def _not_unicast(size: int) -> list[tuple[int, int]]:
-    """Return the unusable ranges for addresses of `size` bytes, each as (number of bits after the prefix, prefix)."""
+    """Return the ranges in _NOT_UNICAST for addresses of `size` bytes (4 or 16), each as (shift, prefix).
+
+    An address is in the range if its number, shifted right by `shift` bits, equals `prefix`.
+    """
     ranges = []
     for cidr in _NOT_UNICAST[4 if size == 4 else 6]:
         first, _, length = cidr.partition("/")
@@ -99,7 +102,10 @@ def _not_unicast(size: int) -> list[tuple[int, int]]:
 
 
 def parse_as_number(text: str) -> str:
-    """Parse an AS number in asplain or asdot notation (RFC 5396); return it in asplain. Raises CalicoError."""
+    """Parse an AS number in asplain or asdot notation (RFC 5396), and return it in asplain notation.
+
+    Raises CalicoError if the text is not an AS number from 1 to 4294967295.
+    """
     match = re.fullmatch(r"(?:(\d{1,5})\.)?(\d{1,10})", text, re.ASCII)
     if match:
         high, low = (int(part or 0) for part in match.groups())
@@ -109,14 +115,14 @@ def parse_as_number(text: str) -> str:
 
 
 def parse_port(text: str, what: str) -> int:
-    """Parse a port, 1 to 65535; raise CalicoError if it is invalid. `what` is its name in the error."""
+    """Parse a port, 1 to 65535. If it is invalid, raises CalicoError with a message that calls the port `what`."""
     if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) < 65536:
         raise CalicoError(f"{what} is '{text}': it must be a port, 1 to 65535")
     return int(text)
 
 
 def host_net(address: IPAddress | str) -> str:
-    """Return the CIDR of a single address, `192.0.2.1/32` or `2001:db8::1/128`."""
+    """Return the CIDR that contains only this address, such as `192.0.2.1/32` or `2001:db8::1/128`."""
     text = str(address)
     return f"{text}/{BITS[version_of(text)]}"
 
@@ -132,7 +138,7 @@ def pack(address: str) -> bytes:
 
 
 def unpack(packed: bytes) -> str:
-    """Return the canonical text of an address; `packed` are its 4 or 16 bytes."""
+    """Return an address as canonical text; `packed` are its 4 or 16 bytes."""
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 

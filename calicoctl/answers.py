@@ -35,7 +35,10 @@ class TooLarge(Refused):
 
 
 class Bounds:
-    """The bounds of one answer: its `size` in bytes, headers included, and its time (see `left`)."""
+    """The bounds of an answer: it may have at most `size` bytes, headers included, and take as long as `left` allows.
+
+    One object can bound several answers that are read one after another.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -44,9 +47,9 @@ class Bounds:
         self.renew(None)
 
     def attach(self, sock: Any) -> io.BufferedReader:
-        """Return a file that reads the next answer from a socket, and reset the counts of bytes and time.
+        """Return a file that reads the next answer from a socket; the bounds now apply to this answer.
 
-        The answer must begin within the socket's timeout.
+        The answer must begin within the socket's timeout. If the socket has no timeout, time is not bounded.
         """
         file = _CountedReader(_CountedFile(sock, self), self)
         self._file = weakref.ref(file)
@@ -54,15 +57,19 @@ class Bounds:
         return file
 
     def renew(self, seconds: float | None) -> None:
-        """Reset the counts of bytes and time. The next byte must arrive within `seconds`; None: time is not bounded."""
+        """Begin to count bytes and time anew: the next byte must arrive within `seconds`, as `left` describes.
+
+        If `seconds` is None, time is not bounded.
+        """
         self._seconds = seconds
         self._began = time.monotonic()
         self._received = 0
 
     def wait(self, seconds: float) -> bool:
-        """Wait until more of the answer, or its end, has arrived; return False if neither has arrived within `seconds`.
+        """Wait at most `seconds` until there is a byte to read, or the answer ends; return False if neither happens.
 
-        After False, the answer can still be read. The counts of bytes and time are reset.
+        Bytes and time are counted anew. After True, the `seconds` of the last call of `renew` apply again, from now on.
+        After False, no time is left: call `wait` or `renew` before the answer is read on.
         """
         timeout = self._seconds
         self.renew(seconds)
@@ -78,8 +85,8 @@ class Bounds:
     def left(self) -> float | None:
         """Return the seconds within which the next byte must arrive; None if time is not bounded.
 
-        The time since the last reset is limited to the `seconds` of `renew`, plus one second for each SLOWEST bytes
-        received, and to LONGEST. Raises socket.timeout if no time is left.
+        From the last `renew` on, an answer may take the `seconds` of that call, plus one second for each SLOWEST bytes
+        that have been received since then, but never more than LONGEST. Raises socket.timeout if no time is left.
         """
         if self._seconds is None:
             return None
@@ -89,7 +96,7 @@ class Bounds:
         return left
 
     def count(self, received: int) -> None:
-        """Add `received` to the number of bytes; raise TooLarge if it exceeds `size`."""
+        """Count `received` more bytes; raise TooLarge if there are now more than `size`."""
         self._received += received
         if self._received > self.size:
             raise TooLarge(f"the answer is larger than {self.size // 1024} KiB")
@@ -113,11 +120,11 @@ def bounded(size: int) -> Iterator[Bounds]:
 
 @contextmanager
 def bounded_here(size: int) -> Iterator[Bounds]:
-    """Bound each `Answer` that this thread creates inside `with` to `size` bytes, and to the times of Bounds.
+    """Bound the size, to `size` bytes, and the time of each `Answer` that this thread creates inside `with`.
 
-    Yields the Bounds. All these answers share it, so they must be read one after another. If `with` statements are
-    nested, only the innermost bounds apply. Reading an answer beyond its bounds raises socket.timeout or an
-    http.client.HTTPException.
+    Yields the Bounds, which all these answers share, so they must be read one after another. If `with` statements are
+    nested, only the innermost bounds apply. Reading an answer raises socket.timeout if it takes too long, TooLarge if
+    it is too large, and Refused if it has a content encoding.
     """
     before = getattr(_bounds, "now", None)
     _bounds.now = bounds = Bounds(size)
@@ -128,7 +135,10 @@ def bounded_here(size: int) -> Iterator[Bounds]:
 
 
 class Answer(http.client.HTTPResponse):
-    """An HTTP answer for `response_class` of connections; bounded if created inside `bounded_here` or `bounded`."""
+    """An HTTP answer, which is bounded if it is created inside `bounded_here` or `bounded`.
+
+    Connections of http.client and urllib3 create such answers if their attribute `response_class` is this class.
+    """
 
     def __init__(self, sock: Any, *arguments: Any, **options: Any) -> None:
         self._bounds: Bounds | None = getattr(_bounds, "now", None)
@@ -154,7 +164,7 @@ class _Counted:
 
 
 class _CountedReader(io.BufferedReader):
-    """A buffered reader of a _CountedFile. `read` allocates at most one byte more than an answer may have."""
+    """A buffered reader of a _CountedFile. `read(size)` allocates at most one byte more than an answer may have."""
 
     def __init__(self, file: _CountedFile, bounds: Bounds) -> None:
         super().__init__(file)

@@ -13,7 +13,7 @@ def now() -> str:
 
 
 def text(time: datetime) -> str:
-    """Format a time, which must be in UTC, as `now` does."""
+    """Return a time, which must be in UTC, in the format of `now`."""
     return time.strftime(_FORMAT)
 
 

@@ -36,7 +36,11 @@ CHANGES = ("start", "die", "destroy", "rename")
 
 
 def may_be_there() -> bool:
-    """Return False if the Unix socket in DOCKER_HOST, or SOCKET by default, does not exist; else True."""
+    """Return False if the Docker Engine certainly does not run: if its Unix socket does not exist.
+
+    The socket is that in DOCKER_HOST or, by default, SOCKET. Return True if it exists, or if DOCKER_HOST names no Unix
+    socket.
+    """
     where = os.environ.get("DOCKER_HOST") or SOCKET
     return not where.startswith("unix://") or os.path.exists(where[len("unix://") :])
 
@@ -50,7 +54,7 @@ def info() -> dict[str, Any]:
 def containers() -> list[dict[str, Any]]:
     """Return all containers, running or not, as the engine lists them. Raises DockerUnavailable.
 
-    In each, `Id` and `State` are strings; `Names` is a list of strings, null or missing.
+    In each container, `Id` and `State` are strings; `Names` is a list of strings, null or missing.
     """
     with _client("for its containers") as docker:
         return _listed(docker)
@@ -59,7 +63,8 @@ def containers() -> list[dict[str, Any]]:
 def inspect(name: str) -> dict[str, Any]:
     """Return the engine's description of a container. Raises NoSuchContainer or DockerUnavailable.
 
-    `Id`, `Name` and `HostConfig.NetworkMode` are strings, `State.Pid` is an integer, `State.Running` a boolean.
+    In the result, `Id`, `Name` and `HostConfig.NetworkMode` are strings, `State.Pid` is an integer, and `State.Running`
+    a boolean. `name` is the container's name or id.
     """
     with _client(f"about {name}") as docker:
         shape = {"Id": _ID, "Name": str, "State": {"Running": bool, "Pid": int}, "HostConfig": {"NetworkMode": str}}
@@ -68,11 +73,11 @@ def inspect(name: str) -> dict[str, Any]:
 
 @contextmanager
 def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]:
-    """Yield the list of all containers (see `containers`), and an iterator that blocks until their next event.
+    """Yield the list of all containers (see `containers`), and an iterator over their events.
 
-    The iterator yields the events in CHANGES since `since` (seconds since 1970), as JSON values of any shape. If the
-    iterator fails, the `with` statement raises DockerUnavailable. An event of more than LARGEST_EVENT bytes is an
-    error.
+    The iterator yields the events in CHANGES since the time `since` (seconds since 1970), as JSON values of any shape.
+    It blocks until the next event. If the iterator fails, for example because an event has more than LARGEST_EVENT
+    bytes, the `with` statement raises DockerUnavailable.
     """
     with _client("for its events") as docker, answers.bounded(LARGEST_EVENT) as bounds:
         parts = docker.events(since=since, filters={"type": "container", "event": list(CHANGES)}, decode=False)
@@ -86,9 +91,10 @@ def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]
 
 
 def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
-    """Decode the events of an answer that arrives in `parts`. Any time may pass between two parts.
+    """Yield the events in an answer that arrives in `parts`, one event per line, each decoded from JSON.
 
-    Raises ValueError if an event is not JSON, or has more than LARGEST_EVENT bytes.
+    `bounds` are the bounds of the answer; they are set so that any time may pass between two parts. Raises ValueError
+    if an event is not JSON, or has more than LARGEST_EVENT bytes.
     """
     bounds.renew(None)
     pending = bytearray()
@@ -106,7 +112,7 @@ def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
 
 
 def forwards(ipv6: bool) -> bool:
-    """Return whether the Docker Engine has a network that needs IPv4 forwarding or, if `ipv6` is set, IPv6 forwarding.
+    """Return whether one of Docker's networks needs IPv4 forwarding or, if `ipv6` is true, IPv6 forwarding.
 
     The networks `host` and `none` do not need forwarding. Returns False if no engine is running. Raises
     DockerUnavailable if an engine is running, but does not answer.
@@ -137,7 +143,7 @@ def _listed(docker: Any) -> list[dict[str, Any]]:
 
 
 def _checked(value: Any, shape: Any) -> Any:
-    """Return a JSON value; raise ValueError unless it matches `shape`.
+    """Return `value`, a JSON value. Raise ValueError if it does not match `shape`.
 
     A shape is a type, _ID, a list with one shape for all items, or a dictionary with the shapes of the required fields.
     """
@@ -160,10 +166,12 @@ def _checked(value: Any, shape: Any) -> Any:
 
 @contextmanager
 def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
-    """Connect to the Docker Engine, and yield docker-py's APIClient; `what` completes the error "Cannot ask Docker …".
+    """Connect to the Docker Engine, and yield docker-py's APIClient.
 
-    Exceptions of docker-py and its libraries, and those that an unexpected answer causes in the body of `with`, are
-    converted to NoSuchContainer or DockerUnavailable. `timeout` is in seconds; None means TIMEOUT.
+    `what` completes the error text "Cannot ask Docker …". `timeout` is in seconds; None means TIMEOUT.
+
+    Exceptions of docker-py and of its libraries are converted to NoSuchContainer or DockerUnavailable, and so are the
+    exceptions that the body of `with` raises because an answer has an unexpected shape.
     """
     scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
     if rest and scheme.lower() not in SCHEMES:

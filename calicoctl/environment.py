@@ -46,10 +46,10 @@ _MADE_FILE, _MADE_FOLDER = "and this file", "and this file and its folder"
 
 
 def complete(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Add the settings file's variables to `environment`, as described at STORE, DOCKER_TLS and SINGLE.
+    """Add variables of the settings file to `environment`, under the conditions at STORE, DOCKER_TLS and SINGLE.
 
-    An empty variable counts as not set. Raises CalicoError if the file is unreadable or invalid, or if it sets
-    CALICO_ENV_FILE.
+    A variable with an empty value counts as not set. Raises CalicoError if the file is unreadable or invalid, or if it
+    sets CALICO_ENV_FILE.
     """
     file = EnvironmentFile(environment)
     written = file.variables()
@@ -79,16 +79,25 @@ class EnvironmentFile:
         return parse(self._text(), str(self.path))
 
     def own(self) -> dict[str, str]:
-        """Return the variables in the lines that calicoctl wrote. Raises CalicoError."""
+        """Return the variables in the lines that calicoctl wrote.
+
+        Raises CalicoError if the file is unreadable, or if those lines are invalid.
+        """
         found = _OWN_LINES.search(self._text())
         return parse(found["lines"], str(self.path)) if found else {}
 
     def others(self) -> dict[str, str]:
-        """Return the variables in the lines that calicoctl did not write. Raises CalicoError."""
+        """Return the variables in the lines that calicoctl did not write.
+
+        Raises CalicoError if the file is unreadable, or if those lines are invalid.
+        """
         return parse(_OWN_LINES.sub("", self._text()), str(self.path))
 
     def set_own(self, variables: Mapping[str, str]) -> None:
-        """Replace the lines that calicoctl wrote by lines for `variables`; keep the other lines. Raises CalicoError."""
+        """Replace the lines that calicoctl wrote, if there are any, by lines for `variables`. Keep the other lines.
+
+        Raises CalicoError if the file cannot be read or written.
+        """
         text = self._text()
         found = _OWN_LINES.search(text)
         if found is not None:
@@ -105,8 +114,9 @@ class EnvironmentFile:
     def remove_own(self) -> None:
         """Remove the lines that calicoctl wrote.
 
-        If calicoctl created the file, and no other lines are left, the file is removed. If calicoctl created the
-        directory, too, and it is then empty, the directory is removed. Raises CalicoError.
+        If calicoctl created the file, and no other lines are left, the file is removed. If calicoctl created the file's
+        directory, too, and the directory is then empty, the directory is removed. Raises CalicoError if the file cannot
+        be read, written or removed.
         """
         text = self._text()
         found = _OWN_LINES.search(text)
@@ -174,7 +184,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def parse(text: str, name: str) -> dict[str, str]:
-    """Parse a text in systemd's syntax; return its variables. Raises CalicoError; its text begins with `name`."""
+    """Return the variables that a text in systemd's syntax sets.
+
+    Raises CalicoError if the text is invalid. `name` is the name of the file; the error's text begins with it.
+    """
     found = {}
     place = _end(_GAP, text, 0)
     while place < len(text):
@@ -195,9 +208,9 @@ def parse(text: str, name: str) -> dict[str, str]:
 
 
 def _value(text: str, place: int, where: str) -> tuple[str, int]:
-    """Parse the value at index `place`; return the value, and the index of its end.
+    """Parse the value that begins at index `place` of `text`. Return the value, and the index of its end.
 
-    Raises CalicoError; its text begins with `where`.
+    Raises CalicoError if the value is invalid. `where` names the file and the line; the error's text begins with it.
     """
     pieces = []
     while True:

@@ -46,7 +46,8 @@ def redact_userinfo(text: str) -> str:
 class CalicoError(Exception):
     """The base class of all errors that are shown to the user.
 
-    `exit_status` is the exit status of the process. It is 1 ("not done") in this class.
+    `exit_status` is the exit status of a process that ends because of the error. It is 1 ("not done") unless a subclass
+    sets another one.
     """
 
     exit_status = 1
@@ -54,9 +55,10 @@ class CalicoError(Exception):
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Begin the text of each CalicoError that the body of `with` raises with `what`, such as the option `--ip`.
+    """If the body of `with` raises a CalicoError, raise another one, whose text is "WHAT: " and the original text.
 
-    The new error is a plain CalicoError, not of the original error's subclass.
+    `what` says what the error is about, such as the option `--ip`. The class of the new error is CalicoError itself,
+    even if the original error is of a subclass.
     """
     try:
         yield
@@ -65,7 +67,10 @@ def about(what: str) -> Iterator[None]:
 
 
 class UsageError(CalicoError):
-    """The command line does not match the grammar, or contains an invalid value. `usage` is the usage text to show."""
+    """The command line does not match the grammar, or contains an invalid value.
+
+    `usage` is the usage text to show with the error; it is empty if none is known.
+    """
 
     exit_status = 2
 
@@ -89,7 +94,10 @@ class Failed(CalicoError):
 
 
 class Failures(CalicoError):
-    """Some of several operations failed, each with its own error; the exit status is that of the first error."""
+    """One or more of several operations failed. `errors` are their errors, in the order of the operations.
+
+    The exit status is that of the first error.
+    """
 
     def __init__(self, errors: list[CalicoError]) -> None:
         super().__init__("; ".join(map(str, errors)))
@@ -98,7 +106,10 @@ class Failures(CalicoError):
 
 
 def for_each(things: Iterable[T], act: Callable[[T], None]) -> None:
-    """Call `act` for each of `things`, even after a CalicoError. Raises Failures at the end if there was an error."""
+    """Call `act` for each of `things`, also after a call has raised a CalicoError.
+
+    If any call has raised one, raise Failures, with all of these errors, after the last call.
+    """
     errors: list[CalicoError] = []
     for thing in things:
         try:
@@ -139,7 +150,7 @@ class NoSuchApi(StoreError):
 
 
 class Frozen(StoreError):
-    """The store must not be written at present, since its data is being moved to another API of etcd."""
+    """The store must not be written at present, since its data is being moved from one API of etcd to another."""
 
 
 class Fenced(StoreError):

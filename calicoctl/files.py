@@ -20,8 +20,9 @@ RUN = Path("/run/calico")
 def try_lock(path: Path, create: bool = True) -> int | None:
     """Lock a file exclusively, and return its descriptor. Closing the descriptor releases the lock.
 
-    Returns None if another process holds the lock, or has removed the file meanwhile. If the file does not exist, it is
-    created with mode 0600; without `create`, None is returned. Raises OSError.
+    Returns None if the lock is held already, or if the file was removed before it was locked. If the file does not
+    exist, it is created with the mode 0600 if `create` is True; if `create` is False, None is returned. Raises OSError
+    if the file cannot be opened or created, in particular if it is a symbolic link.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     try:
@@ -44,9 +45,10 @@ def try_lock(path: Path, create: bool = True) -> int | None:
 
 
 def lock(path: Path, refuse: Callable[[], object]) -> int:
-    """Lock a file like `try_lock`, but wait while another process holds the lock; return the descriptor.
+    """Lock a file exclusively, and return its descriptor. Closing the descriptor releases the lock.
 
-    After each failed attempt, `refuse` is called; it may raise an exception to end the wait. Raises OSError.
+    Calls `try_lock` until it succeeds, and `refuse` after each failed attempt. `refuse` may raise an exception, which
+    ends the wait. Raises OSError like `try_lock`.
     """
     while (fd := try_lock(path)) is None:
         refuse()
@@ -62,12 +64,12 @@ def replace(
     suffix: str = ".new",
     durable: bool = False,
 ) -> io.FileIO:
-    """Replace a file atomically; return the new file, open for writing.
+    """Replace a file atomically, or create it; return the new file, open for writing.
 
-    `mode` is set regardless of the umask. `owner` is a user id and a group id; -1 means the process's own. The new file
-    is first created beside the old one, as `.NAME` with the `suffix`, which must be unique if several processes may
-    replace the file at once. With `durable`, the content is on disk before the old file is replaced. Raises OSError;
-    then the old file is unchanged.
+    `mode` is the new file's mode, regardless of the umask. `owner` is its user id and its group id; -1 means the
+    process's own. The content is first written to another file in the same directory, which is then renamed. Its name
+    is `.`, the file's name, and `suffix`; so `suffix` must be unique if several processes may replace the file at once.
+    With `durable`, the content is on disk before the file is renamed. If OSError is raised, the old file is unchanged.
     """
     new = path.with_name(f".{path.name}{suffix}")
     new.unlink(missing_ok=True)  # left by a process that was killed

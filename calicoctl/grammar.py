@@ -1,7 +1,7 @@
 """The grammar of the command line: the list of commands, and the parser of command lines.
 
-The grammar of a command is the docstring of its module. This module imports a command's module only to read that
-docstring.
+The grammar of a command is the docstring of its module in calicoctl/commands. Of the functions here, only `grammar_of`
+imports a command's module.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ FORMATS = ("text", "json")
 """The values of --output."""
 
 Prepared = Callable[[], None]
-"""The result of a command's `prepare(argv)`, which checks `argv`: the function that executes the command."""
+"""A function that executes a command. The function `prepare(argv)` of the command's module checks `argv`, and returns
+such a function."""
 
 
 class GrammarMismatch(UsageError):
@@ -50,15 +51,15 @@ class GrammarMismatch(UsageError):
 
 
 def grammar_of(command: str) -> str:
-    """Return the docstring of a command's module, which is its grammar and its help."""
+    """Return the docstring of a command's module, which is both the command's grammar and its help text."""
     return str(importlib.import_module(f"calicoctl.commands.{command}").__doc__)
 
 
 def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
     """Parse `argv` with a command's grammar; return docopt's dictionary, such as `{"<IP>": "192.0.2.1"}`.
 
-    The word `--` is removed. Raises GrammarMismatch if `argv` does not match. Raises UsageError if nothing follows
-    `--`, or if --output is invalid.
+    The word `--` is removed from the lists in the dictionary. Raises GrammarMismatch if `argv` does not match the
+    grammar. Raises UsageError if nothing follows `--`, or if the value of --output is not in FORMATS.
     """
     import docopt
 

@@ -1,4 +1,4 @@
-"""Runs the host's iptables commands, and finds the chains of Felix of 2015, the agent of an old Calico."""
+"""Runs the host's iptables commands, and finds the chains of Felix of 2015, the agent of the Calico of that time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ PATIENCE = 15.0
 
 
 def old_felix_chains() -> dict[str, list[str]]:
-    """Return the chains of Felix of 2015, by the iptables command that lists them.
+    """Return the names of the chains of Felix of 2015, by the iptables command that lists them.
 
-    Such a chain drops packets of `cali…` interfaces that Felix does not know. Raises CalicoError if the chains cannot
-    be listed. Source: Felix's frules.py and dispatch.py.
+    Possible commands are those in COMMANDS, and each of them with the suffix `-legacy`. A command is left out if it is
+    not installed, or if it lists no such chain. The chains drop packets of `cali…` interfaces that Felix of 2015 does
+    not know. Raises CalicoError if the chains cannot be listed. Source: frules.py and dispatch.py of Felix, 2015.
     """
     found: dict[str, list[str]] = {}
     for command in COMMANDS:
@@ -58,7 +59,10 @@ def is_there(command: str) -> bool:
 
 
 def run(*command: str) -> str:
-    """Run a command; return its standard output. Raises CalicoError if it cannot be run, fails, or exceeds PATIENCE."""
+    """Run a command; return its standard output.
+
+    Raises CalicoError if the command cannot be run, ends with another status than 0, or runs for longer than PATIENCE.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Limits on data in the store, and on the contents of reports, for the agent and for the commands.
+"""Limits on the data in the store, and on the contents of the agent's reports. The agent and the commands use them.
 
 docs/agent.md lists the limits.
 """
@@ -47,6 +47,6 @@ TEXT = 1000
 
 
 def shortened(text: str, longest: int) -> str:
-    """Return a text, shortened to at most `longest` characters. If it is too long, `…` replaces its middle."""
+    """Return `text`, shortened to at most `longest` characters if it is longer: then `…` replaces its middle."""
     half = (longest - 1) // 2
     return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"

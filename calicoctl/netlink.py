@@ -61,7 +61,10 @@ _TIMEOUT = 60.0
 
 
 def message(kind: int, flags: int, number: int, body: bytes) -> bytes:
-    """Return a message of type `kind`: a header of 16 bytes, and `body`. The answer repeats the sequence `number`."""
+    """Return a message of type `kind`: a header of 16 bytes, and `body`.
+
+    `number` is the message's sequence number. The kernel's answer to the message has the same number.
+    """
     return struct.pack("=IHHII", 16 + len(body), kind, flags, number, 0) + body
 
 
@@ -71,7 +74,10 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
-    """Return the values of consecutive attributes, by type. The attributes may be nested in an attribute."""
+    """Return the values of the consecutive attributes in `data`, by type.
+
+    `data` may also be the value of an attribute that consists of nested attributes.
+    """
     found = {}
     at = 0
     while at + 4 <= len(data):
@@ -82,7 +88,7 @@ def attributes(data: bytes) -> dict[int, bytes]:
 
 
 def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (type, message) for each message in a datagram; the message includes its header of 16 bytes."""
+    """Yield (type, message) for each message in a datagram. The message includes its header of 16 bytes."""
     at = 0
     while at + 16 <= len(data):
         length, kind = struct.unpack_from("=IH", data, at)
@@ -91,15 +97,19 @@ def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def refusal(message: bytes) -> tuple[int, int]:
-    """Decode a message (with header) of type ERROR; return the request's sequence number and its errno (0: success)."""
+    """Decode the kernel's answer `message` (with its header), which has the type ERROR.
+
+    Returns the sequence number of the request that it answers, and the errno; 0 if the request succeeded.
+    """
     return struct.unpack_from("=I", message, 8)[0], -struct.unpack_from("=i", message, 16)[0]
 
 
 def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int | None = None) -> Iterator[bytes]:
     """Send a dump request of type `kind`; yield the answers, without their headers. Raises OSError.
 
-    `protocol` is the netlink family, such as NETLINK_ROUTE. With `strict`, the kernel filters by the fields of `body`;
-    kernels before 4.20 do not filter. After `most` answers, any further answer raises OSError with the code E2BIG.
+    `protocol` is the netlink family, such as NETLINK_ROUTE. With `strict`, kernels since 4.20 send only answers that
+    match the fields of `body`; older kernels ignore this. If there are more than `most` answers (None: no limit),
+    OSError with the code E2BIG is raised after `most` answers were yielded.
     """
     count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
@@ -128,9 +138,10 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int 
 class Route:
     """A route to the network `destination`/`length`; `destination` is None for a default route.
 
-    `index` is the index of the outgoing interface, `source` the preferred source address, `kind` the route's type, such
-    as UNICAST. For a multipath route, `index` and `gateway` are those of the first next hop. Each is None if the route
-    has none; both are None if the route refers to a nexthop object.
+    `index` is the index of the outgoing interface, and `gateway` the address of the gateway; for a multipath route,
+    those of its first next hop. `source` is the preferred source address. These three are None if the route does not
+    have them. `index` and `gateway` are also None if the route refers to a nexthop object, and the sysctl
+    net.ipv4.nexthop_compat_mode is 0 (the default is 1). `kind` is the route's type, such as UNICAST.
     """
 
     destination: str | None
@@ -150,9 +161,9 @@ def routes(
     index: int | None = None,
     most: int | None = None,
 ) -> Iterator[Route]:
-    """Yield the routes of the main table with one of these prefix `lengths`. Raises OSError.
+    """Yield the routes of the main table whose prefix length is in `lengths`. Raises OSError.
 
-    With `protocol`, only routes of this protocol are included; with `index`, only routes through this interface. For
+    With `protocol`, only routes of this protocol are yielded; with `index`, only routes with this Route.index. For
     `most`, see dump.
     """
     # pyroute2 takes a hundred times as long, and its get_default_routes() may miss routes if there are many others
@@ -194,7 +205,10 @@ def _route(family: int, body: bytes) -> Route:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A permanent or proxy entry of the neighbour table, on the interface `index`. A proxy entry has no MAC."""
+    """An entry of the neighbour table for the interface with the index `index`: a permanent entry, or a proxy entry.
+
+    `mac` is None if the entry has no MAC, as a proxy entry has none.
+    """
 
     index: int
     address: str
@@ -204,10 +218,10 @@ class Neighbour:
 def neighbours(
     family: int, proxies: bool = False, index: int | None = None, most: int | None = None
 ) -> Iterator[Neighbour]:
-    """Yield the permanent entries of the neighbour table or, with `proxies`, its proxy entries. Raises OSError.
+    """Yield the permanent entries of the neighbour table; with `proxies`, its proxy entries instead. Raises OSError.
 
-    With `index`, only entries on this interface are included. For `most`, see dump. Source: neigh_dump_info() in the
-    kernel's net/core/neighbour.c.
+    With `index`, only entries for the interface with this index are yielded. For `most`, see dump. Source:
+    neigh_dump_info() in the kernel's net/core/neighbour.c.
     """
     # struct ndmsg: family, padding, interface, state, flags, type
     body = struct.pack("=BBHiHBB", family, 0, 0, 0, 0, NTF_PROXY if proxies else 0, 0)
@@ -225,16 +239,20 @@ def neighbours(
 
 @dataclass(frozen=True)
 class NeighbourLimit:
-    """The limit on non-permanent entries in the neighbour table, and how often the table has overflowed since boot."""
+    """The maximum number of non-permanent entries in a neighbour table, `limit`.
+
+    `overflows` is how often, since boot, the table was too full for a new entry.
+    """
 
     limit: int
     overflows: int
 
 
 def neighbour_limit(family: int) -> NeighbourLimit:
-    """Return the limit (gc_thresh3) of a family's neighbour table, which all network namespaces share. Raises OSError.
+    """Return the limit (gc_thresh3) and the overflows of the neighbour table of an address family. Raises OSError.
 
-    Source: struct ndt_stats in the kernel's uapi/linux/neighbour.h; its last field, table_fulls, counts the overflows.
+    All network namespaces share this table. Source: struct ndt_stats in the kernel's uapi/linux/neighbour.h; its last
+    field, table_fulls, counts the overflows.
     """
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETNEIGHTBL, struct.pack("=BBH", family, 0, 0)):
         found = attributes(body[4:])
@@ -247,9 +265,10 @@ def neighbour_limit(family: int) -> NeighbourLimit:
 
 @dataclass(frozen=True)
 class Address:
-    """An address of the interface `index`; `length` is the prefix length of the address's network.
+    """An address of the interface with the index `index`, and the network that is reached through this interface.
 
-    `network` is an address in that network: the peer's on a point-to-point link, else the address itself.
+    `length` is the network's prefix length, and `network` an address in the network: on a point-to-point link, the
+    peer's address; on any other link, `address` itself. `broadcast` is None if the interface has no broadcast address.
     """
 
     family: int
@@ -281,8 +300,8 @@ def addresses() -> Iterator[Address]:
 class Paths(NamedTuple):
     """A route with all its next hops. `hops` are pairs of a gateway (None if on-link) and an interface's index.
 
-    `destination` is packed, and empty for a default route; `length` is the prefix length. `hops` is empty if the route
-    refers to a nexthop object.
+    `destination` is an address of 4 or 16 bytes, or empty for a default route; `length` is the prefix length. `hops` is
+    empty if the route refers to a nexthop object, and the sysctl net.ipv4.nexthop_compat_mode is 0 (the default is 1).
     """
 
     destination: bytes
@@ -334,10 +353,10 @@ def _gateway(family: int, found: dict[int, bytes]) -> str | None:
 
 
 def interfaces_to(addresses: Iterable[str], default: bool = True) -> dict[str, frozenset[int]]:
-    """Return, by address, the indices of the interfaces through which the kernel sends packets to the address.
+    """Return, for each of `addresses`, the indices of the interfaces through which the kernel sends packets to it.
 
-    A multipath route has several. The set is empty if there is no route or, without `default`, only a default route.
-    Raises OSError.
+    There are several if the route to the address is a multipath route. The set is empty if there is no route to the
+    address, or if `default` is False and there is only a default route. Raises OSError.
     """
     found = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
@@ -353,7 +372,11 @@ def interfaces_to(addresses: Iterable[str], default: bool = True) -> dict[str, f
 
 
 def _route_to(netlink: socket.socket, address: str, flags: int) -> tuple[int | None, list[tuple[str | None, int]]]:
-    """Return the prefix length of the route to an address (None: there is no route), and the route's next hops."""
+    """Return the prefix length and the next hops of the route to an address; (None, []) if there is no route.
+
+    With _RTM_F_FIB_MATCH in `flags`, this is the route in the routing table, with all its next hops; without it, a
+    route to this address alone, with the one next hop that the kernel chooses.
+    """
     version = version_of(address)
     body = struct.pack("=8BI", FAMILIES[version], BITS[version], 0, 0, 0, 0, 0, 0, flags)
     netlink.send(message(_RTM_GETROUTE, REQUEST, 0, body + attribute(RTA_DST, pack(address))))
@@ -365,9 +388,10 @@ def _route_to(netlink: socket.socket, address: str, flags: int) -> tuple[int | N
 
 @dataclass(frozen=True)
 class Device:
-    """A network interface. `macs` are its current and its permanent MAC; empty if the interface is not Ethernet.
+    """A network interface.
 
-    `kind` is the kernel's name for the interface's type, such as `bridge`; empty for hardware.
+    `kind` is the kernel's name for the interface's type, such as `bridge`; empty for hardware. `macs` are the current
+    MAC of the interface and its permanent MAC, if it has one; empty if the interface is not an Ethernet interface.
     """
 
     name: str
@@ -376,7 +400,7 @@ class Device:
 
 
 def device(index: int) -> Device:
-    """Return the interface with an index. Raises OSError."""
+    """Return the interface with this index. Raises OSError, also if there is none."""
     # struct ifinfomsg: family, padding, type, index, flags, change
     request = struct.pack("=BBHiII", 0, 0, 0, index, 0, 0)
     request += attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
@@ -393,9 +417,10 @@ def device(index: int) -> Device:
 
 
 def veths_into(namespace: int) -> Iterator[int]:
-    """Yield the indices of the veths whose other end is in the namespace with this id (IFLA_LINK_NETNSID).
+    """Yield the indices of the veths whose other end is in another network namespace, the one with the id `namespace`.
 
-    Raises OSError.
+    The id is the one that this process's namespace uses for the other (IFLA_LINK_NETNSID). Interfaces of other types
+    that are linked to an interface in that namespace are yielded, too. Raises OSError.
     """
     request = struct.pack("=BBHiII", 0, 0, 0, 0, 0, 0)
     request += attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
@@ -407,7 +432,7 @@ def veths_into(namespace: int) -> Iterator[int]:
 
 
 def devices_below(master: int) -> list[Device]:
-    """Return the interfaces that belong to the bond, team or bridge with this index. Raises OSError."""
+    """Return the member interfaces of the bond, team or bridge with the index `master`. Raises OSError."""
     request = struct.pack("=BBHiII", 0, 0, 0, 0, 0, 0) + attribute(_IFLA_MASTER, struct.pack("=I", master))
     found = []
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETLINK, request):
@@ -430,15 +455,15 @@ def _device(body: bytes) -> Device:
 
 
 def name_of(name: str | bytes | None) -> str:
-    """Return an interface's name as text; `name` is a value of a netlink message or of pyroute2, and None yields "".
+    """Return an interface's name as text; `name` is the name in a netlink message, as bytes or as pyroute2 decoded it.
 
-    Bytes that are not UTF-8 become lone surrogates, as in socket.if_nameindex().
+    Returns "" for None. Bytes that are not UTF-8 become lone surrogates, as in socket.if_nameindex().
     """
     return name.rstrip(b"\0").decode(errors="surrogateescape") if isinstance(name, bytes) else name or ""
 
 
 def next_hops() -> Iterator[tuple[str, int]]:
-    """Yield (gateway, interface's index) for each nexthop object (`ip nexthop`) with a gateway.
+    """Yield (gateway, interface's index) for each nexthop object (`ip nexthop`) that has a gateway.
 
     Raises OSError, in particular on kernels without nexthop objects (before 5.3).
     """
@@ -450,9 +475,9 @@ def next_hops() -> Iterator[tuple[str, int]]:
 
 
 def do(protocol: int, kind: int, flags: int, body: bytes) -> None:
-    """Send a request that changes something; raise OSError if the kernel refuses it.
+    """Send a request that changes something, and wait for the answer; raise OSError if the kernel refuses the request.
 
-    `protocol` is the netlink family, `kind` the message type. REQUEST and ACK are added to `flags`.
+    `protocol` is the netlink family, and `kind` the type of the message. REQUEST and ACK are added to `flags`.
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         netlink.settimeout(_TIMEOUT)

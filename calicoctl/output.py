@@ -26,7 +26,10 @@ def print_json(value: Any) -> None:
 
 
 def abridges(arguments: dict[str, Any]) -> bool:
-    """Return whether to shorten ids and fit tables to the width: on a terminal, without --no-trunc."""
+    """Return whether the command shortens ids, and fits tables to the width of the terminal.
+
+    This is so if standard output is a terminal, and the command line does not contain --no-trunc.
+    """
     return sys.stdout.isatty() and not arguments["--no-trunc"]
 
 
@@ -37,11 +40,13 @@ def print_table(
     expendable: Sequence[str] = (),
     complete: bool = False,
 ) -> None:
-    """Print a table with a heading row, aligned to the left.
+    """Print a table with a heading row, aligned to the left. None in `rows` is printed as an empty cell.
 
-    On a terminal, unless `complete` is set, the table is fitted to the terminal's width (see `fit`), and a warning
-    names the columns that were left out. Otherwise, only cells of more than `widest` characters are wrapped (None: no
-    cells).
+    If standard output is a terminal and `complete` is False, the table is fitted to the terminal's width: `fit` may
+    leave out columns that are named in `expendable`, and a warning names the columns that were left out.
+
+    If standard output is not a terminal, or if `complete` is True, the table has any width that it needs. Then only
+    cells of more than `widest` characters are wrapped; none if `widest` is None.
     """
     import shutil
 
@@ -65,8 +70,8 @@ def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> t
     """Wrap the cells of a table so that the table is at most `width` characters wide.
 
     `lines` are the rows, the heading first. Cells are wrapped between words. If that is not enough, the columns named
-    in `expendable` are left out one by one, then words are broken. Returns the rows, and the names of the columns left
-    out.
+    in `expendable` are left out, one after the other in this order, until the table fits. If it still does not fit,
+    words are broken. Returns the rows, and the names of the columns that were left out.
     """
     left_out: list[str] = []
     while True:
@@ -87,7 +92,10 @@ def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> t
 
 
 def _least_width(cell: str) -> int:
-    """Return the smallest width at which a cell can be wrapped between words, and long words at hyphens."""
+    """Return the smallest width to which a cell can be wrapped without breaking words, except at hyphens.
+
+    Words of up to _SHORT characters are not broken at hyphens either.
+    """
     words = cell.split()
     parts = [part + "-" for word in words for part in word.split("-")]
     return min(_longest(words), max(_SHORT, _longest(parts)))
@@ -108,7 +116,7 @@ def _wrapped(cell: str, width: int) -> list[str]:
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield the items. If standard error is a terminal, show a progress bar with the title `what`."""
+    """Yield the items; if standard error is a terminal, show a progress bar with the title `what` meanwhile."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -124,9 +132,10 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
 
 
 def quantity(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun, as in "1 endpoint" and "2 endpoints". `plural` is for nouns that add more than s.
+    """Return a number with its noun, as in "1 endpoint" and "2 endpoints". `noun` is the singular.
 
-    A noun may have words before it: "active endpoint".
+    `plural` is the plural; it may be left out if it is the singular with an s. Both may be several words, such as
+    "active endpoint".
     """
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 

@@ -23,7 +23,7 @@ def start_time(process: Path) -> str:
 
 
 def running_since(pid: int) -> str | None:
-    """Return the start time of a process (see `start_time`); None if the process has ended, or is a zombie."""
+    """Return the start time of a process (see `start_time`); None if it has ended, even if it is still a zombie."""
     try:
         fields = _stat(Path(f"/proc/{pid}"))
     except OSError:
@@ -32,7 +32,7 @@ def running_since(pid: int) -> str | None:
 
 
 def is_suspended(pid: int) -> bool:
-    """Return whether a process is stopped by a signal, such as SIGSTOP, or by a debugger; False if it has ended."""
+    """Return whether a signal, such as SIGSTOP, or a debugger has stopped a process; False if the process has ended."""
     try:
         return _stat(Path(f"/proc/{pid}"))[STATE] in "Tt"
     except OSError:
@@ -45,17 +45,17 @@ def _stat(process: Path) -> list[str]:
 
 
 def arguments(pid: int) -> list[str]:
-    """Return the command line of a process, empty for a zombie. Raises OSError if the process does not exist."""
+    """Return the words of a process's command line, none for a zombie. Raises OSError if the process does not exist."""
     return strings(pid, "cmdline")
 
 
 def strings(pid: int, name: str) -> list[str]:
-    """Return the zero-terminated strings in the file /proc/PID/`name`. Raises OSError."""
+    """Return the zero-terminated strings in a process's file /proc/PID/`name`, such as `environ`. Raises OSError."""
     return [os.fsdecode(part) for part in Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")[:-1]]
 
 
 def sockets(pid: int) -> set[str]:
-    """Return the inodes of a process's sockets as decimal texts; an empty set if they cannot be read."""
+    """Return the inode numbers of a process's open sockets, as decimal text; an empty set if they cannot be read."""
     found = set()
     with suppress(OSError):
         for fd in Path(f"/proc/{pid}/fd").iterdir():
@@ -67,9 +67,10 @@ def sockets(pid: int) -> set[str]:
 
 
 def udp_holder(port: int) -> str | None:
-    """Describe a process that holds a UDP port of this network namespace; return None if no process holds it.
+    """Return a description of a process that has bound a UDP port in this process's network namespace.
 
-    If the process cannot be found, for example because it is in another PID namespace, only its user id is included.
+    The description contains the process's id, its command and the user id. It contains only the user id if the process
+    cannot be found, for example because it is in another PID namespace. Returns None if no process has bound the port.
     Source: proc_pid_net(5).
     """
     users = {}
@@ -90,9 +91,9 @@ def udp_holder(port: int) -> str | None:
 
 
 def await_end(pid: int, seconds: float | None = None) -> bool:
-    """Wait until a process, with all its threads, has ended, and return True.
+    """Wait until a process and all its threads have ended; return True then.
 
-    Returns False if it has not ended after `seconds`; with None, there is no time limit.
+    Returns False if the process has not ended after `seconds`. If `seconds` is None, the wait has no limit.
     """
     try:
         fd = os.pidfd_open(pid)

@@ -1,4 +1,4 @@
-"""Adds the sbin directories, which contain iptables, nft and ip, to PATH."""
+"""Adds the sbin directories, which contain commands such as iptables, nft and ip, to the variable PATH."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _SYSTEM = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 
 def look_in_system_folders() -> None:
-    """Append the sbin directories to PATH, for this process and its children, unless they are in PATH already."""
+    """Append the sbin directories to PATH, for this process and its children. Those already in PATH are left out."""
     path = os.environ.get("PATH") or os.defpath
     os.environ["PATH"] = os.pathsep.join(
         [path, *(folder for folder in _SYSTEM if folder not in path.split(os.pathsep))]

@@ -7,8 +7,8 @@
 * A deferred module, in DEFERRED: a placeholder is imported instead. The real module is loaded when an attribute is read
   that the placeholder lacks.
 
-Without `install()`, imports take longer. The libraries do not guarantee that their parts can be left out, so tests
-check the installed versions.
+The program also works without `install()`: then imports only take longer. The libraries do not guarantee that these
+parts can be left out, so tests check this with the installed versions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEFERRED = frozenset({"dns", "dns.resolver", "importlib.metadata", "charset_norm
 
 
 class _Bare:
-    """The loader of a bare package: leaves the module empty instead of executing `__init__`."""
+    """The loader of a bare package. It does not execute the package's `__init__`, so the module is empty."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
@@ -38,7 +38,11 @@ class _Bare:
 
 
 class _Placeholder(ModuleType):
-    """The placeholder of a deferred module. Reading an attribute that it lacks loads the real module."""
+    """The placeholder of a deferred module.
+
+    Reading an attribute that the placeholder lacks loads the real module, and returns the attribute of that module. If
+    the attribute's name begins with two underscores, AttributeError is raised instead.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -47,7 +51,7 @@ class _Placeholder(ModuleType):
 
 
 class _Deferred:
-    """The loader of a deferred module: creates a placeholder, with the attributes that libraries read on import."""
+    """The loader of a deferred module. It creates a placeholder with those attributes that libraries read on import."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = _Placeholder(spec.name)
@@ -83,13 +87,16 @@ _lock = threading.Lock()
 
 
 def install() -> None:
-    """Install the finder. Modules that are already loaded are not replaced."""
+    """Add the import finder, unless it was added before. Modules that are already loaded stay as they are."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 
 
 def _load(name: str) -> ModuleType:
-    """Import the real module `name`, and its real parent package, instead of their placeholders; return the module."""
+    """Replace the placeholder of the module `name`, and that of its top-level package, by the real modules.
+
+    Returns the real module `name`.
+    """
     for part in (name.partition(".")[0], name):
         with _lock:  # other threads must not import a placeholder again between these two steps
             if part in _finder.deferred:

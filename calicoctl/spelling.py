@@ -1,4 +1,4 @@
-"""Finds the known word closest to a misspelt one, for "did you mean …"."""
+"""Finds the known word that a user probably meant by an unknown word, for "did you mean …?"."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ SYNONYMS = {
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Return the name in `names` that is closest to the misspelt `word`, or None. `word` must not be in `names`."""
+    """Return the name in `names` that a user probably meant by `word`, which is not in `names`.
+
+    This is the name that SYNONYMS has for `word`, or the name that differs from it only in case or in leading dashes,
+    or the only name that begins with it, or the most similar name. Returns None if no name is similar. An option, which
+    begins with a dash, is suggested only for an option.
+    """
     meant = SYNONYMS.get(word, word)
     alike = [name for name in sorted(set(names)) if name.startswith("-") == meant.startswith("-")]
     known = {name.lower().lstrip("-"): name for name in alike}  # dashes would make all options look alike
@@ -60,5 +65,5 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(suggestion: str | None) -> str:
-    """Return `; did you mean …?`, the end of an error's text; an empty string if `suggestion` is None or empty."""
+    """Return `; did you mean SUGGESTION?`, the end of an error's text; "" if `suggestion` is None or empty."""
     return f"; did you mean {suggestion}?" if suggestion else ""

@@ -1,7 +1,7 @@
-"""Reads and writes the files that a host keeps across reboots, below /var/lib/calico/HOST.
+"""Reads and writes the files that a host keeps across reboots, in its directory /var/lib/calico/HOST and below.
 
-Files have the mode 0600, directories 0700, and none may be a symbolic link. A file is replaced as a whole, and is on
-disk when `write` returns.
+Files have the mode 0600, directories 0700, and none may be a symbolic link. `write` replaces a file atomically; when it
+returns, the file is on disk. In all functions, `names` are the parts of a path relative to the host's directory.
 """
 
 from __future__ import annotations
@@ -19,20 +19,24 @@ DIRECTORY = Path("/var/lib/calico")
 
 
 def path(host: str, *names: str) -> Path:
-    """Return the path of a host's directory or, with `names` as further parts, of a file or directory below it."""
+    """Return the path of a host's directory or, with `names`, of a file or directory below it."""
     return DIRECTORY.joinpath(host, *names)
 
 
 def read(host: str, *names: str) -> bytes | None:
-    """Return the content of a file below the host's directory; None if it is not a regular file. Raises CalicoError."""
+    """Return the content of a file below the host's directory; None if there is no regular file.
+
+    Raises CalicoError, also if the file is a symbolic link.
+    """
     with _explained(host, *names), _opened(host, *names[:-1]) as folder:
         return None if folder is None else _content(folder, names[-1])
 
 
 def read_all(host: str, *names: str) -> dict[str, bytes]:
-    """Return the contents of the regular files in a directory below the host's, by file name; empty if there is none.
+    """Return the contents of the regular files in a directory below the host's directory, by file name.
 
-    Files whose names begin with a dot are skipped. Raises CalicoError.
+    Returns an empty dictionary if the directory does not exist. Files whose names begin with a dot are skipped. Raises
+    CalicoError, also if one of the other files is a symbolic link.
     """
     found: dict[str, bytes] = {}
     with _explained(host, *names), _opened(host, *names) as folder:
@@ -44,7 +48,10 @@ def read_all(host: str, *names: str) -> dict[str, bytes]:
 
 
 def write(host: str, *names: str, content: bytes) -> None:
-    """Write a file below the host's directory, unless it has this content already. Raises CalicoError."""
+    """Create or replace a file below the host's directory, unless it has this content already. Raises CalicoError.
+
+    Directories that do not exist are created.
+    """
     with _explained(host, *names), _opened(host, *names[:-1], create=True) as folder:
         assert folder is not None, "it was created"
         if _content(folder, names[-1]) != content:
@@ -61,9 +68,9 @@ def remove(host: str, *names: str) -> None:
 
 
 def remove_empty(host: str, *names: str) -> None:
-    """Remove a directory below the host's, then its parents up to the host's, as long as they are empty.
+    """Remove an empty directory below the host's directory, and then its parents, including the host's directory.
 
-    Errors are ignored.
+    Stops at the first directory that is not empty or cannot be removed. Raises nothing.
     """
     parts = [host, *names]
     with suppress(OSError):
@@ -84,10 +91,11 @@ def _content(folder: int, name: str) -> bytes | None:
 
 @contextmanager
 def _opened(host: str, *names: str, create: bool = False) -> Iterator[int | None]:
-    """Yield a descriptor of a directory below the host's, None if it does not exist. `create` creates missing ones.
+    """Yield a descriptor of the host's directory or, with `names`, of a directory below it.
 
-    Raises OSError if a directory is a symbolic link. Raises CalicoError if a directory belongs to another user, or if
-    its group or others may write to it.
+    If the directory does not exist, None is yielded; with `create`, the directory and its parents are created instead.
+    Raises OSError if it or a parent, from the host's directory on, is a symbolic link. Raises CalicoError if one of
+    these belongs to another user, or if its group or others may write to it.
     """
     if create:
         DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)

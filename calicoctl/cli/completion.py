@@ -82,7 +82,7 @@ def _of_command(words: list[str], partial: str) -> set[str]:
 def _options(usages: list[Usage], words: list[str], partial: str) -> set[str]:
     """Return the candidates for `partial`, the beginning of an option or of `--option=value`.
 
-    `words` are the words before `partial`, without options; `usages` are the usages that `words` match.
+    `words` are the words before `partial`, without options. `usages` are the usages that begin with these words.
     """
     name, equals, _ = partial.partition("=")
     found = {"--help", *GLOBAL_OPTIONS}
@@ -167,7 +167,10 @@ def _tags(words: list[str]) -> list[str]:
 
 
 def _rule_words(words: list[str]) -> list[str]:
-    """Return the candidates for the next word of a rule, whose first words are at the end of `words`."""
+    """Return the candidates for the next word of a rule.
+
+    `words` are all words before it, without options. The rule begins after `inbound` or `outbound`.
+    """
     from calicoctl.policy.rules import GRAMMAR
 
     direction = next(number for number, word in enumerate(words) if word in ("inbound", "outbound") and number > 2)

@@ -11,7 +11,8 @@ from calicoctl.grammar import grammar_of
 def help_of(words: list[str]) -> str:
     """Return the help text of the command `words[0]`.
 
-    If the other words match only some usages of the command, only the parts that concern these usages are returned.
+    If the other words match only some usages of the command, or the beginnings of some, only the parts of the text that
+    concern these usages are returned.
     """
     text = grammar_of(words[0]).strip()
     usages = usages_of(text)
@@ -30,7 +31,10 @@ def _in_order(words: list[str], commands: list[str]) -> bool:
 
 
 def _part(text: str, chosen: list[Usage], words: list[str]) -> str:
-    """Return the parts of a help text that concern the `chosen` usages, with the examples that contain all `words`."""
+    """Return the parts of a help text that concern the `chosen` usages.
+
+    Of the examples, only those that contain all `words` are returned.
+    """
     names = {name for usage in chosen for name in usage.arguments()}
     names |= {name for usage in chosen for o in usage.options() for name in (o.long, o.short) if name}
     own = {word for usage in chosen for word in usage.commands()}

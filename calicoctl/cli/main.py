@@ -58,10 +58,11 @@ WITHOUT_SETTINGS = ("completion", "version")
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal (`number`) asks the process to end. Changes are rolled back while this exception propagates.
+    """Raised when a signal (`number`) asks the process to end. Changes are rolled back while it propagates.
 
-    If it is lost on its way, in the finalizer of a library's object for example, the interrupt is repeated. asyncio,
-    which pyroute2 uses, passes a KeyboardInterrupt on from everywhere, other exceptions not from callbacks.
+    Python discards an exception that is raised in a finalizer, for example. If this one is discarded before `main`
+    catches it, the signal is handled again a moment later. The base class is KeyboardInterrupt since asyncio, which
+    pyroute2 uses, lets a KeyboardInterrupt out of a callback, and only logs an ordinary exception.
     """
 
     def __init__(self, number: int) -> None:
@@ -75,7 +76,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Output(io.FileIO):
-    """A standard stream that ignores a closed pipe, so that the command completes even without a reader."""
+    """A standard stream that ignores a closed pipe, so that a command completes even if nobody reads its output."""
 
     def write(self, data: Any) -> int:
         try:
@@ -85,7 +86,7 @@ class _Output(io.FileIO):
 
     @classmethod
     def over(cls, stream: Any) -> io.TextIOWrapper:
-        """Return a text stream with the file descriptor and the encoding of `stream`.
+        """Return a text stream that writes to the file descriptor of `stream`, in the encoding of `stream`.
 
         Characters that the encoding lacks are escaped.
         """
@@ -104,7 +105,7 @@ class _ErrorOutput(_Output):
 
 
 def entry() -> NoReturn:
-    """Run the command line of this process, and exit with its status."""
+    """Run the command line of this process, and end the process with the command's exit status."""
     _open_standard_streams()
     slim.install()
     programs.look_in_system_folders()
@@ -136,10 +137,10 @@ def _open_standard_streams() -> None:
 
 
 def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> int:
-    """Run the command line `argv`; return its exit status. Errors are printed to standard error.
+    """Run the command line `argv`; return the exit status. Errors are printed to standard error.
 
     `where` is a prefix for error messages, such as a line number. `prepared` is the result of `prepare` for this
-    command line, if the caller has called it.
+    command line. If it is None, `prepare` is called here.
     """
     debug = "--debug" in argv
     quiet = "--quiet" in argv
@@ -174,10 +175,10 @@ def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> 
 
 
 def prepare(argv: list[str]) -> Prepared:
-    """Check the command line `argv`, without global options; return the function that runs it. Raises CalicoError.
+    """Check the command line `argv`, which must contain no global options; return the function that runs it.
 
     Also adds the variables of the settings file to the environment, except for help, `--version`, and the commands in
-    WITHOUT_SETTINGS.
+    WITHOUT_SETTINGS. Raises CalicoError if the command line or the settings file is invalid.
     """
     for word in argv:
         if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):
@@ -221,9 +222,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Return whether a module is being imported.
+    """Return whether `frame`, or a frame that called it, is importing a module.
 
-    An exception could then leave a module half initialized that the rollback needs.
+    An exception would then leave the module half initialized, and the rollback may need it.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -238,7 +239,10 @@ def _interrupt_soon(number: int) -> None:
 
 
 def _unraisable(lost: sys.UnraisableHookArgs) -> None:
-    """Report an exception that is lost, since nothing can catch it; not an interrupt, which is repeated."""
+    """Report an exception that Python discards, in a finalizer for example, unless it is an Interrupted.
+
+    An Interrupted needs no report, since it is raised again.
+    """
     if not isinstance(lost.exc_value, Interrupted):
         sys.__unraisablehook__(lost)
 

@@ -38,7 +38,10 @@ def no_command(words: list[str]) -> UsageError:
 
 
 def usage_error_for(mismatch: GrammarMismatch) -> UsageError:
-    """Return the error to show for words that do not match a command's grammar, with a suggestion."""
+    """Return the error to show for words that do not match a command's grammar.
+
+    It contains the closest usage and, if there is one, a suggestion.
+    """
     argv, why = mismatch.argv, str(mismatch)
     usages = usages_of(mismatch.grammar)
     words = positional(argv, usages)
@@ -56,7 +59,11 @@ def usage_error_for(mismatch: GrammarMismatch) -> UsageError:
 
 
 def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
-    """Return the length of the longest prefix of `words` that matches a usage, and the Fit of each usage for it."""
+    """Return how many of `words`, from the first one on, match a usage or the beginning of one. Also return the Fits.
+
+    There is a Fit for each usage: the result of matching only that number of words. The number is 0 if the first word
+    matches no usage.
+    """
     for count in range(len(words), 0, -1):
         found = fits(usages, words[:count])
         if any(found):
@@ -65,9 +72,9 @@ def _reach(usages: list[Usage], words: list[str]) -> tuple[int, list[Fit]]:
 
 
 def _closest(usages: list[Usage], found: list[Fit], words: list[str]) -> Usage:
-    """Return the usage that contains most of `words` as keywords, among the matching usages.
+    """Return, of the usages whose Fit in `found` is true, the one with the most of `words` among its keywords.
 
-    If no usage matches, all usages are compared. `found` is the Fit of `words` for each usage.
+    If no Fit is true, choose from all usages. `found` are the Fits that `_reach` returns for `words`.
     """
 
     def score(number: int) -> tuple[bool, int]:
@@ -84,7 +91,7 @@ def _line(words: Sequence[str]) -> str:
 
 
 def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
-    """Return the error for the first option that no usage contains, None if there is no such option."""
+    """Return the message about the first option in `argv` that no usage contains, None if there is no such option."""
     known = {name: o for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
     for word in argv:
         name = word.partition("=")[0] if word.startswith("--") else word[:2]
@@ -103,7 +110,10 @@ def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
 
 
 def _option_value(why: str) -> str | None:
-    """Return the error for a missing or unexpected option value, as reported in docopt's message `why`; else None."""
+    """Return the message about an option whose value is missing, or that takes no value but has one.
+
+    `why` is docopt's message. Returns None if it says neither.
+    """
     if "requires argument" in why:
         name = why.split()[0]
         return f"{name} needs a value: {name}=VALUE"
@@ -113,7 +123,11 @@ def _option_value(why: str) -> str | None:
 
 
 def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str]) -> str | None:
-    """Return the error for an option of the command that no matching usage contains; None if there is no such one."""
+    """Return the message about an option of the command that does not go with the words.
+
+    It is the first option in `argv` that some usage contains, but none of the usages that the words match completely.
+    Returns None if there is no such option, or if the words match no usage completely. `found` are the words' Fits.
+    """
     fitting = [usage for usage, fit in zip(usages, found) if fit.complete]
     if not fitting:
         return None
@@ -128,9 +142,10 @@ def _option_out_of_place(usages: list[Usage], found: list[Fit], argv: list[str])
 
 
 def _options_clash(found: list[Fit], argv: list[str]) -> str | None:
-    """Return the error for options that are repeated, or that do not fit each other or the words.
+    """Return the message about an option that is given twice or, if none is, about options that cannot be combined.
 
-    Returns None if there are no options, or if no Fit in `found` is complete.
+    A single option is reported as not allowed with the words. Returns None if there are no options, or if no Fit in
+    `found` is complete.
     """
     options = _options(argv)
     if not options or not any(fit.complete for fit in found):
@@ -153,9 +168,9 @@ def _options(argv: list[str]) -> list[str]:
 
 
 def _word_mismatch(usages: list[Usage], words: list[str], reach: int, found: list[Fit]) -> tuple[str, list[str]]:
-    """Return the error for `words[reach]`, the first word that does not match, and the words probably meant.
+    """Return the message about `words[reach]`, the first word that does not match, and the words probably meant.
 
-    `reach` and `found` are the results of `_reach`.
+    Without a single best guess, the latter are `words` themselves. `reach` and `found` are the results of `_reach`.
     """
     bad, before = words[reach], words[:reach]
     commands = set().union(*(fit.commands() for fit in found))
@@ -175,7 +190,11 @@ def _word_mismatch(usages: list[Usage], words: list[str], reach: int, found: lis
 
 
 def _elsewhere(words: list[str], place: int) -> str | None:
-    """Return the existing command to suggest for `words[1]`, None if there is none or `place` is not 1."""
+    """Return the command line that _ELSEWHERE has for the command `words[0]` and the subcommand `words[1]`.
+
+    `place` is the index of the word that does not fit. Returns None if `place` is not 1, or if _ELSEWHERE has no such
+    command line.
+    """
     if place != 1:
         return None
     return _ELSEWHERE.get((words[0], words[1])) or _ELSEWHERE.get((words[0], SYNONYMS.get(words[1], words[1])))
@@ -184,8 +203,8 @@ def _elsewhere(words: list[str], place: int) -> str | None:
 def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[str]]:
     """Return up to MOST valid command lines that the user may have meant by `words`.
 
-    Tries these repairs until one succeeds: correct a misspelt word; insert a word; swap `words[reach]` with the word
-    before it; swap them and insert a word.
+    Tries these repairs one after another, until one yields a valid command line: correct a misspelt word; insert a
+    word; swap `words[reach]` with the word before it; swap these two, and insert a word.
     """
     own = {name for usage in usages for name in usage.commands()}
 
@@ -215,7 +234,10 @@ def _repaired(usages: list[Usage], words: list[str], reach: int) -> list[list[st
 
 
 def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
-    """Return whether a command line matches a usage completely, with no keyword (`own`) matched as an argument."""
+    """Return whether a command line matches one of `usages` completely, without taking a keyword for an argument.
+
+    `own` are the keywords of all usages.
+    """
     return any(
         fit.complete
         and all(word in fits([usage], line[:place])[0].commands() for place, word in enumerate(line) if word in own)
@@ -224,7 +246,7 @@ def _is_whole(usages: list[Usage], line: list[str], own: set[str]) -> bool:
 
 
 def _is_accepted(line: list[str]) -> bool:
-    """Return whether the command accepts the words `line`, at least if root runs it."""
+    """Return whether the command line `line` is valid, at least if root runs it."""
     try:
         importlib.import_module(f"calicoctl.commands.{line[0]}").prepare(line)
     except NotRoot:
@@ -235,7 +257,11 @@ def _is_accepted(line: list[str]) -> bool:
 
 
 def _missing(usages: list[Usage], words: list[str], found: list[Fit]) -> tuple[str, list[str]]:
-    """Return the error for words that match the beginning of a usage only, and the words probably meant."""
+    """Return the message about words that are incomplete, and the words probably meant.
+
+    Incomplete words match only the beginning of a usage, or lack an option. Without a guess, the words probably meant
+    are `words` themselves. `found` are the Fits of `words`.
+    """
     commands = set().union(*(fit.commands() for fit in found))
     arguments = set().union(*(fit.arguments() for fit in found))
     last, before = words[-1], words[:-1]

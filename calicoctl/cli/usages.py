@@ -16,7 +16,7 @@ Node = Any
 
 @dataclass(frozen=True)
 class Usage:
-    """One usage of a command: its text, with continuation lines, and its tree."""
+    """One usage of a command: its text, including continuation lines, and the tree into which docopt parses it."""
 
     text: str
     tree: Node
@@ -59,8 +59,8 @@ def leaves(node: Node) -> list[Node]:
 class Fit:
     """The result of matching words against one usage.
 
-    `expected` are the keywords and arguments that may follow the words. `complete` says whether the words are a
-    complete match.
+    `complete` says whether the words match the whole usage, apart from options. `expected` are the keywords and
+    arguments that may follow the words; it is empty if nothing may follow, or if the words do not match.
     """
 
     expected: frozenset[Node]
@@ -80,7 +80,7 @@ class Fit:
 def fits(usages: list[Usage], words: list[str]) -> list[Fit]:
     """Match `words`, which contain no options, against each usage; return a Fit for each.
 
-    A word that is a keyword at its position in any usage is not matched as an argument in the others.
+    If a word is a keyword at its position in any of the usages, no usage may take it as an argument.
     """
     own: list[bool] = []
     for number, word in enumerate(words):
@@ -96,10 +96,10 @@ def _fit(usage: Usage, words: list[str], own: list[bool]) -> Fit:
 
 
 def _walk(node: Node, words: list[str], starts: set[int], expected: set[Node], own: list[bool]) -> set[int]:
-    """Match words against a node; return the possible numbers of words consumed up to the end of the node.
+    """Match words against a node; return each number of words that can be consumed when the node ends.
 
-    `starts` are the possible numbers of words consumed before the node. `own[i]` is true if `words[i]` is a keyword.
-    Nodes that may follow the last word are added to `expected`.
+    `starts` has each number of words that can be consumed when the node begins. `own[i]` is true if `words[i]` is a
+    keyword. The keywords and arguments of the node that may follow the last word are added to `expected`.
     """
     name = kind(node)
     if name in ("Command", "Argument"):
@@ -122,7 +122,10 @@ def _walk(node: Node, words: list[str], starts: set[int], expected: set[Node], o
 
 
 def positional(words: list[str], usages: list[Usage]) -> list[str]:
-    """Return the words that are neither options nor values of options."""
+    """Return those of `words` that are neither options nor values of options.
+
+    `usages` are all usages of the command: they say which options take a value.
+    """
     with_value = {name for usage in usages for o in usage.options() if o.argcount for name in (o.long, o.short)}
     found = []
     skip = False

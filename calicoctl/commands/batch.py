@@ -72,7 +72,10 @@ def _read(file: str | None) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A command of a batch: `place` is the prefix of its errors, `prepared` the function that runs it."""
+    """A command of a batch: its `words`, and the function that runs it, `prepared`.
+
+    `place` is the prefix of its error messages: the name of the file, and the number of the line.
+    """
 
     place: str
     words: list[str]
@@ -80,7 +83,10 @@ class Line:
 
 
 def _lines(text: str, name: str) -> list[Line]:
-    """Parse and check the commands of a batch. Raise CalicoError for an invalid line."""
+    """Parse and check the commands of a batch: the lines of `text`. Raises CalicoError for an invalid line.
+
+    `name` is the name of the file in error messages.
+    """
     lines = []
     for number, line in enumerate(text.split("\n"), start=1):
         place = f"{name}, line {number}: "
@@ -105,7 +111,10 @@ def _nothing_run(error: Exception) -> str:
 
 
 def _prepared(words: list[str]) -> Prepared:
-    """Check one command. Raise CalicoError if it is invalid, or not allowed in a batch."""
+    """Check one command, and return the function that runs it.
+
+    Raises CalicoError if the command is invalid, or not allowed in a batch.
+    """
     words = [word for word in words if word not in GLOBAL_OPTIONS]
     prepared = cli.prepare(words)
     endless = words[0] == "node" and parse(grammar_of("node"), words)["--detach"] == "false"

@@ -60,8 +60,8 @@ def prepare(argv: list[str]) -> Prepared:
 def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
     """Check a command about BGP peers, and return the function that runs the command.
 
-    `arguments` are docopt's. The command is about this host's peers if `of_this_host`, else about the global peers.
-    Raises CalicoError.
+    `arguments` are the result of grammar.parse. If `of_this_host` is true, the command is about the peers of this host,
+    if not, about the global peers. Raises CalicoError if an argument is invalid.
     """
     if arguments["show"]:
         return partial(_show, arguments, of_this_host)
@@ -73,7 +73,10 @@ def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
 
 
 def _remove_peer(name: str, of_this_host: bool) -> None:
-    """Remove a BGP peer. `name` is the peer's address, or the last part of its key."""
+    """Remove a BGP peer. `name` is the peer's address, or the last part of the peer's key.
+
+    If there is no such peer, raises NotFound, or CalicoError if `name` is not an address.
+    """
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
     # by key first: another tool may have written a key with an invalid value

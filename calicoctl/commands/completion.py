@@ -81,7 +81,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _out_of_time(number: int, frame: FrameType | None) -> None:
-    """Handle SIGALRM: raise OutOfTime, and let the next SIGALRM, a second later, end the process."""
+    """Handle the first SIGALRM: raise OutOfTime. A second SIGALRM follows one second later, and ends the process."""
     from calicoctl.cli.completion import OutOfTime
 
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))

@@ -137,7 +137,10 @@ def _config(setting: Setting, arguments: dict[str, Any]) -> None:
 
 
 def _checked_name(name: str) -> str:
-    """Return a setting's name. Raise CalicoError if it cannot be part of a key, or if other commands write it."""
+    """Return `name` if it can be the name of a setting.
+
+    Raises CalicoError if it cannot be part of a key, or if the key belongs to another command (see RESERVED).
+    """
     if name in RESERVED:
         raise CalicoError(f"'{name}' is not a setting: other commands write it")
     # etcd hides keys that begin with an underscore

@@ -131,9 +131,10 @@ def _seconds(text: str | None) -> float | None:
 def _await_agent(datastore: DatastoreClient, name: str, id: EndpointId, patience: float) -> None:
     """Wait at most `patience` seconds until this host's agent reports that the endpoint is up.
 
-    If the first report that is read says `up`, it may be old, so the endpoint is touched in etcd, and the agent's next
-    report awaited. Raises CalicoError, with the reason, if the agent does not report `up` in time, or if the workload
-    is disconnected meanwhile. `name` is the workload's name in these errors.
+    If the first report that is read says so, it may be an old one. So the endpoint is then written to etcd again,
+    unchanged, and the agent's next report is awaited. Raises CalicoError, with the reason, if the agent does not report
+    in time that the endpoint is up, or if the workload is disconnected meanwhile. `name` is the workload's name in
+    these errors.
     """
     from calicoctl.felix import process
 
@@ -226,7 +227,10 @@ def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
 
 
 def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:
-    """Return the endpoints of the workload with the name or id `name`. Raise NotFound if it has none."""
+    """Return the endpoints, in display order, of the workload whose name, id or path is `name`.
+
+    Raises NotFound if the workload has none, and CalicoError if one belongs to another namespace, with the same id.
+    """
     workload = find_connected(name, datastore)
     endpoints = sorted(endpoints_of(datastore, workload), key=display_order)
     for endpoint in endpoints:

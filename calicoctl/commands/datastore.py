@@ -76,7 +76,10 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 class Progress:
-    """Prints the progress to standard error: on a terminal in one line that changes, elsewhere one line per step."""
+    """Prints the progress of a move to standard error.
+
+    On a terminal, one line changes with the progress; elsewhere, one line is printed for each step.
+    """
 
     def __init__(self) -> None:
         self._on_terminal = sys.stderr.isatty()
@@ -178,7 +181,11 @@ def _show(as_json: bool) -> None:
 
 
 def _contents(backends: Backends, api: str, users: bool | None) -> dict[str, Any]:
-    """Return the fields of one API for `show`: the value of Ready, the number of keys below /calico, and their size."""
+    """Return the fields of one API in the JSON of `show`; a field is None if its value is not known.
+
+    The field "ready" is the value of the key Ready, "keys" is the number of keys below /calico, and "bytes" is the size
+    of these keys and their values. The argument `users` becomes the field of that name.
+    """
     found: dict[str, Any] = {
         "served": True,
         "ready": None,

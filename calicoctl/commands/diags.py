@@ -57,7 +57,7 @@ def _diags(log_dir: str | None, as_json: bool) -> None:
 
 
 def _log_dir() -> str:
-    """Return the log directory in the report of this host's agent, else the default."""
+    """Return the log directory that this host's agent has reported, or the default one if there is no such report."""
     reported = None
     with suppress(CalicoError):  # a host that has no name has no agent
         reported = (process.report(hostname()) or {}).get("log_dir")

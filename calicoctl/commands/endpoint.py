@@ -109,9 +109,10 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
-    """Return the valid endpoints that the options select, in display order. Print a warning for each invalid endpoint.
+    """Return the valid endpoints that the options in `arguments` and `endpoint_id` select, in display order.
 
-    `endpoint_id` is an endpoint's id, or its beginning; None selects all.
+    `endpoint_id` is an endpoint's id, or the beginning of the id; None selects all endpoints. Prints a warning for each
+    invalid endpoint.
     """
     return [
         endpoint
@@ -148,7 +149,7 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
 
 
 def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
-    """Return the valid endpoints of all hosts or, with `host`, of one host, in display order.
+    """Return the valid endpoints of `host` (None: of all hosts), in display order.
 
     Prints a warning for each invalid endpoint.
     """
@@ -167,17 +168,21 @@ def display_order(endpoint: Endpoint) -> tuple[object, ...]:
 
 
 def described(endpoint: Endpoint) -> str:
-    """Return a text that names an endpoint, its workload and its host."""
+    """Return a text with an endpoint's id, the display name of its workload (see `called`), and its host."""
     return f"{endpoint.id.endpoint} of {called(endpoint)} on {endpoint.id.host}"
 
 
 def called(endpoint: Endpoint) -> str:
-    """Return the display name of an endpoint's workload: a container's name or short id, or a namespace's id."""
+    """Return the display name of an endpoint's workload: the workload's name or, if that is not known, its short id."""
     return endpoint.workload_name or short_id(endpoint.id.workload)
 
 
 def workload_cell(endpoint: Endpoint, short: bool) -> str:
-    """Return the table cell for an endpoint's workload: its name if `short`, else its id with the name below."""
+    """Return the table cell for an endpoint's workload.
+
+    If `short` is true, the cell is the display name (see `called`). If not, it is the workload's id and, on a second
+    line, the workload's name, if that is known.
+    """
     if short:
         return called(endpoint)
     return "\n".join(filter(None, (endpoint.id.workload, endpoint.workload_name)))
@@ -186,7 +191,8 @@ def workload_cell(endpoint: Endpoint, short: bool) -> str:
 def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> None:
     """Print endpoints with all their fields, as JSON or as a table, abridged on a terminal (see output.abridges).
 
-    Below a table, prints the reasons for the statuses `error` and `up` as warnings, for up to MOST_REASONS endpoints.
+    After a table, prints a warning with the reason for each endpoint whose status is `error` or `up` and has a reason,
+    but for MOST_REASONS endpoints at most.
     """
     hosts = {endpoint.id.host for endpoint in endpoints}
     status_of = datastore.hosts.endpoint_statuses(hosts.pop() if len(hosts) == 1 else None)
@@ -228,8 +234,8 @@ def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], ar
 def _state(endpoint: Endpoint, status: str, short: bool) -> str:
     """Return the table cell for an endpoint's state.
 
-    If known, add for how long (`short`) or since when an endpoint is inactive. Add the status if an active endpoint is
-    not up.
+    For an inactive endpoint, the cell also says since when it has been inactive (if `short` is true, for how long), if
+    that is known. For an active endpoint, the cell also contains `status`, unless that is `up`.
     """
     since = endpoint.inactive_since
     if since:
@@ -238,15 +244,15 @@ def _state(endpoint: Endpoint, status: str, short: bool) -> str:
 
 
 def _as_json(endpoint: Endpoint, status: str, reason: str | None) -> dict[str, Any]:
-    """Return an endpoint with all its fields, including those that the store omits because they have no value."""
+    """Return an endpoint's fields for JSON, including its status and those that the store omits since they are None."""
     optional = {"inactive_since": endpoint.inactive_since, "workload_name": endpoint.workload_name}
     return {**asdict(endpoint.id), **endpoint.to_dict(), **optional, "status": status, "reason": reason}
 
 
 def _duration(since: str) -> str:
-    """Return the time since `since` (a text of clock.py) in words, such as "for 5min".
+    """Return how much time has passed since `since`, as text such as "for 5min".
 
-    If `since` has another format, return "since", followed by that text.
+    `since` is a time in the format of clock.py. If it has another format, return "since" and `since` itself.
     """
     try:
         begin = clock.parse(since)
@@ -260,7 +266,7 @@ def _duration(since: str) -> str:
 
 
 def show_profiles(endpoint: Endpoint, as_json: bool) -> None:
-    """Print the profiles of an endpoint, in their order."""
+    """Print the names of an endpoint's profiles, in the order of evaluation."""
     if as_json:
         print_json(endpoint.profile_ids)
     else:
@@ -268,11 +274,10 @@ def show_profiles(endpoint: Endpoint, as_json: bool) -> None:
 
 
 def profile_names(arguments: dict[str, Any]) -> list[str]:
-    """Return the profiles on the command line.
+    """Return the names of profiles on the command line. Raises UsageError if `append` or `remove` has none.
 
-    Raises UsageError if `append` or `remove` has no names, CalicoError for a name that is repeated, and NotFound for an
-    invalid name. `remove` accepts repeated names, and any name, since an old tool may have added any name to an
-    endpoint's list.
+    For `append` and `set`, raises CalicoError for a repeated name, and NotFound for an invalid one. For `remove`, all
+    names are valid, since an old tool may have added any name to an endpoint's list; a repeated one is returned once.
     """
     names = list(arguments["<PROFILES>"])
     if not names and (arguments["append"] or arguments["remove"]):
@@ -286,9 +291,10 @@ def profile_names(arguments: dict[str, Any]) -> list[str]:
 
 
 def check_known_profile(name: str) -> str:
-    """Return `name` if it can be part of a key in etcd, else raise NotFound. Whether the profile exists is not checked.
+    """Return `name` if it can be part of a key in etcd. Raise NotFound if it cannot, since no profile can be called so.
 
-    It may be the name of a profile that another tool has created, and that would be invalid for a new profile.
+    Whether the profile exists is not checked. The stricter rules for the names of new profiles do not apply here, since
+    another tool may have created the profile.
     """
     if not keys.can_be_part(name):
         raise NotFound(f"There is no such profile: '{name}' is not a valid profile name.")
@@ -298,10 +304,10 @@ def check_known_profile(name: str) -> str:
 def change_profiles(
     datastore: DatastoreClient, endpoint: Endpoint, name: str, arguments: dict[str, Any], profiles: list[str]
 ) -> None:
-    """Append profiles to an endpoint's list, remove them, or set the list. Messages call the endpoint `name`.
+    """Append `profiles` to an endpoint's list, remove them from it, or replace the list, as `arguments` say.
 
-    Raises NotFound, without a change, if a profile to remove is not in the list, or if a profile to append or set does
-    not exist.
+    Prints what was done. Messages call the endpoint `name`. Raises NotFound, without a change, if a profile to remove
+    is not in the list, or if a profile to append or set does not exist.
     """
     if arguments["remove"]:
         missing = [profile for profile in profiles if profile not in endpoint.profile_ids]

@@ -215,9 +215,9 @@ def _start(
 
 
 def _free_members(datastore: DatastoreClient) -> None:
-    """Remove routes and map elements of an earlier agent that keep this host from reaching its etcd. See lifeline.py.
+    """Remove the routes and nftables map elements of an earlier agent that keep this host from reaching its etcd.
 
-    Prints a warning for each.
+    Prints a warning for each removal. See lifeline.py.
     """
     from calicoctl.workloads import servers
 
@@ -229,9 +229,9 @@ def _free_members(datastore: DatastoreClient) -> None:
 
 
 def _free(network: HostNetwork) -> bool:
-    """Remove what keeps this host from reaching the servers in `network`, and print a warning for each removal.
+    """Do what `_free_members` does, for the servers in `network`. Return whether anything was removed.
 
-    Return whether there was anything to remove. Stop without an error if the kernel refuses.
+    Stops without an error if the kernel refuses a request.
     """
     from calicoctl.felix.dataplane.lifeline import let_members_pass, take_back_blocks, take_back_routes
     from calicoctl.felix.dataplane.nft import Nft
@@ -264,7 +264,7 @@ def _free(network: HostNetwork) -> bool:
 
 
 def _refuse_taken(datastore: DatastoreClient, *addresses: str | None) -> None:
-    """Raise CalicoError if another registered host has one of these addresses."""
+    """Raise CalicoError if another registered host has one of `addresses`; None in `addresses` is ignored."""
     hosts = datastore.hosts.addresses_of_others()
     for address in addresses:
         other = hosts.get(str(parse_address(address))) if address is not None else None
@@ -278,15 +278,15 @@ def _refuse_taken(datastore: DatastoreClient, *addresses: str | None) -> None:
 
 
 def _own_agent_writes(host: str) -> bool:
-    """Return whether this host's agent runs on this machine, and does not report that another agent replaced it."""
+    """Return whether the agent of `host` runs on this machine, and does not report that another one has replaced it."""
     return process.running(host) is not None and not (process.report(host) or {}).get("replaced")
 
 
 @contextmanager
 def _claim_released_on_failure(datastore: DatastoreClient, claimed: Entry | None) -> Iterator[None]:
-    """If the body of `with` fails, delete `claimed`, the host's status from heartbeat.claim, unless it has changed.
+    """If the body of `with` raises an exception, delete the host's status that heartbeat.claim has written, `claimed`.
 
-    Does nothing if `claimed` is None.
+    A status that was written since then is not deleted. If `claimed` is None, nothing is deleted.
     """
     try:
         yield
@@ -302,9 +302,10 @@ def _register(
 ) -> None:
     """Register this host, print its addresses, and warn about likely mistakes.
 
-    `ipv4` is the IPv4 address to register, from the options or detected. `given` are the addresses in the options, by
-    IP version; `every` contains all addresses of this host's interfaces. While the store is frozen, a registered host
-    stays registered as it is. Raises Frozen for another host.
+    `ipv4` is the IPv4 address to register, from the options or detected. `given` maps an IP version to the address in
+    the options (None: not given). `every` contains all addresses of this host's interfaces. If the store is frozen and
+    this host is already registered, its registration is not changed, and a warning is printed. If the store is frozen
+    and this host is not registered, raises Frozen.
     """
     registered = datastore.hosts.is_registered()
     if not registered:  # no older version has connected a workload here: see learning.py
@@ -334,10 +335,10 @@ def _register(
 
 
 def _start_agent(host: str, options: process.Options) -> None:
-    """Start the host's agent in the background. If it is running, warn about options that have no effect on it.
+    """Start the host's agent in the background, unless it is already running.
 
-    Raises CalicoError if the agent cannot be started, or if the running agent reports that another agent has replaced
-    it.
+    If it is, prints a warning for each option that has no effect on the running agent, and raises CalicoError if that
+    agent keeps reporting that another agent has replaced it. Also raises CalicoError if the agent cannot be started.
     """
     pid = process.running(host)
     if not pid:
@@ -365,7 +366,11 @@ def _start_agent(host: str, options: process.Options) -> None:
 
 
 def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:
-    """Start the local etcd if it does not run. Return its object, and whether it was started. Raises CalicoError."""
+    """Start the local etcd, unless it is running. Return the LocalEtcd, and whether this call has started it.
+
+    Raises CalicoError if it cannot be started, if the settings file names another store, or if the running agent would
+    not supervise it.
+    """
     pid = process.running(host)
     if pid and (process.report(host) or {}).get("local_etcd") is False:
         raise CalicoError(
@@ -389,7 +394,7 @@ def _restart() -> None:
 
 
 def _stop_local_etcd_without_agent(host: str) -> None:
-    """Stop the local etcd, unless an agent in another process may supervise it."""
+    """Stop the local etcd, unless this host's agent runs in another process, since it may supervise the local etcd."""
     if process.running(host) in (None, os.getpid()):
         local_etcd.stop(host)
 
@@ -489,7 +494,10 @@ def _show(as_json: bool) -> None:
 
 
 def _counted(endpoints: dict[str, int]) -> str:
-    """Return the table cell for counts of endpoints: their sum and, in parentheses, the counts of those not up."""
+    """Return the table cell for `endpoints`, which maps a status to the number of endpoints that have it.
+
+    The cell contains the total and, in parentheses, the number for each status except `up`, if it is not 0.
+    """
     others = [f"{number} {state}" for state, number in endpoints.items() if number and state != "up"]
     total = str(sum(endpoints.values()))
     return f"{total} ({', '.join(others)})" if others else total
@@ -498,8 +506,8 @@ def _counted(endpoints: dict[str, int]) -> str:
 def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
     """Raise CalicoError if an agent of the host is alive.
 
-    `this_one` says that the host is this machine's own. Its agent on this machine is then ignored, since the command is
-    about to stop it.
+    `this_one` says that the client's host is this machine's own. An agent on this machine is then ignored, since the
+    command is about to stop it.
     """
     host = datastore.host
     pid = process.running(host)
@@ -543,7 +551,7 @@ def _local_etcd(host: str) -> LocalEtcd | None:
 def _absolute(log_dir: str | None, default: str | None) -> str | None:
     """Return the absolute path of `log_dir` or, if that is None, of `default`. Return None if both are None.
 
-    Raises CalicoError for an empty text.
+    Raises CalicoError if `log_dir` is empty.
     """
     if log_dir is None:
         log_dir = default

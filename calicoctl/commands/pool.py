@@ -94,9 +94,9 @@ def _checked_mode(mode: str) -> str:
 
 
 def _check_new(networks: list[IPNetwork], ipip: bool) -> None:
-    """Raise CalicoError for networks that cannot be new pools, for example because they overlap each other.
+    """Raise CalicoError if one of `networks` cannot be a new pool, for example because it overlaps another of them.
 
-    Existing pools are not checked.
+    `ipip` says whether the pools are to have the option --ipip. Overlaps with existing pools are not checked here.
     """
     from calicoctl.datastore.blocks import BLOCK_SIZE
 
@@ -143,7 +143,7 @@ def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
 
 
 def _shown(pool: Pool) -> dict[str, Any]:
-    """Return a pool with all its fields, including those that the store omits because they are off."""
+    """Return a pool's fields for JSON, including those that the store omits because they are off."""
     options = {"ipip": pool.ipip, "masquerade": pool.masquerade, "vxlan_mode": pool.vxlan}
     return {"cidr": pool.cidr, **options, **pool.extra}
 
@@ -155,9 +155,9 @@ def _options(pool: Pool) -> dict[str, str]:
 
 
 def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
-    """Return the fewest CIDRs that cover exactly the range from one address to another.
+    """Return the fewest CIDRs that together contain exactly the addresses from `start` to `end`.
 
-    Raises CalicoError unless the range consists of whole IPAM blocks.
+    Raises CalicoError unless these are the addresses of one or more whole IPAM blocks.
     """
     from netaddr.ip import IPAddress, iprange_to_cidrs
 
@@ -176,7 +176,7 @@ def _networks_of_range(start: str, end: str) -> list[IPNetwork]:
 
 
 def _network(text: str) -> IPNetwork:
-    """Parse the CIDR of a pool. Raise CalicoError for host bits, or a missing prefix length."""
+    """Parse the CIDR of a pool. Raises CalicoError if it is invalid, has host bits set, or has no prefix length."""
     network = parse_pool_cidr(text)
     if "/" not in text:
         raise CalicoError(
@@ -186,7 +186,10 @@ def _network(text: str) -> IPNetwork:
 
 
 def _known(text: str) -> IPNetwork | str:
-    """Return the network of a pool's CIDR. Return any other text unchanged: an invalid pool's key may end with it."""
+    """Parse the CIDR of a pool to remove. If `_network` refuses the text, return it unchanged.
+
+    Such a text may be the last part of the key of an invalid pool, which can be removed, too.
+    """
     try:
         return _network(text)
     except CalicoError:
@@ -234,7 +237,10 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def warn_of_overlaps(cidrs: Iterable[str]) -> None:
-    """Print a warning for each of the pools `cidrs` that overlaps a network to which this host is connected."""
+    """Print a warning for each pool in `cidrs` that overlaps a network to which this host is connected.
+
+    If these networks cannot be determined, prints a warning that says so.
+    """
     try:
         own = host_network.read()
     except CalicoError as error:

@@ -151,7 +151,10 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
-    """Return all data of a profile. Invalid tags or rules are None, and a warning is printed."""
+    """Return all data of a profile, and those of `endpoints` that have the profile, for JSON.
+
+    If the tags or the rules are invalid, the field is None, and a warning is printed.
+    """
 
     def readable(read: Callable[[], T]) -> T | None:
         try:
@@ -369,7 +372,10 @@ def _trace(arguments: dict[str, Any], protocol: str, port: int | None, source_po
 
 
 def _trace_lines(found: Trace, here: str) -> Iterator[str]:
-    """Yield the lines that show a trace: its steps in order, with their hosts unless all are on this host (`here`)."""
+    """Yield the lines that show a trace: its steps, in the order in which the packet takes them.
+
+    `here` is this host's name. The lines name the hosts, unless no other host than this one is involved.
+    """
     denied_by = found.denied_by
     names_hosts = {found.source.host, found.destination.host} - {None, here} != set()
     for decision in found.decisions:
@@ -391,7 +397,10 @@ def _trace_lines(found: Trace, here: str) -> Iterator[str]:
 
 
 def _way(found: Trace) -> Iterator[str]:
-    """Yield the lines about a packet's way out of its host: its masqueraded source, and its route to another host."""
+    """Yield the lines about a packet's way out of its source's host.
+
+    There is a line if masquerading changes the source address, and a line if the packet is routed to another host.
+    """
     if found.sent_from is not None:
         yield f"From {found.source.host}: with the source address {found.sent_from}, by masquerade"
     route = found.route
@@ -412,7 +421,7 @@ def _parse_rule(words: list[str], is_new: bool) -> Rule:
 
 
 def _rule_usage(words: list[str]) -> str:
-    """Return the usage to show for an invalid rule, `words`: the closest form of a rule in the help of `profile`."""
+    """Return the usage to show for the invalid rule `words`: of the forms of rules in the help, the closest one."""
     forms = re.findall("^  (ACTION .*)", str(__doc__), re.MULTILINE)
     form: str = max(forms, key=lambda form: (len(set(re.findall("[a-z0-9]+", form)) & set(words)), -len(form)))
     form = form.replace("ACTION", "(allow|deny|log)").replace("SIDE", "[tag T] [cidr C]")

@@ -107,7 +107,10 @@ def _lines(status: dict[str, Any]) -> list[str]:
 
 
 def _mtu(mtu: dict[str, Any]) -> str:
-    """Return a text about the MTU of new interfaces, which is configured or follows from the underlay's MTU."""
+    """Return a text about the MTU of new interfaces: the configured MTU, or the one that the underlay's MTU implies.
+
+    `mtu` is the field of that name in the report of the agent.
+    """
     of_versions = {version: value for version, value in mtu["underlay"].items() if value is not None}
     same = len(set(of_versions.values())) == 1
     names = {"ipv4": "IPv4", "ipv6": "IPv6"}
@@ -152,7 +155,10 @@ def _absent(status: dict[str, Any]) -> str:
 
 
 def _issue_lines(issues: list[Issue], left_out: bool) -> list[str]:
-    """Return a heading, and at most MOST_LINES lines about problems. `left_out` says that the report lacks some."""
+    """Return a heading with the number of problems, and at most MOST_LINES lines about them.
+
+    `left_out` says that there are more problems than the agent's report contains.
+    """
     if not issues:
         return ["Problems:   none"]
     shown = len(issues) if len(issues) <= MOST_LINES else MOST_LINES - 1
@@ -165,7 +171,10 @@ def _issue_lines(issues: list[Issue], left_out: bool) -> list[str]:
 
 
 def _summary(failures: list[Issue], in_error: int) -> str:
-    """Return one sentence that explains a non-zero exit status. `in_error` is the number of endpoints in error."""
+    """Return one sentence that explains a non-zero exit status.
+
+    `failures` are the problems that cause it, and `in_error` is the number of endpoints in error.
+    """
     for issue in failures:
         if issue.kind == AGENT:
             return f"{issue}."

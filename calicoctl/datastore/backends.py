@@ -24,7 +24,10 @@ _latest: dict[EtcdSettings, Choice] = {}
 
 
 def connect(settings: EtcdSettings, patience: float = PATIENCE) -> ChosenStore:
-    """Return the store of the cluster in `settings`. Sends no request. `patience`: see PATIENCE."""
+    """Return the store of the cluster in `settings`. Sends no request.
+
+    `patience` is for how many seconds a request is retried: see PATIENCE.
+    """
     backends = Backends(settings, patience)
     return ChosenStore(backends.choose, backends.latest, backends.open)
 
@@ -54,9 +57,11 @@ class Backends:
         return Etcd3Store(self._settings, self._patience, tokens.authorize(self._settings))
 
     def choose(self, before: Choice | None) -> Choice:
-        """Return which API to use. `before` is the previous choice, to be checked again, or None.
+        """Return which API to use.
 
-        Raises StoreError if no API may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
+        `before` is the caller's previous choice, which is checked again by a request; None if there is none. If it is
+        None, the choice that `latest` returns is used without a request if it is at most FRESH seconds old. Raises
+        StoreError if no API may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
         """
         latest = self.latest()
         if before is None and latest is not None and time.monotonic() - latest.at <= FRESH:
@@ -68,7 +73,7 @@ class Backends:
         return choice
 
     def latest(self) -> Choice | None:
-        """Return the last choice in this process of an API whose data is not frozen, None if there is none."""
+        """Return the last choice in this process of an API whose data was not frozen, None if there is none."""
         return _latest.get(self._settings)
 
     def _current(self, before: Choice | None) -> Choice:
@@ -88,7 +93,10 @@ class Backends:
         return choice
 
     def _shown(self, api: str) -> Shown:
-        """Return the state of an API. Raises StoreError if Ready cannot be read, or if Calico 3 uses the API."""
+        """Return the state of an API (V2 or V3).
+
+        Raises StoreError if the key Ready cannot be read, or if the v3 API holds data of Calico 3.
+        """
         if api != V3:
             entry = self._v2.get(keys.READY)
             return Shown() if entry is None else Shown(ready=entry.value, revision=entry.revision)

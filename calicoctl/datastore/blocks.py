@@ -24,7 +24,7 @@ BLOCK_SIZE = 64
 
 @dataclass
 class Owner:
-    """The owner of an address: a handle (None: no handle), and attributes of any kind ("secondary" in the JSON)."""
+    """The owner of an address: the id of its handle (None: no handle), and `secondary`, its attributes of any kind."""
 
     handle: str | None
     secondary: dict[str, Any]
@@ -162,7 +162,10 @@ class Block:
         self.allocations = [None if index is None else used.index(index) for index in self.allocations]
 
     def set_workload_name(self, handle: str, host: str, name: str) -> bool:
-        """Set the attribute "workload_name" of the addresses of `handle` on `host`; return whether it has changed."""
+        """Set the attribute "workload_name" to `name` for each owner with this handle whose attribute "host" is `host`.
+
+        Returns whether this has changed the attribute of any owner.
+        """
         changed = False
         for attributes in self.owners:
             facts = attributes.get("secondary")
@@ -197,9 +200,9 @@ def block_key(address: IPAddress) -> str:
 
 
 def first_addresses(names: Iterable[str]) -> Iterator[int]:
-    """Yield the first address (as a number) of each block in `names`. Invalid names are skipped.
+    """Yield the first address of each block in `names`, as a number. Invalid names are skipped.
 
-    `names` are the last parts of the keys of blocks or affinities, such as `192.168.0.0-26`.
+    A name is the last part of the key of a block or of a block's affinity, such as `192.168.0.0-26`.
     """
     from calicoctl.addresses import parse_cidr
 

@@ -1,9 +1,10 @@
 """The store that commands and agents use: it forwards requests to the backend that was chosen.
 
 While the key Ready is `false`, the data is frozen, since it may be moved from one API of etcd to the other. Writes then
-raise Frozen, except for the statuses that agents report, which are not moved. Ready is read before a write, unless it
-was read less than FRESH seconds ago. If Ready is not `true`, the backend is chosen again. A new choice applies to all
-clients in this process, and ends the watches at the other backend.
+raise Frozen, except for the statuses that agents report, which are not moved. Ready is read before each write, unless a
+read less than FRESH seconds ago showed that the data is not frozen. If Ready is not `true`, and DATASTORE_TYPE does not
+name an API, the backend is chosen again. A new choice applies to all clients in this process, and ends their watches
+at the other backend.
 
 Ready may change between its read and the write, so it is also the fence (see store.Fence) of every write that is
 refused while the data is frozen. If the fence has changed, the backend is chosen again, and the write is made there.
@@ -34,7 +35,7 @@ _STATUSES = keys.FELIX_HOSTS + "/"
 
 
 class ChosenStore:
-    """Implements `Store` by the chosen backend. Not thread-safe."""
+    """Implements `Store`, by calls of the chosen backend. Not thread-safe."""
 
     def __init__(
         self,
@@ -44,9 +45,9 @@ class ChosenStore:
     ) -> None:
         """Sends no request. `open` returns the backend for an API.
 
-        `choose` returns the API to use. Its argument is None for the first choice, and else the previous choice, to be
-        checked again. `choose` raises StoreError or InvalidValue if no API may be used. `latest` returns the last
-        choice of any client in this process, or None, and sends no request.
+        `choose` returns the API to use. Its argument is the previous choice, which it checks again, or None if there is
+        none yet. It raises StoreError or InvalidValue if no API may be used. `latest` returns the last choice of any
+        client in this process, None if there is none; it sends no request.
         """
         self._choose = choose
         self._latest = latest
@@ -54,7 +55,10 @@ class ChosenStore:
         self._choice: Choice | None = None
 
     def choice(self) -> Choice:
-        """Return the choice in effect; choose first if there is none. Raises StoreError or InvalidValue."""
+        """Return the choice in effect. Without one, choose first. Another client's newer choice takes effect here, too.
+
+        Raises StoreError or InvalidValue if no API may be used.
+        """
         latest = self._latest()
         if self._choice is None:
             self._choice = self._choose(None)
@@ -63,7 +67,10 @@ class ChosenStore:
         return self._choice
 
     def current_choice(self) -> Choice:
-        """Ask which backend is to be used now, and whether its data is frozen. Raises StoreError."""
+        """Check by a request which API is to be used now, and whether its data is frozen; return the new choice.
+
+        Raises StoreError or InvalidValue if no API may be used.
+        """
         self._choice = self._choose(self.choice())
         return self._choice
 
@@ -72,7 +79,10 @@ class ChosenStore:
         return self._open(self.choice().api)
 
     def _write(self, written: Sequence[str], write: Callable[[FencedStore], T]) -> T:
-        """Call `write` with the backend for a write to the keys `written`; raise Frozen if the data is frozen."""
+        """Call `write` with the backend for a write to the keys `written`, and return its result.
+
+        If Ready has changed, `write` is called again, at most ATTEMPTS times. Raises what `_writable` raises.
+        """
         for _ in range(ATTEMPTS - 1):
             try:
                 return write(self._writable(*written))
@@ -81,7 +91,10 @@ class ChosenStore:
         return write(self._writable(*written))
 
     def _writable(self, *written: str) -> FencedStore:
-        """Return the backend for a write to the keys `written`, with its fence; raise Frozen if the data is frozen."""
+        """Return the backend for a write to the keys `written`, with its fence.
+
+        Raises Frozen if the data is frozen, and one of the keys is not an agent's status.
+        """
         choice = self.choice()
         if choice.frozen is not False or time.monotonic() - choice.at > FRESH:
             choice = self.current_choice()

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredWorkload:
-    """The entry of a workload's handle, None if there is no handle, and the entries of its endpoints, by id."""
+    """What the store has of a workload: the entry of its handle (None: no handle), and its endpoints' entries by id."""
 
     handle: Entry | None
     endpoints: dict[EndpointId, Entry]
@@ -46,9 +46,9 @@ class StoredWorkload:
 class AddressFacts:
     """The data from the store that is needed to assign an address to a workload.
 
-    `hosts` are the entries below keys.BGP_HOSTS, `pools` the entries of the pools of the address's IP version. `mtu` is
-    the setting MTU, None if it is not set. `affine` are the names (last parts of keys) of the blocks with affinity to
-    this host, None if they were not read.
+    `hosts` are the entries below keys.BGP_HOSTS. `pools` are the entries of the pools of the address's IP version.
+    `mtu` is the setting MTU, None if it is not set. `affine` are the names (last parts of keys) of the blocks with
+    affinity to this host, None if they were not read.
     """
 
     hosts: list[Entry]
@@ -94,24 +94,28 @@ class DatastoreClient:
         return self._store.tree(keys.ROOT)
 
     def copied(self) -> tuple[DatastoreClient, list[Entry]]:
-        """Copy everything below `/calico`; return a read-only client of the copy, and the entries with a problem.
+        """Copy everything below `/calico`; return a read-only client of the copy, and the entries that have a problem.
 
-        The client finds no data at these entries' keys, or below them. See `Entry.problem`.
+        The latter stand for keys and directories that could not be read (see `Entry.problem`). For the client of the
+        copy, these do not exist.
         """
         copy = CopiedStore(self._store, keys.ROOT)
         return DatastoreClient(cast("Store", copy), self.host, self.members), copy.unread
 
     def store_version(self) -> str:
-        """Check that the store can be read, and return its server's version; raise StoreError."""
+        """Check that the store can be read, and return the version of the server. Raises StoreError if it cannot."""
         self._store.names(keys.ROOT)
         return self._store.version()
 
     def choice(self) -> Choice | None:
-        """Return the API of etcd in use; None for a store without such a choice. Raises StoreError or InvalidValue."""
+        """Return the choice of the API of etcd that is in use, None if the store is not a ChosenStore.
+
+        Raises StoreError or InvalidValue if no API may be used.
+        """
         return self._store.choice() if isinstance(self._store, ChosenStore) else None
 
     def current_choice(self) -> Choice | None:
-        """Do what `choice` does, but ask etcd now whether it is still right, and whether the data is frozen."""
+        """Do what `choice` does, but first check by a request which API is to be used, and whether it is frozen."""
         return self._store.current_choice() if isinstance(self._store, ChosenStore) else None
 
     def for_host(self, host: str) -> DatastoreClient:
@@ -170,7 +174,7 @@ class DatastoreClient:
         return before
 
     def _refuse_overlap(self, key: str, pool: Pool) -> None:
-        """Delete `key`, just created for `pool`, and raise CalicoError if an older pool overlaps with `pool`."""
+        """If an older pool overlaps with `pool`, delete `key`, which was created for `pool`, and raise CalicoError."""
         from netaddr.ip import IPNetwork
 
         # of two writers, each reads the pools after its own write, so the later writer always sees the earlier pool
@@ -195,14 +199,17 @@ class DatastoreClient:
         return found, invalid
 
     def pool_keys(self, name: str) -> list[str]:
-        """Return the keys of the pools (IPv4 and IPv6) with the CIDR `name`, in the value or in the key."""
+        """Return the keys of the pools, of both IP versions, whose CIDR is `name` according to the value or to the key.
+
+        The pools may be invalid; then, only the key counts.
+        """
         return self._keys_called(name, [keys.pools(version) for version in (4, 6)], lambda e: Pool.from_json(*e).cidr)
 
     def _keys_called(self, name: str, directories: list[str], named: Callable[[tuple[str, str]], str]) -> list[str]:
         """Return the keys below `directories` that match `name`.
 
-        A key matches if its last part is `name`, or becomes `name` by `keys.undashed`, or if `named((value, key))`
-        returns `name`. `named` may raise InvalidValue.
+        A key matches if its last part is `name`, if `keys.undashed` converts its last part to `name`, or if
+        `named((value, key))` returns `name`. If `named` raises InvalidValue, only the last part counts.
         """
         found = []
         for entry in (entry for directory in directories for entry in self._store.tree(directory)):
@@ -252,15 +259,19 @@ class DatastoreClient:
         return before
 
     def bgp_peer_keys(self, name: str, host: str | None = None) -> list[str]:
-        """Return the keys of the BGP peers with the address `name`, in the value or in the last part of the key.
+        """Return the keys of the BGP peers whose address is `name` according to the value or to the key.
 
-        With `host`, only that host's peers are searched; without `host`, only the global peers.
+        The peers may be invalid; then, only the key counts. With `host`, only that host's peers are searched; without
+        `host`, only the global peers.
         """
         directories = [keys.bgp_peers(version, host) for version in (4, 6)]
         return self._keys_called(name, directories, lambda e: Peer.from_json(*e).ip)
 
     def node_mesh(self) -> bool:
-        """Return whether the full mesh between hosts is enabled; True if the key is missing. Raises InvalidValue."""
+        """Return whether the full mesh between hosts is enabled, which it is if the key is missing.
+
+        Raises InvalidValue if the key has an invalid value.
+        """
         entry = self._store.get(keys.BGP_NODE_MESH)
         if entry is None:
             return True
@@ -360,8 +371,10 @@ class DatastoreClient:
     def modify_rules(self, name: str, change: Callable[[Rules], bool]) -> bool:
         """Change the rules of a profile by compare-and-swap; return whether they were written.
 
-        `change` and the exceptions: see `modify_tags`. CalicoError is raised if the changed rules are too many or too
-        long.
+        `change` modifies the rules in place, and returns whether to write them. After a concurrent write, `change` is
+        called again with the new rules. Raises NotFound if there is no such profile, InvalidValue if the stored rules
+        are invalid, CalicoError if the changed rules are too many or too long, and Conflict if other writers keep
+        changing them.
         """
         key = keys.profile_rules(name)
 
@@ -376,21 +389,27 @@ class DatastoreClient:
         """Overwrite a profile's rules, even if the stored rules are invalid.
 
         Raises NotFound if there is no such profile, CalicoError if the new rules are too many or too long, and Conflict
-        if other writers keep changing them.
+        if other writers keep changing the stored rules.
         """
         key = keys.profile_rules(rules.id)
         self._complete(key, rules.id, rules.to_json())
         modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())
 
     def _profile_entry(self, key: str, name: str) -> Entry | None:
-        """Return the entry of `key`, None if it is missing; raise NotFound if the profile `name` does not exist."""
+        """Return the entry of `key`, one of the keys of the profile `name`; None if only this key is missing.
+
+        Raises NotFound if the profile does not exist.
+        """
         entry = self._store.get(key)
         if entry is None:
             self.require_profile(name)
         return entry
 
     def _complete(self, key: str, name: str, value: str) -> None:
-        """Create `key` with `value` if it is missing; raise NotFound if the profile `name` does not exist."""
+        """Create `key`, one of the keys of the profile `name`, with `value`, unless the key exists.
+
+        Raises NotFound if the profile does not exist.
+        """
         if self._profile_entry(key, name) is None:
             create_if_missing(self._store, key, value)
 
@@ -412,7 +431,7 @@ class DatastoreClient:
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
         """Return the ids of the endpoints, on any host, that have the address `address`.
 
-        If one of them is the owner of the address in IPAM, only its id is returned. For invalid endpoints, see
+        If one of them owns the address in IPAM, only its id is returned. An invalid endpoint may be included: see
         `_lists`. Raises InvalidValue if the block of the address is invalid.
         """
         text = str(address)
@@ -450,8 +469,8 @@ class DatastoreClient:
     def read_workload(self, handle: str, places: Sequence[tuple[str, str]]) -> StoredWorkload:
         """Return the entry of a workload's handle, and the entries of its endpoints on this host, valid or not.
 
-        `places` are pairs (orchestrator, workload id). The endpoints of the first pair that has any are returned. An
-        atomic store reads everything in one request.
+        `places` are pairs (orchestrator, workload id) under which the workload may be stored. The endpoints of the
+        first pair that has any are returned. An atomic store reads everything in one request.
         """
         directories = [keys.endpoints(self.host, *place) for place in places]
         if self._store.atomic:
@@ -463,7 +482,7 @@ class DatastoreClient:
     def read_for_address(self, version: int, automatic: bool) -> AddressFacts:
         """Return the data that is needed to assign an address of an IP version to a workload.
 
-        With `automatic`, no specific address is requested, and `affine` is read as well.
+        `automatic` says that the user has not asked for a specific address. Only then, `affine` is read.
         """
         directories = [keys.BGP_HOSTS, keys.pools(version)]
         if automatic:
@@ -500,7 +519,11 @@ class DatastoreClient:
         return sorted(ids or {id for of, id in self.ipam.workloads(name) if of == orchestrator})
 
     def knows_interface(self, name: str) -> bool:
-        """Return whether an interface of this host may belong to an endpoint; True if any endpoint here is invalid."""
+        """Return whether the interface `name` of this host may belong to an endpoint.
+
+        That is so if an endpoint of this host has it, if an address was assigned for it, or if any endpoint of this
+        host is invalid.
+        """
         endpoints, invalid = self.readable_endpoints(self.host)
         if invalid or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
             return True
@@ -514,9 +537,10 @@ class DatastoreClient:
     def modify_endpoint(self, id: EndpointId, change: Callable[[Endpoint], bool], known: Entry | None = None) -> bool:
         """Change an endpoint by compare-and-swap; return whether it was written.
 
-        `change`: see `modify_tags`. `known` is the endpoint's entry, if the caller has just read it. Raises NotFound if
-        there is no such endpoint, InvalidValue if it is invalid, CalicoError if it would have too many profiles or
-        addresses, and Conflict if other writers keep changing it.
+        `change` modifies the endpoint in place, and returns whether to write it. After a concurrent write, `change` is
+        called again with the new endpoint. `known` is the endpoint's entry, if the caller has just read it. Raises
+        NotFound if there is no such endpoint, InvalidValue if it is invalid, CalicoError if it would have too many
+        profiles or addresses, and Conflict if other writers keep changing it.
         """
         key = keys.endpoint(id)
 
@@ -531,7 +555,10 @@ class DatastoreClient:
         self._store.check_writable(*map(keys.endpoint, ids), keys.ipam_handle(handle))
 
     def remove_endpoint(self, id: EndpointId, entry: Entry | None = None) -> None:
-        """Delete an endpoint, even if it is invalid. `entry` is its entry, if the caller has just read it."""
+        """Delete an endpoint, even if it is invalid, or has changed concurrently. Do nothing if it does not exist.
+
+        `entry` is its entry, if the caller has just read it, which saves a request.
+        """
         with suppress(CompareFailed):
             if entry is not None:
                 self._store.delete(entry)
@@ -539,7 +566,7 @@ class DatastoreClient:
         set_value(self._store, keys.endpoint(id), None)
 
     def touch_endpoint(self, id: EndpointId) -> None:
-        """Write an endpoint unchanged, if it exists, so that the agent reports its status again."""
+        """If an endpoint exists, write it again unchanged, so that the agent reports the endpoint's status again."""
         entry = self._store.get(keys.endpoint(id))
         if entry is not None:
             with suppress(CompareFailed):  # another writer had the same effect
@@ -576,8 +603,8 @@ def _endpoint_entries(entries: Iterable[Entry]) -> dict[EndpointId, Entry]:
 def _lists(entry: Entry, id: EndpointId, address: str, owned: bool = False) -> bool:
     """Return whether an endpoint has the address `address`.
 
-    An invalid endpoint counts as having it if its JSON text contains the address, or if `owned` says that the endpoint
-    owns the address in IPAM.
+    An invalid endpoint counts as having the address if its JSON text contains it, or if `owned` says that the endpoint
+    owns it in IPAM.
     """
     try:
         return address in Endpoint.from_json(id, entry.value, entry.key).addresses

@@ -31,7 +31,7 @@ class MemberInfo:
     """A member of the cluster. A field is None if it is not known.
 
     `size` is the size of the member's database, `in_use` is the part of it that holds data, and `quota` is the maximum
-    size, all in bytes. `error` is the reason if the member does not answer, or is not healthy.
+    size, all in bytes. `error` says why the member is not healthy, or why one of its pages could not be read.
     """
 
     url: str
@@ -59,7 +59,10 @@ def members(settings: EtcdSettings) -> list[MemberInfo]:
 
 
 def users(settings: EtcdSettings) -> tuple[bool | None, bool | None]:
-    """Return whether users are switched on in v2, and in v3; None if no member answers."""
+    """Return whether authentication (users) is enabled in etcd's v2 API, and whether in its v3 API.
+
+    Either is None if it cannot be determined.
+    """
     found: list[bool | None] = [None, None]
     for number, ask in enumerate((_users_of_v2, _users_of_v3)):
         for member in settings.members:
@@ -118,7 +121,10 @@ def _users_of_v2(connection: Connection) -> bool | None:
 
 
 def _users_of_v3(connection: Connection) -> bool | None:
-    """Return whether v3 has users switched on, which is so if it refuses a request without a token; None if unknown."""
+    """Return whether authentication is enabled in etcd's v3 API: whether a request is refused since it has no token.
+
+    Returns None if the request is refused for another reason.
+    """
     try:
         connection.exchange("POST", "/v3/kv/range", {"key": base64(encoded(keys.READY))}, TIMEOUT)
     except ErrorAnswer as error:

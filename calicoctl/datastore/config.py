@@ -13,8 +13,8 @@ from calicoctl.errors import CalicoError
 class Setting:
     """A setting: its name in the store, its allowed values, and its default (None: there is no fixed default).
 
-    With `largest`, a whole number from `smallest` to `largest` is allowed. Otherwise, if `values` is None, any text is
-    allowed.
+    If `largest` is set, the allowed values are the whole numbers from `smallest` to `largest`. If not, they are
+    `values`, or any text if `values` is None.
     """
 
     name: str
@@ -47,8 +47,8 @@ CHECK_SENDERS = Setting("CheckSenders", ("mac", "interface", "off"), "mac")
 HOST_SERVICES = Setting("EndpointToHostServices", ("allow", "drop"), "allow")
 """Whether endpoints may send DHCP, DNS and some ICMPv6 to their host, regardless of their profiles."""
 MAX_CONNECTIONS = Setting("MaxConnections", default="16384", smallest=256, largest=1048576)
-"""The maximum number of tracked connections of an endpoint, and the most that it may start at once. The rate at which
-it may start others follows from it: see felix/dataplane/connection_limit.py.
+"""The maximum number of tracked connections of an endpoint, and of connections that the endpoint may start in a burst.
+The rate at which the endpoint may start more is a part of this number: see RATE in felix/dataplane/connection_limit.py.
 """
 HOST_ACTION = Setting("DefaultEndpointToHostAction", ("RETURN", "DROP", "ACCEPT"), "RETURN")
 

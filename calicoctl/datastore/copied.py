@@ -14,7 +14,8 @@ from calicoctl.datastore.store import Entry, Store
 class CopiedStore:
     """A copy of a directory, with the reading methods of `Store`. The methods raise no exceptions.
 
-    `unread` lists the keys and directories that could not be read (see `Entry.problem`).
+    `unread` has an entry for each key or directory that could not be read (see `Entry.problem`). The methods find no
+    data at these keys, or below them.
     """
 
     def __init__(self, store: Store, directory: str) -> None:

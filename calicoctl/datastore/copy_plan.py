@@ -1,7 +1,7 @@
 """Calculates the writes that copy the data of one store to another. Sends no requests.
 
-Keys that expire and agents' reports are not copied, since agents report again. The order of creation is kept: if two
-endpoints claim the same address, the older endpoint has it.
+Not copied are keys that expire, keys about the move itself, and agents' reports, since agents report again. The order
+of creation is kept: if two endpoints claim the same address, the older endpoint has it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LARGEST_VALUE = 1_500_000
 """The most bytes that a key and its value have together. etcd's v3 API takes requests of 1.5 MiB by default."""
 
 LARGEST_COMMIT = 1_000_000
-"""The most bytes of the keys and values of one commit, unless one of them alone has more."""
+"""The most bytes of the keys and values of one commit. A write that has more by itself is a commit of its own."""
 
 Entries = Mapping[str, Entry]
 """The entries of a store by key."""
@@ -29,8 +29,8 @@ Entries = Mapping[str, Entry]
 class Difference:
     """The keys by which a first store differs from a second one.
 
-    `added` exist only in the first store, and `removed` only in the second. `changed` exist in both, with different
-    values.
+    The keys `added` exist only in the first store. The keys `removed` exist only in the second one. The keys `changed`
+    exist in both, with different values.
     """
 
     added: list[str]
@@ -46,23 +46,34 @@ class Difference:
         return "; ".join(f"{len(some)} {what} ({first_few(some)})" for some, what in parts if some)
 
 
-def is_copied(entry: Entry) -> bool:
-    """Return whether an entry is copied: it does not expire, is no agent's report, and says nothing about the move."""
+def is_data(entry: Entry) -> bool:
+    """Return whether an entry is neither an agent's report nor one of the keys about a move between the APIs."""
     own = entry.key in (keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION)
-    return not (own or entry.expires or entry.key.startswith(keys.FELIX_HOSTS + "/"))
+    return not (own or entry.key.startswith(keys.FELIX_HOSTS + "/"))
 
 
-def copied(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """Return the entries that are copied, by key. Raises CalicoError if an entry could not be read."""
-    found = list(entries)
-    unread = [entry for entry in found if entry.problem is not None]
-    if unread:
-        raise CalicoError(f"{unread[0].key} cannot be copied: {unread[0].problem}")
-    return {entry.key: entry for entry in found if is_copied(entry)}
+def is_copied(entry: Entry) -> bool:
+    """Return whether an entry is to be copied: it is data (see is_data), and does not expire."""
+    return is_data(entry) and not entry.expires
+
+
+def copied(entries: Iterable[Entry], version: str) -> dict[str, Entry]:
+    """Return those of `entries` that are to be copied (see is_copied), by key.
+
+    Raises CalicoError if one of these could not be read. Its message calls the API of the entries `version`, which is
+    "v2" or "v3".
+    """
+    found = {entry.key: entry for entry in entries if is_copied(entry)}
+    for key, entry in found.items():
+        if entry.problem is not None:
+            raise CalicoError(
+                f"{key} in etcd's {version} API cannot be copied or compared: {entry.problem}. Delete it first"
+            )
+    return found
 
 
 def check_fits(entries: Entries) -> None:
-    """Raise CalicoError if etcd's v3 API does not accept an entry."""
+    """Raise CalicoError if etcd's v3 API would refuse one of `entries`, for its size or its encoding."""
     for key, entry in entries.items():
         try:
             size = _size(key, entry.value)
@@ -87,8 +98,10 @@ def difference(one: Entries, other: Entries) -> Difference:
 def plan(source: Entries, before: Entries, target: Entries) -> Iterator[list[Write]]:
     """Yield the commits, in order, that copy the entries `source` to a store with the entries `target`.
 
-    `before` is the `source` of the previous copy to the same target. It is empty if there was none; then everything
-    in the target is created anew, in the order of `source`. Each commit has fewer than MOST_AT_ONCE writes.
+    `before` is the `source` of the previous copy to the same target. A key that was deleted and created again since
+    then is also deleted and created again in the target. If there was no previous copy, `before` is empty, and the
+    commits first delete everything in the target. Keys are created in the order in which they were created in the
+    source. Each commit has fewer than MOST_AT_ONCE writes.
     """
     stale = [entry for key, entry in target.items() if not _is_same_key(source.get(key), before.get(key))]
     yield from _commits(map(Delete, stale))
@@ -103,14 +116,18 @@ def plan(source: Entries, before: Entries, target: Entries) -> Iterator[list[Wri
 
 
 def _is_same_key(now: Entry | None, before: Entry | None) -> bool:
-    """Return whether a key still exists, and was not deleted and created again in between."""
+    """Return whether a key existed at both of two reads, and was not deleted and created again in between.
+
+    `now` and `before` are the key's entries at the two reads, None if the key did not exist.
+    """
     return now is not None and before is not None and now.created == before.created
 
 
 def _commits(writes: Iterable[Write]) -> Iterator[list[Write]]:
-    """Divide writes into commits. Two endpoints that claim the same are in different commits.
+    """Divide writes into commits, in the same order.
 
-    All keys that one commit creates have the same revision, so their order is lost.
+    Two endpoints that claim the same address or interface are written by different commits: all keys that one commit
+    creates have the same revision, so it would no longer be known which endpoint is older.
     """
     commit: list[Write] = []
     size, claimed = 0, set[str]()
@@ -128,7 +145,10 @@ def _commits(writes: Iterable[Write]) -> Iterator[list[Write]]:
 
 
 def _claims(key: str, value: str) -> set[str]:
-    """Return the interface and the addresses that an endpoint claims on its host; nothing if the key is no endpoint."""
+    """Return the interfaces and the addresses that an endpoint claims on its host, as texts that contain the host.
+
+    Returns an empty set if `key` is not the key of an endpoint, or if the endpoint is invalid.
+    """
     id = keys.parse_endpoint(key)
     if id is None:
         return set()

@@ -1,8 +1,8 @@
 """Determines which of etcd's two APIs holds Calico's data, if DATASTORE_TYPE does not say so. Changes nothing.
 
 In etcd 3.4 and 3.5, the APIs v2 and v3 have separate data; etcd 3.6 has only v3. The key Ready is `true` in the API
-whose data is current. It is `false` in an API whose data is frozen, as the data of both APIs is during a move. Both
-APIs are queried at the same time.
+whose data is current. It is `false` in an API whose data is frozen; while the data is moved from one API to the other,
+it is `false` in both. Both APIs are queried at the same time.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Shown:
     """The state of Calico's data in one API of etcd.
 
     `served` says whether the servers have this API. `ready` is the value of the key Ready, None if there is no such
-    key, and `revision` its revision, or 0. `refused` is the error if etcd refused to return the key. `foreign` says
-    whether there is data of Calico 3; it is determined for v3 only.
+    key, and `revision` its revision, or 0. If etcd refused to return the key, `refused` is the error, and `ready` is
+    None. `foreign` says whether there is data of Calico 3; it is determined for v3 only.
     """
 
     served: bool = True
@@ -63,9 +63,10 @@ class Choice:
 
 
 def decide(v3: Shown, v2: Shown, where: str) -> Choice:
-    """Return the API that holds Calico's data; raise StoreError if this is unclear, or if the API must not be used.
+    """Return which API holds Calico's data, given the states of both.
 
-    `where` is the servers' URLs, for messages. Raises InvalidValue if a value of Ready is neither `true` nor `false`.
+    `where` are the servers' URLs, for messages. Raises StoreError if it is unclear which API holds the data, or if that
+    API must not be used. Raises InvalidValue if a value of Ready is neither `true` nor `false`.
     """
     check_ready(v3.ready, v2.ready)
     if not (v3.served or v2.served):
@@ -85,7 +86,10 @@ def decide(v3: Shown, v2: Shown, where: str) -> Choice:
 
 
 def check_ready(v3: str | None, v2: str | None) -> None:
-    """Raise InvalidValue if the value of Ready in v3 or in v2 is neither `true` nor `false`. None: there is no key."""
+    """Raise InvalidValue if the key Ready in v3 or in v2 exists, and its value is neither `true` nor `false`.
+
+    `v3` and `v2` are the two values, None if there is no such key.
+    """
     for api, ready in (("v3", v3), ("v2", v2)):
         if ready not in (None, "true", "false"):
             raise InvalidValue(keys.READY, f"'{ready}', in etcd's {api} API, is neither true nor false")
@@ -129,7 +133,7 @@ def detect(settings: EtcdSettings, v3: Etcd3Store, patience: float) -> Choice:
 
 
 def ask_v3(v3: Etcd3Store) -> Shown:
-    """Query the v3 API, and return its state. Raises StoreUnavailable."""
+    """Query the v3 API, and return its state. Raises StoreUnavailable if no member answers."""
     try:
         ready, foreign = v3.peek(keys.READY, keys.OTHER_CALICO)
     except NoSuchApi:
@@ -161,7 +165,7 @@ class _Question(threading.Thread):
             self._shown = error
 
     def answer(self) -> Shown:
-        """Wait for the thread; return the state of the v2 API, or raise the thread's exception."""
+        """Wait until the query is answered; return the state of the v2 API, or raise the exception of the query."""
         self.join()
         assert self._shown is not None
         if isinstance(self._shown, Exception):
@@ -175,7 +179,9 @@ class _Question(threading.Thread):
 
 
 def _read_ready(member: Connection) -> Shown:
-    """Return the state of the v2 API, from one member's answer to a read of Ready.
+    """Ask one member for the key Ready in the v2 API, and return the state of the API.
+
+    Raises RequestFailed if there is no answer, and StoreError if the answer is not etcd's.
 
     Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/errorcode.md
     """

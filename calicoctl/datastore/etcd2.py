@@ -185,7 +185,7 @@ class Etcd2Store:
         return self.update(entry, value, ttl)
 
     def _prune(self, directories: Iterable[str]) -> None:
-        """Remove empty directories in this order, until one is not empty. Errors stop this silently."""
+        """Remove `directories`, in this order, until one is not empty or a request fails, which raises no exception."""
         import etcd
 
         # the key is deleted already, and an empty directory that stays does no harm
@@ -276,7 +276,9 @@ class Etcd2Store:
             yield changes
 
     def _await_changes(self, directory: str, progress: Progress, seconds: float) -> tuple[list[Change], Progress]:
-        """Wait for at most `seconds` for a change below `directory`; return at most one change, and the new progress.
+        """Wait for at most `seconds` for a change below `directory`.
+
+        Returns a list of the change, empty if there was none, and the new progress.
 
         Raises WatchExpired if changes may have been missed, and StoreUnavailable if no member answers for
         WATCH_PATIENCE.
@@ -319,7 +321,7 @@ class Etcd2Store:
 
 
 class _Connection:
-    """python-etcd's client of one member. Converts exceptions of python-etcd to those of this program."""
+    """python-etcd's client of one member. Converts exceptions of python-etcd, except those that callers handle."""
 
     def __init__(self, settings: EtcdSettings, member: Member) -> None:
         self._settings = settings
@@ -329,7 +331,7 @@ class _Connection:
     def request(self, key: str, send: Callable[[etcd.Client, str], T], directory: bool = False) -> T:
         """Call `send` with python-etcd's client and the URL-quoted key; return the result.
 
-        With `directory`, the answer may have up to LARGEST_DIRECTORY bytes, otherwise up to LARGEST_VALUE. Raises
+        The answer may have up to LARGEST_DIRECTORY bytes if `directory` is true, and LARGEST_VALUE if not. Raises
         python-etcd's exception for an error that callers handle, such as a missing key or a failed comparison. Raises
         StoreError, WatchExpired or InvalidValue for other errors of etcd, RequestFailed (members.py) if there is no
         answer or no leader, and StoreUnavailable if this host lacks memory or file descriptors.
@@ -389,7 +391,7 @@ class _Connection:
         return kind(f"{self._url} did not answer ({why(cause)})", garbled)
 
     def _translated(self, error: Any, key: str) -> Any:
-        """Return the exception for python-etcd's `error`: `error` itself if the callers of `request` handle it."""
+        """Return the exception to raise for python-etcd's `error`: `error` itself if callers of `request` handle it."""
         import etcd
 
         url = self._url
@@ -449,7 +451,10 @@ def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:
 
 
 def _child_keys(client: etcd.Client, path: str) -> list[str]:
-    """Return the full paths of the keys and subdirectories directly in a directory, perhaps also its own path."""
+    """Return the full paths of the keys and subdirectories directly in a directory.
+
+    The path of the directory itself may be among them.
+    """
     import etcd
 
     url = f"{client.base_uri}{client.key_endpoint}{path}?quorum=true"
@@ -475,9 +480,9 @@ def _child_keys(client: etcd.Client, path: str) -> list[str]:
 
 
 def _confirm_quorum(client: etcd.Client, path: str) -> None:
-    """Check by a quorum read that a member is not partitioned from the others. Raises python-etcd's exceptions.
+    """Check by a quorum read that a member is not partitioned from the others.
 
-    A partitioned member answers a watch as if there were no changes.
+    A partitioned member answers a watch as if there were no changes. Raises python-etcd's exceptions if the read fails.
     """
     import etcd
 
@@ -503,7 +508,10 @@ def _entry(result: etcd.EtcdResult) -> Entry:
 
 
 def _cause(error: Any) -> BaseException:
-    """Return the error that made a request fail: one of urllib3, of the operating system, or of answers.py."""
+    """Return the exception behind `error`, which was raised since a request got no answer.
+
+    It is an exception of urllib3, of the operating system, or of answers.py.
+    """
     import etcd
 
     cause = error.cause if isinstance(error, etcd.EtcdConnectionFailed) else error

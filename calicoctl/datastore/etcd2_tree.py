@@ -75,10 +75,10 @@ def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
 
 
 def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str, Any]], int]:
-    """Return the keys and the empty directories below `path`, as etcd's JSON objects, and the store's revision.
+    """Return the JSON objects of the keys and of the empty directories below `path`, and the store's revision.
 
-    Without `recursive`, returns the keys and subdirectories directly in `path`, empty or not. The directory `path`
-    itself may be included. Exceptions: see `read`.
+    Without `recursive`, returns the objects of the keys and of all subdirectories directly in `path`. The object of
+    `path` itself may be among them. Raises what `read` raises.
     """
     options = {"quorum": "true", **({"recursive": "true"} if recursive else {})}
     answer = client.api_execute(client.key_endpoint + quote(path), "GET", params=options)
@@ -93,7 +93,7 @@ def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str
 
 
 def _check(node: dict[str, Any], path: str, index: int) -> None:
-    """Raise TypeError if an object is not a key or a directory of etcd, or cannot be in an answer about `path`.
+    """Raise TypeError if a JSON object is not a key or a directory of etcd, or cannot be in an answer about `path`.
 
     `index` is the store's revision: no key in the answer can have a later one.
     """

@@ -46,9 +46,9 @@ LARGEST = 64 * answers.MiB
 class Progress:
     """The progress of a watch. `revision` is the `waitIndex` of the next request.
 
-    `searched` is the `X-Etcd-Index` of the last answer or, if the answer was a change, the revision of the change. `at`
-    is the time of that answer (monotonic, seconds). `wait` is the result of `_wait` for the last answer without a
-    change.
+    `searched` is the `X-Etcd-Index` of the last answer or, if that answer contained a change, the revision of the
+    change. `at` is the time of that answer (monotonic, seconds). `wait` is the result of `_wait` for the last
+    request that ended without a change.
     """
 
     revision: int
@@ -64,12 +64,14 @@ class Progress:
 def poll(
     client: etcd.Client, path: str, progress: Progress, longest: float, timeout: float
 ) -> tuple[list[Change], Progress]:
-    """Send one request for a change below `path`; wait for at most `longest` seconds, but at least SHORTEST.
+    """Send one request for a change below `path`, which is URL-quoted.
 
-    `path` is URL-quoted. Returns a list of at most one change, and the new progress. The answer must begin within
-    `timeout` seconds. Raises WatchExpired if the store's revision is lower than before, since the store was replaced or
-    restored. Raises python-etcd's exceptions for errors of etcd or of the connection, and LookupError, RecursionError,
-    TypeError or ValueError for an answer that is not etcd's.
+    Waits for the change for at most `longest` seconds, but for SHORTEST if `longest` is less. Returns a list of at most
+    one change, and the new progress. The answer must begin within `timeout` seconds.
+
+    Raises WatchExpired if the store's revision is lower than before, since the store was replaced or restored. Raises
+    python-etcd's exceptions for errors of etcd or of the connection, and LookupError, RecursionError, TypeError or
+    ValueError for an answer that is not etcd's.
     """
     import etcd
     import urllib3.exceptions
@@ -108,7 +110,8 @@ def poll(
 def _wait(progress: Progress, reached: int, now: float) -> float:
     """Return for how many seconds to wait for a change, so that the next request lags behind by at most ROOM writes.
 
-    `reached` is the revision in the headers of the current answer, which arrived at the time `now`.
+    `reached` is the revision in the headers of the current answer, which arrived at the time `now`. The result is at
+    least SHORTEST, and otherwise at most twice the wait before.
     """
     written = max(0, reached - progress.searched)
     per_second = written / max(0.001, now - progress.at)

@@ -75,9 +75,10 @@ class _NoLease(StoreError):
 
 @dataclass(frozen=True)
 class _Page(Generic[T]):
-    """A page of a directory: the converted keys (`items`), the last key (`last`), and the store's revision.
+    """A page of a directory: some of its keys, in order, each converted to an item.
 
-    `more` says whether other keys follow. `limit` is the number of keys that were requested.
+    `last` is the last of these keys, empty if there are none. `revision` is the store's revision. `more` says whether
+    other keys follow. `limit` is the number of keys that were requested.
     """
 
     items: list[T]
@@ -88,14 +89,17 @@ class _Page(Generic[T]):
 
 
 class _Reading:
-    """The bounds of a read below a directory in several requests. `check` raises StoreError beyond a bound."""
+    """The bounds of a read of a directory by several requests: its time, and the number and size of what is found."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._end = time.monotonic() + LONGEST_READ
 
     def check(self, count: int, size: int = 0) -> None:
-        """Check the time, the number of keys that have been read, and the size of their names in bytes."""
+        """Raise StoreError if the read takes too long, or if `count` or `size` is too large.
+
+        `count` is the number of keys or names that have been read, and `size` is the total size of the names in bytes.
+        """
         if count > MOST_KEYS:
             raise StoreError(f"there are more than {MOST_KEYS} keys below {self._directory}, and they are not read")
         if time.monotonic() > self._end:
@@ -107,16 +111,17 @@ class _Reading:
 
 
 class _Found:
-    """The entries that are read below a directory; their total size is at most LARGEST_READ.
+    """The entries that are read below a directory, bounded to a total size of LARGEST_READ.
 
-    If it becomes larger, the entries of the largest part are forgotten. A part is what is below one name in the
-    directory. So whoever fills one part does not hide the others.
+    Each name directly in the directory makes a part: in the directory `/calico`, for example, the key `/calico/bgp` and
+    all keys below it are one part. If the entries become too large, those of the largest part are dropped. So a program
+    that writes too much below one name does not hide the other parts.
     """
 
     def __init__(self, directory: str) -> None:
         self.entries: list[Entry] = []
         self.unread: dict[str, Entry] = {}
-        """Path of a part that was forgotten -> the entry that says so."""
+        """Path of a part that was dropped -> the entry that says so."""
         self._above = len(directory) + 1
         self._sizes: dict[str, int] = {}
         self._size = 0
@@ -143,7 +148,8 @@ class _Found:
 class Etcd3Store:
     """Implements `Store` on etcd's v3 API. Not thread-safe.
 
-    All keys with the same time to live are attached to one lease, which each write with this time to live renews.
+    All keys that an object writes with the same time to live are attached to one lease. Each such write renews the
+    lease; only `put` and `put_all` leave that out if it was renewed less than half of the time to live ago.
     """
 
     atomic = True
@@ -161,7 +167,10 @@ class Etcd3Store:
         self._renewed: dict[int, float] = {}
         """Time to live -> when the last request that has renewed its lease was sent (monotonic)."""
         self._early: dict[str, OpenWatch | None] = {}
-        """Directory whose watch has expired -> the watch that was opened before the directory was read again."""
+        """Directory of which a watch has expired -> the watch that was opened before the directory was read again.
+
+        The value is None before that, and after `watch` has taken the watch.
+        """
 
     # Reads
 
@@ -191,7 +200,10 @@ class Etcd3Store:
         return self._members.retry(send) or (list(map(self.get, keys)), list(map(self.tree, directories)))
 
     def peek(self, key: str, directory: str) -> tuple[Entry | None, bool]:
-        """Return the entry of a key, and whether there is any key below `directory`, by one request."""
+        """Return the entry of `key`, None if there is none, and whether there is any key below `directory`.
+
+        Sends one request for both.
+        """
         ranges = (_key(key), _range(*below(directory), 1, keys_only=True))
         request = {"success": [{"request_range": one} for one in ranges]}
 
@@ -263,7 +275,7 @@ class Etcd3Store:
         return self._commit(writes, None)
 
     def _commit(self, writes: Sequence[Write], ttl: int | None) -> list[Entry]:
-        """Do what `commit` does. If `ttl` is set, attach the written keys to this object's lease of that ttl."""
+        """Do what `commit` does. If `ttl` is not None, attach the written keys to this object's lease for that ttl."""
         known: dict[str, Entry] = {}
 
         def send(lease: str | None, connection: Connection, doubtful: bool) -> None:
@@ -318,8 +330,9 @@ class Etcd3Store:
     def _attached(self, ttl: int | None, send: Callable[[str | None], T], always_renew: bool = True) -> T:
         """Call `send` with the id of the lease for `ttl`, or with None if `ttl` is None; return the result.
 
-        The lease is renewed before. Without `always_renew`, that is left out if it was renewed less than half of `ttl`
-        ago.
+        The lease is first created or renewed; if `always_renew` is false, it is not renewed if the last renewal was
+        less than half of `ttl` ago. If the lease has expired when `send` uses it, `send` is called again with a new
+        one. Raises StoreUnavailable if that happens ATTEMPTS times.
         """
         if ttl is None:
             return send(None)
@@ -334,7 +347,7 @@ class Etcd3Store:
         raise StoreUnavailable(f"etcd ends leases of {ttl} s before they are used; try again later")
 
     def _lease(self, connection: Connection, ttl: int) -> str:
-        """Return the id of the lease for `ttl`, which is renewed, or created if there is none."""
+        """Renew the lease for `ttl`, or create one if there is none or it has expired; return the id of the lease."""
         if not self._keep_alive(connection, ttl):
             now = time.monotonic()
             with _translated(connection, "a lease"):
@@ -399,10 +412,11 @@ class Etcd3Store:
             close()
 
     def _opened_early(self, directory: str) -> OpenWatch | None:
-        """Return a watch of the changes from now on if the last watch of the directory has expired, else None.
+        """If a watch of the directory has expired before, open a watch of the changes from now on, and return it.
 
-        Somebody may compact the store so often that the changes since a read are always forgotten when they are asked
-        for. A watch that is open already has them.
+        Called before the directory is read. If the store is compacted very often, a watch that is opened after the read
+        comes too late: the changes since the read are compacted already. A watch that is opened before the read
+        receives them. Returns None if no watch of the directory has expired.
         """
         if directory not in self._early:
             return None
@@ -422,9 +436,11 @@ class Etcd3Store:
             self._early[directory] = None
 
     def _await_changes(self, poll: Callable[[Connection, float], list[Change]], end: float) -> list[Change]:
-        """Return the result of `poll` at the first member that answers and has a quorum.
+        """Call `poll(connection, end)` for one member after another until it succeeds; return its result.
 
-        Raises WatchExpired if a connection was lost, and StoreUnavailable if no member answers for WATCH_PATIENCE.
+        `poll` fails if the member does not answer or has no quorum. `end` is the time at which it must return
+        (monotonic). Raises WatchExpired if a connection was lost, and StoreUnavailable if no member answers for
+        WATCH_PATIENCE.
         """
         deadline: Deadline | None = None
         while True:
@@ -448,7 +464,7 @@ class Etcd3Store:
         return self._members.retry(send)
 
     def _get(self, key: str) -> tuple[Entry | None, str | None]:
-        """Return a key's entry and the id of the key's lease, each None if there is none."""
+        """Return a key's entry (None: no such key), and the id of the key's lease (None: no key or no lease)."""
 
         def parse(answer: dict[str, Any]) -> tuple[Entry | None, str | None]:
             kvs = answer.get("kvs", [])
@@ -459,12 +475,12 @@ class Etcd3Store:
     def _list(self, directory: str, item: Item) -> tuple[list[Entry], int]:
         """Return `item(kv)` for each key below a directory, and the revision at which all keys were read.
 
-        `kv` is the JSON object of a key. If the value is too large to be read, `kv` has an additional field "problem".
-        What is below the same name in the directory is left out if it makes the whole too large: see _Found. An Entry
-        with a `problem` stands for it.
+        `kv` is the JSON object of a key. If the key's value is too large to be read, `kv` has no value, and a field
+        "problem". A key for which `item` returns None is left out. If there is too much to be read below the directory,
+        the largest part is left out, and an Entry with a `problem` stands for it: see _Found.
 
-        All pages must be of one revision. If it is compacted meanwhile, each attempt requests larger pages, so that
-        the last one needs no second page unless an answer would be too large.
+        All pages are read at the revision of the first one. If that revision is compacted before the last page is read,
+        the directory is read again with larger pages. The last attempt needs only one page, unless that is too large.
         """
         reading = _Reading(directory)
         for attempt in range(ATTEMPTS):
@@ -475,7 +491,10 @@ class Etcd3Store:
         raise StoreUnavailable(f"etcd forgets what is below {directory} before it is read to the end; try again later")
 
     def _list_once(self, directory: str, item: Item, most: int, reading: _Reading) -> tuple[list[Entry], int]:
-        """Do what `_list` does, with pages of at most `most` keys. Raises _Compacted."""
+        """Do what `_list` does, once, with pages of at most `most` keys.
+
+        Raises _Compacted if the revision is compacted before all pages are read.
+        """
         found = _Found(directory)
         prefix, end = below(directory)
         start, at, limit, count = prefix, 0, most, 0
@@ -500,10 +519,10 @@ class Etcd3Store:
         limit: int,
         at: int,
     ) -> _Page[T]:
-        """Return a page of up to `limit` keys from `start` on, before `end`. `item`: see `_list`.
+        """Return a page of up to `limit` keys from `start` on, before `end`. `item` converts a key: see `_list`.
 
         The keys are read at the revision `at`, or at the current one if `at` is 0. If the answer is too large, fewer
-        keys are requested.
+        keys are requested; a single key whose value is too large is requested without the value.
         """
 
         def send(connection: Connection) -> _Page[T]:
@@ -523,9 +542,10 @@ class Etcd3Store:
     def _first_keys(
         self, directory: str, gaps: Sequence[tuple[bytes, bytes]], limit: int = PAGE
     ) -> list[tuple[list[bytes], bool]]:
-        """Return up to `limit` keys in each of the ranges `gaps`, and whether other keys follow in the range.
+        """Return a pair for each of the ranges `gaps`: up to `limit` of its keys, and whether other keys follow there.
 
-        If the answer is too large, fewer ranges and fewer keys are requested, so the result may be shorter than `gaps`.
+        If the answer is too large, fewer ranges and fewer keys are requested. So the result may be shorter than `gaps`:
+        pairs for the last ranges are then missing.
         """
 
         def send(connection: Connection) -> list[tuple[list[bytes], bool]]:
@@ -547,7 +567,10 @@ class Etcd3Store:
 
 @contextmanager
 def _translated(connection: Connection, key: str) -> Iterator[None]:
-    """Convert an ErrorAnswer, and exceptions for JSON of unexpected shape, to a StoreError."""
+    """Convert an ErrorAnswer to a StoreError; convert other exceptions, which JSON of unexpected shape causes, as well.
+
+    `key` is the key that the message of the StoreError names.
+    """
     try:
         yield
     except ErrorAnswer as error:
@@ -627,7 +650,11 @@ def _range(start: bytes, end: bytes, limit: int, at: int = 0, keys_only: bool = 
 def _page_of(
     answer: Any, start: bytes, end: bytes, item: Callable[[Any], T], limit: int = PAGE, problem: str | None = None
 ) -> _Page[T]:
-    """Convert an answer to a page. If `problem` is not None, it is added to the JSON object of each key."""
+    """Convert the answer to a read of the range from `start` to `end` to a page.
+
+    `item` converts the JSON object of each key. If `problem` is not None, it is first added to that object. Raises
+    TypeError if the answer is not about this range.
+    """
     kvs, more = answer.get("kvs", []), bool(answer.get("more"))
     last = etcd3_json.raw(kvs[-1]["key"]) if kvs else b""
     if (kvs and not start <= last < end) or (more and not kvs):
@@ -638,7 +665,10 @@ def _page_of(
 
 
 def _entry_of(kvs: list[Any], key: str) -> Entry | None:
-    """Return the entry in the answer to a read of `key`, None if the key does not exist."""
+    """Return the entry in the answer to a read of `key`, None if the key does not exist.
+
+    Raises TypeError if the answer is about another key.
+    """
     if not kvs:
         return None
     entry = etcd3_json.read(kvs[0])
@@ -648,7 +678,7 @@ def _entry_of(kvs: list[Any], key: str) -> Entry | None:
 
 
 def _ranges(answer: Any, count: int) -> list[Any]:
-    """Return the answers to the `count` reads of a transaction."""
+    """Return the answers to the `count` reads of a transaction; raise TypeError if there are fewer or more answers."""
     responses = answer.get("responses", [])
     if len(responses) != count:
         raise TypeError("something else than what was asked for")
@@ -656,7 +686,11 @@ def _ranges(answer: Any, count: int) -> list[Any]:
 
 
 def _gaps(directory: str, but: Collection[str]) -> list[tuple[bytes, bytes]]:
-    """Return the ranges (first key, end) of keys below `directory`, without the names in `but` and the keys below."""
+    """Return ranges, as (first key, end), that together contain all keys below `directory` except those of `but`.
+
+    `but` are names directly in the directory: the key with such a name, and all keys below it, are in none of the
+    ranges.
+    """
     start, end = below(directory)
     gaps = []
     # between the key of a name and what is below it, there may be others: "a", "a.b", "a/c"
@@ -732,10 +766,10 @@ def _written(write: Write, reached: int) -> Entry:
 def _settled(writes: Sequence[Write], answer: Any, doubtful: bool, fence: Fence | None) -> dict[str, Entry]:
     """Return key -> entry for those writes of a failed transaction that need not be sent again.
 
-    `answer` contains the current entries of the keys. `doubtful` says that an earlier attempt may have been applied: if
-    it was, all keys are as written, and no write is left. If it was not, only the deletes of missing keys are done.
-    Raises KeyExists or CompareFailed if another writer has changed a key, and Fenced if writes are left, and only the
-    fence has changed.
+    `answer` contains the current entries of the keys. `doubtful` says that an earlier attempt at the transaction may
+    have been applied. If it was applied, each key is as its write leaves it, so the result contains all writes. If it
+    was not, the result contains only the Deletes of keys that no longer exist. Raises KeyExists or CompareFailed if
+    another writer has changed a key, and Fenced if none has, but the fence has changed and writes are left.
     """
     found = [one.get("kvs", []) for one in _ranges(answer, len(writes) + (fence is not None))]
     verdicts = [_verdict(write, _entry_of(kvs, write.key), doubtful) for write, kvs in zip(writes, found)]
@@ -755,7 +789,8 @@ def _settled(writes: Sequence[Write], answer: Any, doubtful: bool, fence: Fence 
 def _verdict(write: Write, now: Entry | None, doubtful: bool) -> Entry | None:
     """Return a write's entry if the key is as the write leaves it, None if the write's condition is met.
 
-    Raises KeyExists or CompareFailed in any other case.
+    `now` is the key's current entry, None if there is no such key. `doubtful` says that the write may have been
+    applied. Raises KeyExists or CompareFailed if another writer has changed the key.
     """
     if isinstance(write, Create):
         if now is not None and not doubtful:

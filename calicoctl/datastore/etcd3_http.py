@@ -57,7 +57,8 @@ _BAD_HANDSHAKE = "authentication handshake failed"
 """Part of the message of a permanent UNAVAILABLE: etcd's gateway cannot connect to its own member by TLS."""
 
 _REFUSED_CERTIFICATE = re.compile("ALERT.*(CERT|UNKNOWN_CA)")
-"""The reason of a TLS error if the other end refuses the certificate, or that there is none: it has read no request."""
+"""Matches the reason of a TLS error if the member refuses this host's certificate, or requires one and gets none.
+The member has then read no request."""
 
 _GARBLED = (
     "SSLError",
@@ -87,14 +88,19 @@ class ErrorAnswer(Exception):
 
 
 Authorize = Callable[["Connection", Collection[str]], "tuple[Optional[str], bool]"]
-"""A function (connection, refused tokens) -> (token, is_new). The token is for requests over the connection, None to
-send no token. `is_new` says that etcd has just issued the token, so that its refusal is final. The second argument has
-the tokens that the member has refused for the same request, "" for none; after some of them, the result must be new.
+"""A function (connection, refused) -> (token, is_new) that returns the token for requests over a connection.
+
+`refused` are the tokens that the member has refused for the same request; the text "" stands for a request that was
+refused since it had no token. In the result, the token is None if none is to be sent. `is_new` says that no other token
+need be tried if this one is refused, for example since etcd has just issued it; after a few refusals, it must be true.
 The function may send requests by `Connection.exchange`, and may raise StoreError."""
 
 
 class Connection:
-    """Access to one member: a persistent connection for requests, and a new one for each stream. Not thread-safe."""
+    """Access to one member: a persistent connection for requests, and a new connection for each stream.
+
+    Not thread-safe.
+    """
 
     def __init__(self, settings: EtcdSettings, member: Member, authorize: Authorize | None = None) -> None:
         self.url = settings.url(member)
@@ -107,10 +113,7 @@ class Connection:
         self._kept: socket.socket | None = None
 
     def post(self, path: str, body: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
-        """Send a POST request with a token, and return the answer; see `exchange`.
-
-        If the token is refused, the request is sent again with another one: see `with_token`.
-        """
+        """Do what `exchange` does, for a POST request. If etcd refuses the token, try others: see `with_token`."""
         return self.with_token(lambda: self.exchange("POST", path, body, seconds))
 
     def exchange(
@@ -154,9 +157,9 @@ class Connection:
         return response.status, content
 
     def stream(self, path: str, body: dict[str, Any], largest: int) -> Stream:
-        """Send a POST request whose answer is a stream; return the stream. Each message has at most `largest` bytes.
+        """Send a POST request whose answer is a stream of messages, each of at most `largest` bytes; return the stream.
 
-        The token is sent as it is: see `with_token`. Raises what `exchange` raises.
+        Raises what `exchange` raises. If etcd refuses the token, no other is tried: call this through `with_token`.
         """
         sock = self._connect()
         try:
@@ -178,10 +181,10 @@ class Connection:
             self._kept = None
 
     def with_token(self, send: Callable[[], T]) -> T:
-        """Call `send`, which sends a request with `token`; return the result.
+        """Call `send`, which sends a request with the attribute `token`; return the result.
 
-        If it raises an ErrorAnswer that is about the token, it is called again with another one, until a new one is
-        refused, too. Raises what `send` and Authorize raise.
+        If `send` raises an ErrorAnswer that is about the token, set `token` to another one (see Authorize), and call
+        `send` again. If the refused token was a new one, raise the ErrorAnswer. Raises what `send` and Authorize raise.
         """
         if self._authorize is None:
             return send()
@@ -199,9 +202,9 @@ class Connection:
                 self.token, is_new = self._authorize(self, refused)
 
     def _connect(self) -> socket.socket:
-        """Return a new socket, with TLS if needed, and with the timeout READ_TIMEOUT.
+        """Connect to the member; return the socket, with TLS if needed, and with the timeout READ_TIMEOUT.
 
-        Raises NotSent, and StoreUnavailable if this host lacks memory or file descriptors.
+        Raises NotSent if that fails, and StoreUnavailable if this host lacks memory or file descriptors.
         """
         name, port = self._member[0].strip("[]"), self._member[1]
         try:
@@ -241,10 +244,11 @@ class Connection:
 
     @contextmanager
     def no_answer(self) -> Iterator[None]:
-        """Convert the exceptions of sockets and of HTTP to those for requests without an answer.
+        """Convert the exceptions of sockets and of HTTP in the body of `with` to those for requests without an answer.
 
-        NotSent only if the member refuses the certificate of this host, or that it has none: with TLS 1.3, that comes
-        to light when the answer is read.
+        Raises Unanswered for a timeout, and ConnectionLost in most other cases; NotSent if the member refuses this
+        host's certificate or requires one, which with TLS 1.3 shows only when the answer is read; and StoreUnavailable
+        if this host lacks memory or file descriptors.
         """
         try:
             yield
@@ -257,7 +261,11 @@ class Connection:
             raise kind(f"{self.url} did not answer ({why(error)})", type(error).__name__ in _GARBLED) from error
 
     def _parsed(self, status: int, content: bytes) -> dict[str, Any]:
-        """Return the JSON object in an answer; raise ErrorAnswer, Unanswered or StoreError for an error."""
+        """Return the JSON object in an answer with the HTTP status `status` and the body `content`.
+
+        If the answer reports an error, raises Unanswered if a retry may succeed, and ErrorAnswer if it cannot. Raises
+        StoreError if the answer is not etcd's, or if etcd does not accept this host's certificate over HTTP.
+        """
         try:
             answer = json.loads(content)
             error = _error(answer)
@@ -280,7 +288,10 @@ class Connection:
         raise self.meaning(*error)
 
     def meaning(self, code: int, message: str) -> Exception:
-        """Return the exception for an error of etcd: ErrorAnswer if it is final, else Unanswered."""
+        """Return the exception for an error of etcd: Unanswered if a retry may succeed, ErrorAnswer if it cannot.
+
+        `code` is the gRPC status code, and `message` is etcd's text.
+        """
         refused = code in _REFUSALS and _BUSY not in message
         if refused or _BAD_HANDSHAKE in message:
             return ErrorAnswer(code, message)
@@ -313,9 +324,10 @@ class Stream:
     def next(self, seconds: float) -> dict[str, Any] | None:
         """Return the `result` of the next message, None if no message begins within `seconds`.
 
-        Raises ConnectionLost at the end of the stream, Unanswered if a message is interrupted or the member has no
-        leader, ErrorAnswer for a refusal, StoreError for a message that is not etcd's, and StoreUnavailable if this
-        host lacks memory. After an exception, the stream must be closed.
+        Raises ConnectionLost if the stream or the connection has ended, Unanswered if a message that has begun
+        does not end in time or the member has no leader, ErrorAnswer if etcd refuses the request, StoreError for a
+        message that is not etcd's, and StoreUnavailable if this host lacks memory. After an exception, the stream must
+        be closed.
         """
         with self._member.no_answer():
             if not self._rest and not self._bounds.wait(max(seconds, 0.001)):
@@ -343,7 +355,7 @@ class Stream:
         raise ConnectionLost(f"{self._member.url} has ended the stream ({' '.join(text.split())[:120]})")
 
     def _part(self) -> bytes:
-        """Return the next bytes of the answer, at most PART. Raises OSError or HTTPException."""
+        """Return the next bytes of the answer, at most PART. Raises OSError or HTTPException, also at its end."""
         # http.client leaves the end of a chunk unread, which would look like the beginning of the next message
         file = self._response.fp
         if not self._response.chunked:
@@ -368,7 +380,7 @@ class Stream:
 
 
 def _error(answer: Any) -> tuple[int, str] | None:
-    """Return the gRPC code and the message if `answer` is an error of etcd, else None."""
+    """Return the gRPC code and the message in `answer` if it is an error of etcd, None if it is not."""
     if not isinstance(answer, dict):
         return None
     # in a stream, the error is an object in the answer, and etcd 3.4 calls the code grpc_code
@@ -385,7 +397,10 @@ def _is_over(sock: socket.socket) -> bool:
 
 
 def _tls(settings: EtcdSettings, plain: socket.socket, name: str) -> ssl.SSLSocket:
-    """Return `plain` with TLS. The files with certificates are read each time, since they may be renewed."""
+    """Return a TLS connection over `plain` to the member called `name`.
+
+    The files with certificates are read each time, since they may be renewed.
+    """
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,7 +1,8 @@
-"""Converts the JSON of etcd's v3 API: keys and values in base64, revisions, entries, changes.
+"""Converts between the JSON of etcd's v3 API and Python: keys and values, numbers, entries, and changes.
 
-In this JSON, int64 values are strings, and fields that are zero, false or empty are omitted. For JSON of unexpected
-shape, the functions raise LookupError, TypeError, AttributeError or ValueError (including binascii.Error).
+In this JSON, keys and values are in base64, and int64 numbers are strings. Fields that are zero, false or empty are
+omitted. If the JSON has an unexpected shape, the functions raise LookupError, TypeError, AttributeError or ValueError
+(including binascii.Error).
 
 Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/learning/api.md
 """
@@ -20,14 +21,14 @@ def base64(raw: bytes) -> str:
 
 
 def raw(text: str) -> bytes:
-    """Decode a key or a value from base64; raise TypeError or ValueError."""
+    """Decode a key or a value from base64. Raise TypeError if it is not a string, ValueError if it is not base64."""
     if not isinstance(text, str):
         raise TypeError("no text")
     return binascii.a2b_base64(text)
 
 
 def encoded(key: str) -> bytes:
-    """Encode a key or a value in UTF-8; raise InvalidValue if it is not valid Unicode."""
+    """Return a key, or a value, in UTF-8. Raise InvalidValue if it is not valid Unicode."""
     try:
         return key.encode()
     except UnicodeEncodeError:
@@ -35,13 +36,16 @@ def encoded(key: str) -> bytes:
 
 
 def below(directory: str) -> tuple[bytes, bytes]:
-    """Return the range of the keys below a directory: the first possible key, and the end, which is excluded."""
+    """Return the range of the keys below a directory, as (start, end). The range excludes `end`."""
     path = encoded(directory)
     return path + b"/", path + b"0"  # the character after the slash
 
 
 def number(thing: Any, name: str) -> int:
-    """Return the field `name` of a JSON object, an int64 that is not negative; 0 if it is missing."""
+    """Return the int64 in the field `name` of the JSON object `thing`; 0 if the field is missing.
+
+    Raises TypeError for a negative number, and for any other value that is not an int64.
+    """
     text = thing.get(name, "0")
     if not (isinstance(text, str) and text.isdecimal() and len(text) < 20):
         raise TypeError(f"{name} is no number")
@@ -49,12 +53,15 @@ def number(thing: Any, name: str) -> int:
 
 
 def revision(answer: Any) -> int:
-    """Return the store's revision in the header of an answer."""
+    """Return the store's revision from the header of an answer."""
     return number(answer["header"], "revision")
 
 
 def read(kv: Any) -> Entry:
-    """Return a key's entry. Invalid UTF-8 in the value is replaced by U+FFFD; in the key, it raises ValueError."""
+    """Convert the JSON object of a key to an Entry.
+
+    Bytes of the value that are not UTF-8 are replaced by U+FFFD. If the key is not UTF-8, ValueError is raised.
+    """
     return Entry(
         raw(kv["key"]).decode(),
         raw(kv.get("value", "")).decode(errors="replace"),
@@ -66,9 +73,11 @@ def read(kv: Any) -> Entry:
 
 
 def followed(kv: Any) -> Entry:
-    """Return a key's entry, which has a `problem` and no value if the key or the value is not UTF-8.
+    """Convert the JSON object of a key to an Entry, for a watch.
 
-    If the JSON object has a field "problem", the entry has this `problem`.
+    If the JSON object has a field "problem" (see Etcd3Store._list), the Entry has this `problem`. If it has no such
+    field, the Entry has a `problem` if the key or the value is not UTF-8. An Entry with a `problem` has an empty value.
+    Bytes of the key that are not UTF-8 are escaped (see `name`).
     """
     value, problem = "", kv.get("problem")
     for what, part in (("key", kv["key"]), ("value", kv.get("value", ""))):
@@ -82,12 +91,12 @@ def followed(kv: Any) -> Entry:
 
 
 def name(kv: Any) -> str:
-    """Return a key as text. Bytes that are not UTF-8 are escaped."""
+    """Return a key, from its JSON object, as text. Bytes that are not UTF-8 are escaped, for example as `\\xff`."""
     return raw(kv["key"]).decode(errors="backslashreplace")
 
 
 def change(event: Any) -> Change:
-    """Convert an event of a watch to a Change."""
+    """Convert an event of a watch (a JSON object) to a Change."""
     kv = event["kv"]
     if event.get("type", "PUT") == "DELETE":
         return Change(name(kv), None, alone=True)

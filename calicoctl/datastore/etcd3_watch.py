@@ -5,13 +5,16 @@ Each further message contains the changes of one revision or more, in order. Spe
 
 * If the changes were compacted, or the watch is refused, a message says `canceled`. The stream stays open, but no
   message follows.
-* If the store was restored from a backup, its revision may be lower than that of the watch, and no message follows. So
-  the revision in the first message is compared with that of the watch. A member may also lag behind the others, so the
-  caller must make a linearizable read at the same member before it opens a watch.
-* A large message is sent in fragments. Before the last fragment, the changes of a revision may be incomplete.
+* If the store was restored from a backup, its revision may be lower than the revision at which the watch begins. Then
+  no message follows the first one. So the revision in the first message is compared with that at which the watch
+  begins. The revision of a member that lags behind the others may be too low as well. To exclude this, the caller must
+  make a linearizable read at the member before it opens a watch there.
+* A large message is sent in fragments. Until the last fragment has arrived, the changes of a revision may be
+  incomplete.
 * A member that hangs sends nothing. Etcd3Store.watch detects this.
-* A message without changes says that there are no changes up to its revision. etcd sends such messages every ten
-  minutes, so that a new watch at another member need not begin at an old, compacted revision.
+* A message without changes contains a revision, and says that there are no further changes up to this revision. If
+  nothing changes, etcd sends such a message every ten minutes. So a later watch, at another member, need not begin at
+  an old revision, which may have been compacted.
 
 Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/learning/api.md ("Watch API") and
 etcdserver/api/v3rpc/watch.go there.
@@ -34,13 +37,20 @@ LARGEST = 64 * answers.MiB
 
 
 class OpenWatch:
-    """A watch at one member. `revision` is the first revision whose changes have not been received completely."""
+    """A watch at one member.
+
+    `revision` is the first revision whose changes may not all have been received. A watch that replaces this one must
+    begin there.
+    """
 
     def __init__(self, connection: Connection, directory: str, revision: int = 0) -> None:
-        """Open a watch of the changes below `directory` from `revision` on; 0: from the member's next revision on.
+        """Open a watch of the changes below `directory`, and wait for the first message.
 
-        Raises WatchExpired if the changes were compacted, or if the store's revision is too low. Raises ErrorAnswer or
-        StoreError if the watch is refused, LookupError, TypeError or ValueError for an unexpected message, and what
+        The watch begins at `revision` or, if this is 0, at the revision that follows the member's current one.
+
+        Raises WatchExpired if the changes from `revision` on were compacted, or if the store has not even reached the
+        revision before `revision`, since it was restored from a backup. Raises ErrorAnswer or StoreError if the watch
+        is refused; AttributeError, LookupError, TypeError or ValueError for an unexpected message; and what
         Connection.post raises.
         """
         self.connection = connection
@@ -66,9 +76,10 @@ class OpenWatch:
         connection.with_token(opened)
 
     def changes(self, seconds: float) -> list[Change]:
-        """Wait for at most `seconds` for changes; return those of one message, or an empty list.
+        """Wait for a message with changes, and return its changes.
 
-        Raises what `__init__` raises. After an exception, the watch must be closed.
+        If no such message begins within `seconds`, return an empty list. Raises what `__init__` raises. After an
+        exception, the watch must be closed.
         """
         end = time.monotonic() + seconds
         changes: list[Change] | None = []
@@ -95,7 +106,10 @@ class OpenWatch:
         self.revision = self.revision or reached + 1
 
     def _next(self, seconds: float) -> list[Change] | None:
-        """Return the changes in the next message, and advance `revision`; None if no message begins in `seconds`."""
+        """Read the next message, advance `revision`, and return the message's changes, of which there may be none.
+
+        If no message begins within `seconds`, return None.
+        """
         message = self._stream.next(seconds)
         if message is None:
             return None

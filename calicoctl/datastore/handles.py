@@ -1,8 +1,8 @@
-"""IPAM handles: for each workload, the number of its addresses in each block.
+"""IPAM handles. A workload's handle contains, for each block, the number of the workload's addresses in the block.
 
-If a handle and a block disagree, the block is right. An atomic store changes a count together with the block. On other
-stores, a count is increased before the block is written, and decreased afterwards, so a handle always names all blocks
-with addresses of the workload.
+If a handle and a block disagree, the block is right. In an atomic store, a count and the block are written in one
+transaction. In other stores, a count is increased before addresses are assigned in the block, and decreased after
+addresses were released there. So a handle always names all blocks with addresses of the workload.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ class Handles:
         return self._store.names(keys.ipam_handles())
 
     def counts(self) -> tuple[dict[str, dict[str, int]], list[InvalidValue]]:
-        """Return handle -> CIDR of a block -> number of addresses, and an error for each invalid handle."""
+        """Read all handles.
+
+        Return, for the valid ones, handle -> CIDR of a block -> number of the handle's addresses in the block; and, for
+        each invalid one, an error.
+        """
         counts: dict[str, dict[str, int]] = {}
         invalid: list[InvalidValue] = []
         for entry in self._store.tree(keys.ipam_handles()):
@@ -51,22 +55,27 @@ class Handles:
         return counts, invalid
 
     def totals(self) -> dict[str, int | None]:
-        """Return handle -> number of addresses in all blocks, None for an invalid handle."""
+        """Return handle -> number of its addresses in all blocks together, None if the handle is invalid."""
         counts, invalid = self.counts()
         totals: dict[str, int | None] = {handle: sum(blocks.values()) for handle, blocks in counts.items()}
         return {**totals, **{keys.last(error.key): None for error in invalid}}
 
     def held_in(self, handle: str, cidr: str) -> int:
-        """Read the block `cidr`, and return how many of its addresses are assigned to `handle`. Raises InvalidValue."""
+        """Read the block `cidr`, and return how many of its addresses are assigned to `handle`.
+
+        Returns 0 if the block does not exist. Raises InvalidValue if the block is invalid.
+        """
         entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
         return 0 if entry is None else Block.from_entry(entry).count(handle)
 
     def recount(self, handle: str, planned: Mapping[str, int] | None = None) -> Entry | None:
-        """Correct the counts of a handle; return its entry after the change, None if there is no handle then.
+        """Correct the counts of a handle. Return the corrected entry, None if the handle does not exist (any more).
 
-        The handle's addresses are counted in each block that the handle names. For the blocks in `planned` (CIDR ->
-        count), that count is written instead. The count of an invalid block stays as it is. A handle without addresses
-        is deleted. Raises Conflict if other writers keep changing the handle, and InvalidValue if it is invalid.
+        `planned` maps CIDRs of blocks to counts, which are written as they are. The handle need not name these blocks
+        yet. In each other block that the handle names, the handle's addresses are counted; but the count of an invalid
+        block does not change. A handle without addresses is deleted.
+
+        Raises Conflict if other writers keep changing the handle, and InvalidValue if the handle is invalid.
         """
         planned = planned or {}
         key = keys.ipam_handle(handle)
@@ -90,7 +99,10 @@ class Handles:
 
 
 def read_blocks(store: Store, cidrs: Collection[str]) -> tuple[list[tuple[Entry, Block]], dict[str, InvalidValue]]:
-    """Read blocks; return the valid ones that exist, each with its entry, and CIDR -> error for the invalid ones."""
+    """Read the blocks `cidrs`. Return (entry, block) for each valid block, and CIDR -> error for the invalid blocks.
+
+    Blocks that do not exist are left out.
+    """
     by_key = {keys.ipam_block(version_of(cidr), cidr): cidr for cidr in cidrs}
     invalid: dict[str, InvalidValue] = {}
     entries: dict[str, Entry] = {}
@@ -112,10 +124,11 @@ def read_blocks(store: Store, cidrs: Collection[str]) -> tuple[list[tuple[Entry,
 
 
 def counted(handle: str, entry: Entry | None, counts: Mapping[str, int]) -> Write | None:
-    """Return the write that sets the counts of some blocks in a handle, None if there is nothing to write.
+    """Return the write that sets counts in a handle: the number of addresses for each block in `counts`, by CIDR.
 
-    `entry` is the handle's entry, None if there is no such handle. `counts` maps CIDRs of blocks to numbers of
-    addresses; the counts of other blocks do not change. A handle without addresses is deleted. Raises InvalidValue.
+    The counts of other blocks do not change. If no addresses are left, the write deletes the handle. `entry` is the
+    handle's current entry, None if the handle does not exist: then the write creates the handle, or None is returned
+    if all counts are 0. Raises InvalidValue if `entry` is invalid.
     """
     key = keys.ipam_handle(handle)
     data = {"id": handle} if entry is None else load_object(entry.value, key)
@@ -129,7 +142,10 @@ def counted(handle: str, entry: Entry | None, counts: Mapping[str, int]) -> Writ
 
 
 def counts_of(entry: Entry) -> dict[str, int]:
-    """Parse the entry of a handle; return CIDR of a block -> number of addresses. Raises InvalidValue."""
+    """Parse the entry of a handle; return CIDR of a block -> number of addresses.
+
+    Raises InvalidValue if the entry is invalid.
+    """
     counts = load_object(entry.value, entry.key).get("block")
     if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
         raise InvalidValue(entry.key, '"block" should be an object of numbers')

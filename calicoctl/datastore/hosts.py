@@ -1,4 +1,4 @@
-"""The registration of hosts in the store: names, addresses and AS numbers."""
+"""The registration of hosts in the store (names, addresses, AS numbers, MACs), and summaries of all hosts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def hostname() -> str:
 
 
 def check_hostname(name: str) -> str:
-    """Return `name`, a host's name; raise CalicoError if it is invalid."""
+    """Return `name` unchanged; raise CalicoError if it is not a valid name of a host."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}", name, re.ASCII):
         raise CalicoError(
             f"the host name '{name}' cannot be used: it must have letters, digits, '_', '.' and '-', with a letter or "
@@ -46,12 +46,15 @@ def check_hostname(name: str) -> str:
 
 @dataclass
 class HostSummary:
-    """A summary of the data about one host in the store. Addresses are as stored, None if they are missing.
+    """A summary of the data about one host in the store.
 
-    `as_num` is the host's AS number or, without one, the global AS number. `agent` is "up", "starting" (until the first
-    snapshot is in the kernel) or "down". `reported` is the time (ISO 8601) at which the host's status was last written,
-    None if it is unknown. `endpoints` maps each of ENDPOINT_STATES to a number of endpoints. Endpoints without a
-    reported status, and all endpoints while the agent is not "up", count as "unknown".
+    `ipv4` and `ipv6` are the registered addresses as they are stored, None if they are missing or empty. `as_num` is
+    the host's own AS number or, if it has none, the global AS number. `agent` is "up", "starting" (until the first
+    snapshot is in the kernel), or "down" if there is no heartbeat. `reported` is the time (ISO 8601) in the heartbeat,
+    None if there is no heartbeat, or no time in it.
+
+    `endpoints` maps each of ENDPOINT_STATES to the number of endpoints with that status. Endpoints without a reported
+    status count as "unknown", and so do all endpoints of the host while `agent` is not "up".
     """
 
     name: str
@@ -76,12 +79,12 @@ class Hosts:
         return any(self._store.exists(directory) for directory in directories)
 
     def registered(self) -> list[str]:
-        """Return the sorted names of the hosts that have a key for a BGP address, even if its value is empty."""
+        """Return the sorted names of the hosts that have a key for a BGP address, even if the key's value is empty."""
         entries = self._store.tree(keys.BGP_HOSTS)
         return sorted({host for host in map(keys.parse_bgp_host_address, (e.key for e in entries)) if host is not None})
 
     def summaries(self) -> list[HostSummary]:
-        """Return a HostSummary for each host with an address, AS number, heartbeat or endpoint, sorted by name."""
+        """Return a HostSummary for each host that has an address, AS number, heartbeat or endpoint, sorted by name."""
         found: dict[str, HostSummary] = {}
 
         def summary(name: str) -> HostSummary:
@@ -113,9 +116,11 @@ class Hosts:
         return [found[name] for name in sorted(found)]
 
     def endpoint_statuses(self, host: str | None = None) -> Callable[[EndpointId], tuple[str, str | None]]:
-        """Read the statuses of all endpoints, or of those of `host`; return a function that looks up one of them.
+        """Read the statuses of all endpoints or, if `host` is not None, only of that host's endpoints.
 
-        The function maps an endpoint's id to the status (one of ENDPOINT_STATES) and the reason (None: no reason).
+        Return a function that maps an endpoint's id to (status, reason). The status is one of ENDPOINT_STATES. It is
+        "unknown" if none was reported, or if the agent of the endpoint's host is not up (see HostSummary). The reason
+        is None if none was reported.
         """
         return _Reports(self._store.tree(keys.FELIX_HOSTS if host is None else keys.felix_host(host))).status
 
@@ -128,10 +133,11 @@ class Hosts:
         return DEFAULT_AS_NUMBER
 
     def addresses(self, version: int | None = None, entries: Iterable[Entry] | None = None) -> dict[str, str]:
-        """Return canonical address -> host, for all registered hosts; with `version`, for that IP version only.
+        """Return the addresses of all registered hosts, as canonical address -> host.
 
-        Invalid addresses are omitted. An address of both this host and another host maps to the other host. `entries`
-        are the entries below keys.BGP_HOSTS, if the caller has just read them.
+        If `version` is 4 or 6, only addresses of that IP version are returned. Invalid addresses are left out. If this
+        host and another host have registered the same address, the address maps to the other host. `entries` are the
+        entries below keys.BGP_HOSTS, if the caller has just read them; if `entries` is None, they are read.
         """
         from calicoctl.addresses import parse_address
 
@@ -155,17 +161,20 @@ class Hosts:
         return found
 
     def addresses_of_others(self) -> dict[str, str]:
-        """Return canonical address -> host, for all registered hosts except this one."""
+        """Return the addresses of all registered hosts except this one, as canonical address -> host."""
         return {address: host for address, host in self.addresses().items() if host != self.host}
 
     def check_writable(self) -> None:
-        """Raise StoreError if etcd does not permit writes to two of this host's keys. Changes nothing."""
+        """Raise StoreError if etcd does not permit writes to this host's keys.
+
+        Only the keys of the host's IPv4 address are tested. Nothing is changed.
+        """
         self._store.check_writable(keys.host_bird_ip(self.host), keys.bgp_host_address(self.host, 4))
 
     def unregister(self) -> bool:
-        """Delete this host's keys and release its block affinities; addresses in use stay assigned.
+        """Delete this host's keys, and release its block affinities. Addresses in use stay assigned.
 
-        Returns whether the host was registered (see `is_registered`), or had any affinity.
+        Returns whether the host was registered (see `is_registered`), or had any block affinity.
         """
         from calicoctl.datastore.ipam import Ipam
 
@@ -181,10 +190,10 @@ class Hosts:
         return found
 
     def register(self, ipv4: str | None, ipv6: str | None, as_num: str | None) -> None:
-        """Write this host's keys, after missing global settings and default pools.
+        """Create the global settings and default pools that are missing; then write this host's keys.
 
-        An address of None is written as an empty value. With `as_num=None`, the host's own AS number is deleted. A
-        default pool is created if there is no pool of its IP version. Raises Frozen if the store is frozen.
+        A default pool is missing if there is no pool of its IP version. If an address is None, an empty value is
+        written. If `as_num` is None, the host's own AS number is deleted. Raises Frozen if the store is frozen.
         """
         for setting in config.WRITTEN:
             create_if_missing(self._store, keys.config(setting.name), str(setting.default))
@@ -219,8 +228,8 @@ class Hosts:
     def next_hop(self, version: int, entries: Iterable[Entry] | None = None) -> str:
         """Return this host's registered address of an IP version, which is the next hop of its workloads.
 
-        `entries`: see `addresses`. Raises CalicoError if the host is not registered for that IP version, and
-        InvalidValue if the address is invalid.
+        `entries`: see `addresses`. Raises CalicoError if this host is not registered for that IP version, and
+        InvalidValue if the registered address is invalid.
         """
         from calicoctl.addresses import parse_address
 
@@ -263,7 +272,7 @@ class _Reports:
                 self.heartbeats[name] = _fields(entry.value)
 
     def status(self, id: EndpointId) -> tuple[str, str | None]:
-        """Return an endpoint's status, and the reason or None; see Hosts.endpoint_statuses."""
+        """Return (status, reason) of an endpoint; see Hosts.endpoint_statuses."""
         heartbeat, said = self.heartbeats.get(id.host), self._statuses.get(id, {})
         state, reason = said.get("status"), said.get("reason")
         if heartbeat is None or heartbeat.get("first_update") is False or state not in ENDPOINT_STATES:
@@ -272,7 +281,7 @@ class _Reports:
 
 
 def _fields(text: str) -> dict[str, Any]:
-    """Parse the JSON text of a status; return its fields, or no fields if the text is invalid."""
+    """Parse the JSON text of a status; return its fields, or an empty dictionary if the text is invalid."""
     try:
         return load_object(text, "")
     except InvalidValue:

@@ -1,8 +1,8 @@
 """Assigns addresses to workloads, and releases them.
 
 Each write is a compare-and-swap, with a limited number of attempts. For the order in which blocks and handles are
-written, see handles.py. If a crash leaves a count that is too high, it is corrected when the handle is read the next
-time.
+written, see handles.py. If a crash leaves a handle with a count that is too high, the count is corrected the next time
+that the handle's addresses are read (`Ipam.held_by` and `Ipam.holding`).
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ BLOCKS_AT_ONCE = 16
 class Holding:
     """The addresses of a handle on this host, as they were read.
 
-    `entry` is the handle's entry, None if the handle was deleted. `owners` maps each address to its owner. `blocks` are
-    the entries of all valid blocks that the handle names, none if `owners` is empty. `invalid` maps the CIDRs of the
-    invalid blocks that the handle names to errors: they may contain addresses of the handle as well.
+    `entry` is the handle's entry, with correct counts; None if the handle had no addresses, and so was deleted.
+    `owners` maps each address to its owner. `blocks` are the entries of all valid blocks that the handle names; it is
+    empty if `owners` is empty. `invalid` maps the CIDR of each invalid block that the handle names to an error. Such a
+    block may contain further addresses of the handle.
     """
 
     handle: str
@@ -90,7 +91,7 @@ class Ipam:
                     yield Block.from_entry(entry)
 
     def all_blocks(self, version: int) -> Iterator[Block | InvalidValue]:
-        """Yield the valid blocks of an IP version, and an error for each invalid block. Reads them one by one."""
+        """Read the blocks of an IP version one by one. Yield each valid block, and an error for each invalid block."""
         for name in self._store.names(keys.ipam_blocks(version)):
             try:
                 entry = self._store.get(f"{keys.ipam_blocks(version)}/{name}")
@@ -103,7 +104,10 @@ class Ipam:
                 yield error
 
     def block_of(self, address: IPAddress) -> Block | None:
-        """Return the block that contains `address`, None if it does not exist; raise InvalidValue if it is invalid."""
+        """Return the block that contains `address`, None if there is no such block.
+
+        Raises InvalidValue if the block is invalid.
+        """
         entry = self._store.get(block_key(address))
         return None if entry is None else Block.from_entry(entry)
 
@@ -125,17 +129,22 @@ class Ipam:
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
         """Return address -> owner for the addresses of `handle` on this host.
 
-        Returns None if there is no such handle, or if all its addresses are on other hosts. An owner without the
-        attribute "host" counts as being on this host. Wrong counts are corrected, and a handle without addresses is
-        deleted, so the caller must hold the workload's lock. Raises InvalidValue or Conflict.
+        An address is on the host that its owner's attribute "host" names; without this attribute, it counts as an
+        address on this host. Returns None if there is no such handle, or if all its addresses are on other hosts.
+
+        Wrong counts in the handle are corrected. If the handle has no addresses, it is deleted, and the result is
+        empty. Because of these writes, the caller must hold the workload's lock. Raises InvalidValue if the handle or
+        one of its blocks is invalid, and Conflict if other writers keep changing the handle.
         """
         holding = self.holding(handle, self.handles.read(handle))
         return None if holding is None else holding.owners
 
     def holding(self, handle: str, entry: Entry | None, partly: bool = False) -> Holding | None:
-        """Like `held_by`, but return a Holding. `entry` is the handle's entry, just read (None: no such handle).
+        """Do what `held_by` does, but return a Holding.
 
-        With `partly`, an invalid block is no error, but in `Holding.invalid`.
+        `entry` is the handle's entry, which the caller has just read; None if there is no such handle. If `partly` is
+        true, InvalidValue is not raised for an invalid block: its error is in `Holding.invalid`. If there is such a
+        block, a Holding is returned even if no valid block has addresses of the handle on this host.
         """
         if entry is None:
             return None
@@ -178,9 +187,9 @@ class Ipam:
         """Assign `address` to `owner`, unless it is already assigned to `owner`.
 
         `known` is the entry of the owner's handle, if the caller has just read it; None means that there is no such
-        handle. Raises AddressTaken if the address has another owner, CalicoError if its block has strict affinity, but
-        not to this host, InvalidValue if the block or the handle is invalid, and Conflict if other writers keep
-        changing the block.
+        handle. Raises AddressTaken if the address has another owner; CalicoError if its block has strict affinity, and
+        the affinity is not to this host; InvalidValue if the block or the handle is invalid; and Conflict if other
+        writers keep changing the block.
         """
         version, first, ordinal = place(address)
         with self._recount_on_failure(owner):
@@ -197,13 +206,16 @@ class Ipam:
         known: Entry | None = UNREAD,
         passed_over: Callable[[InvalidValue], object] = lambda error: None,
     ) -> list[IPAddress]:
-        """Assign up to `count` free addresses of `pools` (of one IP version) to `owner`; return them.
+        """Assign `count` free addresses to `owner`, or fewer if no more are free. Return them.
 
-        Uses, in this order: blocks with affinity to this host; new blocks, which get affinity to this host; blocks of
-        other hosts. Addresses that are `reserved`, or in a network to which this host is connected, are not used, and
-        no new block that overlaps with such a network is created. `affine` are the names (last parts of keys) of the
-        blocks with affinity to this host, if the caller has just read them; for `known`, see `assign`. Invalid blocks
-        are not used; `passed_over` is called with the error of each, once. Raises InvalidValue if the handle is
+        The addresses are in `pools`, which are of one IP version. They are taken from these blocks, in this order:
+        blocks with affinity to this host; new blocks, which get affinity to this host; blocks of other hosts. If
+        `reserved` is not None, no address is assigned that is reserved, or that is in a network to which this host is
+        connected; and no new block is created that overlaps such a network. No address of an invalid block is assigned;
+        `passed_over` is called once for each invalid block, with the error.
+
+        `affine` are the names (last parts of keys) of the blocks with affinity to this host, if the caller has just
+        read them; if `affine` is None, they are read. `known`: see `assign`. Raises InvalidValue if the handle is
         invalid, and Conflict if other writers keep changing a block.
         """
         ranges = [_range(pool) for pool in pools]
@@ -231,11 +243,12 @@ class Ipam:
         return found
 
     def release(self, addresses: Iterable[IPAddress], holders: set[str | None] | None = None) -> list[IPAddress]:
-        """Release addresses; return the addresses that were not assigned.
+        """Release `addresses`; return those that were not released, since they were not assigned.
 
-        With `holders`, only addresses of these handles are released (None: addresses without a handle). All other
-        addresses are returned, too. Raises InvalidValue for an invalid block, and Conflict if other writers keep
-        changing a block.
+        If `holders` is not None, it is a set of handles. Then only the addresses of these handles are released, and all
+        other addresses are returned, too. The element None of the set stands for addresses without a handle.
+
+        Raises InvalidValue for an invalid block, and Conflict if other writers keep changing a block.
         """
         by_block: dict[tuple[int, int], set[int]] = {}
         for address in addresses:
@@ -253,7 +266,8 @@ class Ipam:
     def release_held(self, holding: Holding, addresses: Collection[IPAddress]) -> None:
         """Release those of `addresses` that are in `holding`. If the handle has no other addresses, it is deleted.
 
-        The caller must hold the workload's lock.
+        The caller must hold the workload's lock. Raises InvalidValue, and Conflict if other writers keep changing a
+        block or the handle.
         """
         writes: list[Write] = []
         counts: dict[str, int] = {}
@@ -274,16 +288,20 @@ class Ipam:
         self.handles.recount(holding.handle)  # the blocks may be written, and the handle not
 
     def release_by_handle(self, handle: str) -> list[IPAddress]:
-        """Release all addresses of `handle` on this host; return them. A handle without addresses is deleted."""
+        """Release all addresses of `handle` on this host; return them.
+
+        If the handle has no addresses on other hosts, it is deleted. The caller must hold the workload's lock.
+        """
         held = list(self.held_by(handle) or ())
         self.release(held, {handle})
         self.handles.recount(handle)
         return held
 
     def set_workload_name(self, handle: str, addresses: Iterable[IPAddress], name: str) -> None:
-        """Set the attribute "workload_name" of the addresses that `handle` has on this host.
+        """Set the attribute "workload_name" in the blocks that contain `addresses`.
 
-        Only the blocks that contain `addresses` are changed. Raises NotFound if one of these blocks does not exist.
+        It is set for all addresses that `handle` has on this host in these blocks. Raises NotFound if one of the blocks
+        does not exist.
         """
         for version, first in {place(address)[:2] for address in addresses}:
             key = keys.ipam_block(version, block_cidr(version, first))
@@ -297,8 +315,8 @@ class Ipam:
     def workloads(self, name: str | None = None) -> set[tuple[str, str]]:
         """Return (orchestrator, workload id) of each workload with addresses on this host.
 
-        With `name`, only workloads with that name are returned. Only addresses with a handle `orchestrator.id` are
-        considered.
+        Orchestrator, workload id and name are attributes of the addresses. An address is ignored if its handle is not
+        `ORCHESTRATOR.ID`. If `name` is not None, only workloads with that name are returned.
         """
         found = set()
         for _, owner in self._held():
@@ -310,24 +328,25 @@ class Ipam:
         return found
 
     def interfaces(self) -> set[str]:
-        """Return the names of the interfaces of this host's endpoints, from the attributes of their addresses.
+        """Return the names of the interfaces of all endpoints that have addresses on this host.
 
-        The endpoints need not be in the store.
+        The names come from the attributes of the addresses, so the endpoints need not be in the store.
         """
         owners = [owner.secondary for _, owner in self._held() if owner.secondary.get("host") == self._host]
         return {EndpointId("", "", "", str(facts.get("endpoint"))).interface for facts in owners}
 
     def _held(self) -> Iterator[tuple[IPAddress, Owner]]:
-        """Yield (address, owner) for the assigned addresses of all valid blocks."""
+        """Yield (address, owner) for the assigned addresses of all valid blocks, on all hosts."""
         for version in (4, 6):
             for block in self.all_blocks(version):
                 if isinstance(block, Block):
                     yield from ((block.address(ordinal), owner) for ordinal, owner in block.held())
 
     def affinities(self) -> tuple[dict[tuple[int, str], set[str]], list[InvalidValue]]:
-        """Return (IP version, CIDR of a block) -> hosts with an affinity key for it, and an error for each invalid key.
+        """Read the keys of all affinities.
 
-        The blocks are not read: they may not exist, or may have affinity to another host.
+        Return, for the valid ones, (IP version, CIDR of the block) -> hosts with such a key; and, for each invalid one,
+        an error. The blocks are not read: they may not exist, or may have affinity to another host.
         """
         found: dict[tuple[int, str], set[str]] = {}
         invalid = []
@@ -343,9 +362,10 @@ class Ipam:
         return found, invalid
 
     def repair_affinity(self, version: int, cidr: str) -> None:
-        """If a block has affinity to this host, create the affinity's key; otherwise, delete the key.
+        """Make the key of this host's affinity to the block `cidr` agree with the block.
 
-        Raises InvalidValue for an invalid block.
+        If the block has affinity to this host, the key is created if it is missing. If the block has no affinity to
+        this host, or does not exist, the key is deleted. Raises InvalidValue for an invalid block.
         """
         entry = self._store.get(keys.ipam_block(version, cidr))
         if entry is not None and Block.from_entry(entry).affinity == f"host:{self._host}":
@@ -354,9 +374,10 @@ class Ipam:
             self._delete_affinity(version, cidr)
 
     def release_affinities(self) -> bool:
-        """Release this host's affinities; return whether there were any.
+        """Release this host's affinities to blocks, and delete their keys; return whether there were any.
 
-        Empty blocks with affinity to this host are deleted; other blocks lose the affinity.
+        A block with affinity to this host is deleted if all its addresses are free. If one is assigned, the block stays
+        without affinity.
         """
         found = False
         for version in (4, 6):
@@ -393,10 +414,10 @@ class Ipam:
     def _candidates(
         self, ranges: list[tuple[int, int, int]], networks: Iterable[Network], names: Iterable[str] | None
     ) -> Iterator[tuple[int, int, bool]]:
-        """Yield (IP version, first address, `claim`) for the blocks to assign from, in order of preference.
+        """Yield (IP version, first address, `claim`) for the blocks from which to assign, in order of preference.
 
-        `claim`: see `_allocate`. `ranges` are (IP version, first address, last address). All addresses are numbers. New
-        blocks that overlap with `networks` are omitted. `names`: see `affine` of `auto_assign`.
+        `claim`: see `_allocate`. `ranges` are the pools, as (IP version, first address, last address). All addresses
+        are numbers. New blocks that overlap `networks` are left out. `names`: see `affine` of `auto_assign`.
         """
         version = ranges[0][0] if ranges else 4
 
@@ -437,12 +458,19 @@ class Ipam:
         known: Entry | None,
         exact: bool = False,
     ) -> list[IPAddress]:
-        """Assign up to `count` free addresses with these ordinals in a block to `owner`; return them in order.
+        """Assign up to `count` free addresses of a block to `owner`; return them in ascending order.
 
-        With `claim`, a missing block is created with affinity to this host, and another host's block is skipped. With
-        `exact`, another host's block is not skipped, and addresses that `owner` already has are returned as well. A
-        block with strict affinity, but not to this host, is skipped or, with `exact`, raises CalicoError. For `known`,
-        see `assign`. Raises Conflict if other writers keep changing the block.
+        The block begins with the address `first` (a number). Only addresses with these `ordinals` in it are assigned.
+
+        A block that does not exist is created with affinity to this host if `claim` is true. If `claim` is false, it is
+        skipped, which means that the result is empty.
+
+        A block without affinity to this host is skipped if `claim` is true, or if its affinity is strict. If `exact` is
+        true, it is not skipped, but if its affinity is strict, CalicoError is raised. If `exact` is true, addresses
+        that `owner` already has are returned as well.
+
+        `known`: see `assign`. Raises InvalidValue if the block or the handle is invalid, and Conflict if other writers
+        keep changing the block.
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
@@ -523,7 +551,10 @@ class Ipam:
     def _release_in_block(
         self, version: int, first: int, ordinals: set[int], holders: set[str | None] | None
     ) -> tuple[set[int], set[str]]:
-        """Release addresses of one block; return the released ordinals, and their handles. `holders`: see `release`."""
+        """Release the addresses with these ordinals in the block that begins with the address `first` (a number).
+
+        Return the released ordinals, and the handles that had these addresses. `holders`: see `release`.
+        """
         key = keys.ipam_block(version, block_cidr(version, first))
         released: set[int] = set()
         handles: set[str] = set()
@@ -553,7 +584,7 @@ class Ipam:
         raise Conflict(f"block {block_cidr(version, first)} keeps being modified concurrently; retry")
 
     def _counts_after(self, block: Block, handles: set[str]) -> list[Write]:
-        """Return the writes that set the counts of `block` in `handles`; no writes if the store is not atomic."""
+        """Return the writes that set the count for `block` in each of `handles`; none if the store is not atomic."""
         if not self._store.atomic:  # `release` recounts the handles afterwards
             return []
         names = sorted(handles)
@@ -563,7 +594,7 @@ class Ipam:
 
 
 def _strict_refusal(block: Block, ordinal: int) -> str:
-    """Return the error message for an address in a block with strict affinity, but not to this host."""
+    """Return the error message for an address in a block whose affinity is strict, and not to this host."""
     whose = f"of {block.affinity.replace(':', ' ', 1)}" if block.affinity else "of no host"
     return (
         f"IP {block.address(ordinal)} is in the block {block.cidr} {whose}, which no other host takes addresses from "
@@ -580,9 +611,10 @@ def _range(pool: Pool) -> tuple[int, int, int]:
 
 
 def _without(ranges: list[tuple[int, int, int]], networks: list[Network]) -> Iterator[tuple[int, int]]:
-    """Yield the parts of `ranges` outside `networks`, as (first address, last address).
+    """Yield the parts of `ranges` that are outside of `networks`, as (first address, last address).
 
-    Each part begins at a block's first address. Blocks that overlap with `networks` are omitted entirely.
+    Each part begins at a block's first address, even if its range begins later. A block that overlaps one of `networks`
+    is left out as a whole.
     """
     for _, low, high in ranges:
         at = low - low % BLOCK_SIZE

@@ -17,11 +17,12 @@ READY = "/calico/v1/Ready"
 """The key in each API of etcd whose value is `true` if the data there is current, `false` if the data must not be
 changed."""
 UNUSED_COPY = "/calico/v1/unused-copy"
-"""A key of v3 alone, about a move of the data between the APIs (see migration.py). If Ready is not `true` in v3, the
-data there is a copy of v2 that is not in use; otherwise, the data in v2 is being deleted."""
+"""A key that exists only in v3, and belongs to a move of the data between the APIs (see migration.py). If it exists and
+Ready is not `true` in v3, the data in v3 is not in use. If it exists and Ready is `true` in v3, the data in v2 is being
+deleted."""
 COPIED_REVISION = "/calico/v1/copied-revision"
-"""A key of v3 alone, which exists while v3 is in use and v2 still has the data that was copied from there. Its value is
-the revision at which v2 was frozen: what has a later one in v2 was written by an old program."""
+"""A key that exists only in v3, while v3 is in use and v2 still has the data that was copied from there. Its value is
+the revision at which v2 was frozen. An old program has written the keys in v2 that have a later revision."""
 OTHER_CALICO = "/calico/resources/v3"
 """The directory of Calico 3's resources. If it exists in etcd's v3 API, this program refuses to use that API, since
 Calico 3 would assign the same addresses."""
@@ -87,7 +88,7 @@ def host_bird_ip(host: str) -> str:
 
 
 def parse_host_bird_ip(key: str) -> str | None:
-    """Return the name of the host from its key `bird_ip` (an IPv4 address), None for any other key."""
+    """Return the name of the host from the key of its `bird_ip` (its IPv4 address), None for any other key."""
     parts = key.split("/")
     return parts[4] if len(parts) == 6 and parts[5] == "bird_ip" and key.startswith(HOSTS + "/") else None
 
@@ -113,7 +114,10 @@ def endpoint(id: EndpointId) -> str:
 
 
 def parse_endpoint(key: str) -> EndpointId | None:
-    """Return the id of the endpoint from its key; None for any other key, and for a key longer than limits.KEY."""
+    """Return the id of the endpoint from its key.
+
+    Return None for any other key, and for a key with more than limits.KEY characters.
+    """
     if not key.startswith(HOSTS + "/") or len(key) > limits.KEY:
         return None
     parts = key[len(HOSTS) + 1 :].split("/")
@@ -247,10 +251,11 @@ def felix_endpoint(id: EndpointId) -> str:
 
 
 def implied_directories(key: str) -> list[str]:
-    """Return the directories to remove, if they are empty, after `key` is deleted; deepest first.
+    """Return the directories to remove after `key` was deleted, if they are empty then. The deepest comes first.
 
-    For the key of an endpoint, these are the directories of its workload; for the key of an endpoint's status, also the
-    directory of its orchestrator; for any other key, none. Only stores with directories (etcd's v2 API) need this.
+    For the key of an endpoint, these are the directories of the endpoint's workload. For the key of an endpoint's
+    status, these are the directories of the workload's statuses, and that of the orchestrator's statuses. For any other
+    key, there are none. Only stores with directories (etcd's v2 API) need this.
     """
     # the programs of 2015 expect that all other directories remain
     id, levels = parse_endpoint(key), 2

@@ -1,7 +1,7 @@
-"""Records in which API of which etcd servers a host is registered. The file is /var/lib/calico/HOST/api.
+"""Records in which API of which etcd servers a host is registered. The record is the file /var/lib/calico/HOST/api.
 
-If an etcd with data in its v2 API is restarted without this API, the empty v3 API looks like that of a new etcd. The
-record prevents the host from registering there, which would disconnect its workloads.
+If an etcd with data in its v2 API is restarted without this API, its empty v3 API looks like that of a new etcd. If the
+host registered there, its workloads would be disconnected. The record prevents that.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _FILE = "api"
 def refuse_other(host: str, members: Collection[str], choice: Choice) -> None:
     """Raise CalicoError if `choice` is the v3 API of an etcd without data, but the host's data was in v2.
 
-    `members` are the names of etcd's servers. If the record has only other servers, this is another etcd: nothing is
-    raised.
+    `members` are the names of the etcd's servers. If the host's record names servers, but none of `members`, the record
+    is about another etcd, and nothing is raised.
     """
     if not choice.is_new or choice.api == V2:
         return
@@ -34,20 +34,20 @@ def refuse_other(host: str, members: Collection[str], choice: Choice) -> None:
 
 
 def _of_older_version(host: str) -> bytes:
-    """Return the record to assume for a host without one: v2 if workloads are connected, else none."""
+    """Return the record to assume for a host that has none: v2 if it has connected workloads, empty if it has not."""
     # only versions that knew v2 alone did not write the record
     is_connected = any(state.read_all(host, "workloads", orchestrator) for orchestrator in ("docker", "namespace"))
     return V2.encode() if is_connected else b""
 
 
 def remember(host: str, members: Collection[str], choice: Choice) -> None:
-    """Record that a host is registered in the API of `choice`. Raises CalicoError.
+    """Record that a host is registered in the API of `choice`, and that `members` are the names of etcd's servers.
 
-    `members` are the names of etcd's servers.
+    Raises CalicoError if the file cannot be written.
     """
     state.write(host, _FILE, content=f"{' '.join([choice.api, *members])}\n".encode())
 
 
 def forget(host: str) -> None:
-    """Remove the record of a host. Raises CalicoError."""
+    """Remove the record of a host, if there is one. Raises CalicoError if the file cannot be removed."""
     state.remove(host, _FILE)

@@ -1,7 +1,7 @@
 """Connects to members of etcd at their last known addresses if their names cannot be resolved.
 
-The agent writes the addresses to /var/lib/calico/HOST/members, which only root may read: a JSON object, name -> list of
-addresses. TLS still checks the certificate against the name.
+The agent writes the addresses to the file /var/lib/calico/HOST/members, which only root may read. Its content is a JSON
+object: name of a member -> list of addresses. TLS still checks the certificate against the name.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ def addresses(name: str) -> list[str]:
 
 
 def remember(known: Mapping[str, Collection[str]]) -> None:
-    """Replace the file's content by `known`: name of a member -> addresses. Raises CalicoError."""
+    """Replace the content of this host's file by `known`, name of a member -> addresses. Raises CalicoError."""
     content = json.dumps({name: sorted(found) for name, found in sorted(known.items())})
     state.write(hostname(), _FILE, content=content.encode())
 
 
 def forget(host: str) -> None:
-    """Remove the file of a host. Raises CalicoError."""
+    """Remove the file of a host, if there is one. Raises CalicoError if it cannot be removed."""
     state.remove(host, _FILE)
 
 
 def connect(name: str, port: int, seconds: float) -> socket.socket:
-    """Return a socket that is connected to a member, with the timeout `seconds`; raise OSError or UnicodeError.
+    """Return a socket that is connected to the member `name`. The connection must be made within `seconds`.
 
-    If the name cannot be resolved, the last known addresses are used.
+    The socket keeps `seconds` as its timeout. If the name cannot be resolved, its last known addresses are tried.
+    Raises OSError if no connection can be made, and UnicodeError for an invalid name.
     """
     try:
         return socket.create_connection((name, port), seconds)
@@ -62,9 +63,9 @@ def connect(name: str, port: int, seconds: float) -> socket.socket:
 
 @cache
 def pools() -> dict[str, Any]:
-    """Return the classes of connection pools for urllib3, by scheme ("http", "https").
+    """Return, for each scheme ("http" and "https"), a class of connection pools for urllib3.
 
-    Their connections fall back to the last known addresses, as `connect` does.
+    If a name cannot be resolved, the connections of these pools try its last known addresses, as `connect` does.
     """
     from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool

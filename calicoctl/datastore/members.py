@@ -2,8 +2,8 @@
 
 `Members` has one connection to each member; the backend defines the connection's class. A connection raises NotSent,
 Unanswered or ConnectionLost if a request gets no answer. After NotSent, the next member is asked. If a write may have
-been applied, `Members.write` reads its key, and a verdict (`created`, `updated` or `deleted`) decides whether the write
-is sent again.
+been applied, `Members.write` reads the key that was to be written, and a verdict (`created`, `updated` or `deleted`)
+decides whether the write is sent again.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ or CompareFailed if another writer has changed the key, so that the outcome stay
 
 
 class RequestFailed(Exception):
-    """A request got no answer. The text contains the member's URL and the reason.
+    """A request got no answer. The exception's text contains the member's URL and the reason.
 
-    `garbled` says that the server may speak another protocol.
+    If `garbled` is true, the reason may be that the server speaks another protocol.
     """
 
     def __init__(self, why: str, garbled: bool = False) -> None:
@@ -38,7 +38,7 @@ class RequestFailed(Exception):
 
 
 class NotSent(RequestFailed):
-    """The request did not reach the member, so it was not applied."""
+    """The request did not reach the member, so the member has not applied it."""
 
 
 class Unanswered(RequestFailed):
@@ -50,13 +50,16 @@ class ConnectionLost(Unanswered):
 
 
 class Deadline:
-    """The time, `seconds` from now, until which a request is retried."""
+    """The time until which a request is retried: `seconds` from now."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def backoff(self, failure: Unanswered) -> None:
-        """Wait for a random time before the next attempt; raise StoreUnavailable if the deadline has passed."""
+        """Wait for a random time before the next attempt; raise StoreUnavailable if the deadline has passed.
+
+        `failure` says why the last attempt failed. It is named in the text of StoreUnavailable.
+        """
         if time.monotonic() > self._end:
             raise StoreUnavailable(f"etcd cannot do what was asked: {failure}; try again later")
         time.sleep(random.uniform(0.1, 0.3))
@@ -66,10 +69,10 @@ class Members(Generic[C]):
     """The members of one cluster, with a connection (of the backend's type C) to each."""
 
     def __init__(self, settings: EtcdSettings, connect: Callable[[Member], C], patience: float) -> None:
-        """`connect` creates a connection, and sends no request.
+        """`connect` returns a connection to a member, without sending a request.
 
-        For `patience` seconds, a request is retried while the members that can be reached do not answer, for example
-        during a leader election.
+        If the members can be reached, but do not answer (for example during a leader election), a request is retried
+        for `patience` seconds.
         """
         self._settings = settings
         self._connect = connect
@@ -79,11 +82,13 @@ class Members(Generic[C]):
         self._answered: set[Member] = set()
 
     def ask(self, send: Callable[[C], T]) -> T:
-        """Send a request to the first member that can be reached, and return its answer.
+        """Call `send` with the connection to the first member that can be reached, and return what it returns.
 
-        A member that fails is moved to the end of the order. A member that speaks another protocol is skipped. Raises
-        Unanswered if the outcome is unknown, StoreUnavailable if no member is left to ask, and any other exception of
-        `send`.
+        If `send` raises NotSent, or if the member turns out to speak another protocol, the next member is asked. If
+        `send` raises Unanswered, the outcome is unknown, and no other member is asked: Unanswered is raised. A member
+        that has not answered is moved to the end of the order in which members are asked.
+
+        Raises StoreUnavailable if no member is left to ask, and any other exception of `send`.
         """
         reasons: list[str] = []
         mismatches = 0
@@ -112,14 +117,17 @@ class Members(Generic[C]):
         )
 
     def retry(self, send: Callable[[C], T]) -> T:
-        """Send an idempotent request until it is answered; raise StoreUnavailable after `patience` seconds."""
+        """Send an idempotent request, again and again, until it is answered; return the answer.
+
+        Raises StoreUnavailable if no member can be reached, or if none has answered for `patience` seconds.
+        """
         return self.resend(lambda connection, doubtful: send(connection))
 
     def resend(self, send: Callable[[C, bool], T]) -> T:
-        """Send a request that is idempotent, or cannot be applied twice, until it is answered; return the answer.
+        """Send a request, again and again, until it is answered; return the answer.
 
-        The second argument of `send` says whether an earlier attempt may have been applied. Raises StoreUnavailable
-        after `patience` seconds.
+        The request must be one that changes nothing when it is applied for the second time. The second argument of
+        `send` says whether an earlier attempt may have been applied. Raises what `retry` raises.
         """
         deadline = Deadline(self._patience)
         doubtful = False
@@ -138,9 +146,10 @@ class Members(Generic[C]):
         """Send a conditional write until its outcome is known; return the written entry.
 
         The second argument of `send`: see `resend`. `send` raises KeyExists, CompareFailed or Fenced if a condition of
-        the write is not met. After an attempt without an answer, `verdict` decides from the entry that `read` returns
-        whether the write was applied. Raises KeyExists, CompareFailed or Fenced if the write was not applied, or if
-        this stays unknown, and StoreUnavailable if there is no answer for `patience` seconds.
+        the write is not met. After an attempt without an answer, `verdict` decides whether the write was applied, from
+        the entry that `read` returns. Raises KeyExists, CompareFailed or Fenced if a condition of the write was not
+        met, or if it stays unknown whether the write was applied; and StoreUnavailable if no member can be reached, or
+        if none has answered for `patience` seconds.
         """
         deadline = Deadline(self._patience)
         doubtful = False
@@ -175,7 +184,7 @@ class Members(Generic[C]):
         self._order.append(member)
 
     def _mismatch(self, member: Member, failure: RequestFailed) -> str | None:
-        """Return a text about the other protocol that a member speaks, None if this is not the cause of `failure`."""
+        """Return a text about the other protocol that a member speaks, None if `failure` has another cause."""
         if member in self._answered or not failure.garbled:
             return None
         from calicoctl.datastore import probe
@@ -184,7 +193,10 @@ class Members(Generic[C]):
 
 
 def created(key: str, value: str) -> Verdict:
-    """Return the verdict for a `create`: applied if the key has `value`, not applied if there is no such key."""
+    """Return the verdict for a `create`: applied if the key has `value`, not applied if the key does not exist.
+
+    In any other case, the verdict raises KeyExists.
+    """
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is not None and now.value != value:
@@ -195,7 +207,10 @@ def created(key: str, value: str) -> Verdict:
 
 
 def updated(entry: Entry, value: str) -> Verdict:
-    """Return the verdict for an `update`: not applied if `entry` is unchanged, applied if the key has `value`."""
+    """Return the verdict for an `update`: not applied if `entry` is unchanged, applied if the key now has `value`.
+
+    In any other case, the verdict raises CompareFailed.
+    """
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is not None and now.revision == entry.revision:
@@ -208,7 +223,10 @@ def updated(entry: Entry, value: str) -> Verdict:
 
 
 def deleted(entry: Entry) -> Verdict:
-    """Return the verdict for a `delete`: not applied if `entry` is unchanged, applied if there is no such key."""
+    """Return the verdict for a `delete`: not applied if `entry` is unchanged, applied if the key does not exist.
+
+    In any other case, the verdict raises CompareFailed.
+    """
 
     def verdict(now: Entry | None) -> Entry | None:
         if now is None:
@@ -221,7 +239,7 @@ def deleted(entry: Entry) -> Verdict:
 
 
 def why(cause: BaseException) -> str:
-    """Return a short text about why a member could not be reached."""
+    """Return a short text, from the exception `cause`, about why a member could not be reached."""
     text = str(cause)
     for words in ("Connection refused", "timed out", "No route to host", "Network is unreachable"):
         if words in text:

@@ -1,7 +1,13 @@
 """Moves the data from etcd's v2 API to its v3 API, and back.
 
 The process may be killed at any moment: after each step, one API is in use or the data is frozen (see
-`detection.decide`), and the command can be repeated. The steps of a move are:
+`detection.decide`), and the command can be repeated.
+
+Two keys in v3 describe the move. "The note" is the key keys.UNUSED_COPY. It says what is being done, and by which
+process. "The revision" is the key keys.COPIED_REVISION. Its value is the revision at which v2 was frozen, which shows
+the keys that old programs have written to v2 since then.
+
+The steps of a move are:
 
 | step | Ready in v2 | Ready in v3 | note | revision | API in use |
 |---|---|---|---|---|---|
@@ -25,14 +31,13 @@ The steps of the end of v2 (`Migration.finish`) are:
 | the data in v2 is deleted | none | true | finishing | written | v3 |
 | the note and the revision are deleted | none | true | none | none | v3 |
 
-The note is the key keys.UNUSED_COPY in v3. Unless it says "finishing", the data in v3 is not in use while it exists.
-While it says "copying", each commit to v3 rewrites it. A second process takes it over by writing it: then the next
-commit of the first process fails, and the first process does not change Ready any more. Before a process sets Ready to
-`true`, it reads Ready in v2 first, and whether the note is its own after that. The second process writes Ready in v2
-anew after it has taken over the note. So if the first process still writes Ready in v2, its condition is not met.
+While the note exists, the data in v3 is not in use, unless the note says "finishing". While the note says "copying",
+each commit to v3 rewrites it. A second process takes over by writing the note. Then the next commit of the first
+process fails, and the first process does not change Ready any more.
 
-The revision is the key keys.COPIED_REVISION in v3. It shows which keys old programs have written to v2 since v2 was
-frozen.
+Before a process sets Ready in v2 to `true`, it reads Ready in v2; after that, it checks that the note is its own. A
+second process that takes over the note writes Ready in v2 afterwards. So if the first process then still writes Ready
+in v2, this write fails, since its condition (Ready is unchanged) is not met.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ from typing import Callable
 from calicoctl.clock import now
 from calicoctl.datastore import copy_plan, keys
 from calicoctl.datastore.chosen import FRESH
-from calicoctl.datastore.copy_plan import copied, difference
+from calicoctl.datastore.copy_plan import copied, difference, is_copied
 from calicoctl.datastore.detection import check_ready, foreign
 from calicoctl.datastore.settings import TYPE, V2, V3
 from calicoctl.datastore.statuses import AgentStore, parse_agent_store
@@ -57,7 +62,7 @@ from calicoctl.errors import CalicoError, CompareFailed, KeyExists, NoSuchApi, S
 from calicoctl.output import first_few
 
 SETTLE = FRESH + 1.0
-"""Seconds from the freeze until the last command has ended that started before the freeze and may still write."""
+"""Seconds after the freeze, until when a command that was started before the freeze may still write."""
 
 AGENTS_PATIENCE = 45.0
 """Seconds to wait for all live agents to react. The status of an agent that has died expires earlier."""
@@ -84,7 +89,8 @@ _COPIED = "copied"
 class Agent:
     """A live agent, as its status describes it.
 
-    `store` is how the agent uses the store, None if the status does not say so. `revision` is that of the status.
+    `store` says how the agent uses the store. It is None if the status does not say that, since the agent is of an
+    older version, or of 2015. `revision` is the revision of the status in the store.
     """
 
     store: AgentStore | None
@@ -97,7 +103,10 @@ class Agent:
 
 @dataclass(frozen=True)
 class State:
-    """The keys that say how far a move has come: Ready in both APIs; keys.UNUSED_COPY and COPIED_REVISION in v3."""
+    """The entries of the keys that say how far a move has come; None for a key that does not exist.
+
+    `v2` and `v3` are Ready in the two APIs, `note` is keys.UNUSED_COPY, and `copied` is keys.COPIED_REVISION.
+    """
 
     v2: Entry | None
     v3: Entry | None
@@ -114,14 +123,20 @@ class State:
 
     @property
     def step(self) -> str | None:
-        """The direction of a move that is running, or was interrupted: _COPYING or _ROLLING_BACK; None without one."""
+        """The direction of a move that is running or was interrupted: _COPYING (to v3) or _ROLLING_BACK (to v2).
+
+        None if no move is running or was interrupted.
+        """
         if self.v2_ready != "false" or self.v3_ready == "true" or self.note is None or self.is_finishing:
             return None
         return _ROLLING_BACK if self.is_back else _COPYING
 
     @property
     def advice(self) -> str | None:
-        """What the user can do, as a sentence; None if no data is frozen."""
+        """What the user should know about frozen data, and can do, as a sentence.
+
+        None if v2 is in use, or if no data is frozen.
+        """
         if self.step == _COPYING:
             return (
                 "The data is being moved to v3, unless that was interrupted: then 'calicoctl datastore migrate' goes "
@@ -146,7 +161,7 @@ class State:
 
     @property
     def left(self) -> str | None:
-        """What becomes of the data in v2 after the move, as a sentence; None if v2 has none."""
+        """What becomes of the data in v2 while v3 is in use, as a sentence. None if v2 has no data."""
         if self.is_finishing:
             return _DELETING
         return None if self.v2 is None else _LEFT
@@ -163,20 +178,22 @@ class State:
 
     @property
     def frozen_at(self) -> int | None:
-        """The revision at which v2 was frozen. It is that of Ready in v2 if nothing better is known, None without it.
+        """The revision at which v2 was frozen.
 
-        Programs that write Ready in v2 later change that revision, so it is used only if an earlier version of this
-        program has moved the data, which did not write keys.COPIED_REVISION.
+        None if keys.COPIED_REVISION is missing, since this program has not moved the data, or has an invalid value.
         """
         if self.copied is not None:
             with suppress(ValueError):
                 return int(self.copied.value)
-        return None if self.v2 is None else self.v2.revision
+        return None
 
 
 @dataclass(frozen=True)
 class Moved:
-    """The result of a move: `text` says what was done, as a sentence. `problems` remain to be solved, each a clause."""
+    """The result of a move, of the way back, or of the end of v2.
+
+    `text` is a sentence that says what was done. `problems` are clauses, one for each problem that is left to the user.
+    """
 
     text: str
     problems: tuple[str, ...] = ()
@@ -186,9 +203,10 @@ class Migration:
     """A move between the two APIs of one etcd."""
 
     def __init__(self, where: str, open: Callable[[], tuple[Store, Store]], tell: Callable[[str], None]) -> None:
-        """Send no request. `where` is the servers' URLs, for messages. `open` returns new clients of v2 and of v3.
+        """`where` is the servers' URLs, for messages. `open` returns a new Store of v2, and one of v3.
 
-        `tell` is called at the start of each step, with a text about the step.
+        `tell` is called at the start of each step, with a text about the step, and as the copy proceeds. No request is
+        sent.
         """
         self._where = where
         self._open = open
@@ -203,7 +221,8 @@ class Migration:
     def state(self) -> State:
         """Read how far a move has come. Raises StoreError.
 
-        Raises NoSuchApi if etcd does not serve v3, or if it does not serve v2 and v3 has no Ready.
+        If etcd does not serve v2, but v3 has Ready, the result has no Ready of v2. Raises NoSuchApi if etcd does not
+        serve v3, or if it does not serve v2, and v3 has no Ready.
         """
         ready, note, copied = self._v3.read([keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION])[0]
         try:
@@ -214,7 +233,7 @@ class Migration:
             return State(None, ready, note, copied)
 
     def _checked_state(self) -> State:
-        """Do what `state` does. Raise CalicoError if it is not known which data is right."""
+        """Do what `state` does, but raise CalicoError if the values of Ready do not tell which data is right."""
         state = self.state()
         check_ready(state.v3_ready, state.v2_ready)
         if state.v3_ready == state.v2_ready == "true":
@@ -239,15 +258,18 @@ class Migration:
     def move(self) -> Moved:
         """Move the data to v3, or continue an interrupted move.
 
-        If the data has moved already, report what old programs have written to v2 since then. Raises CalicoError if
-        the move fails; then v2 is in use, unless another process has taken over or etcd cannot be reached.
+        If the way back to v2 was interrupted, v3 is taken into use again instead. If v3 is in use already, nothing is
+        changed, and the result's `problems` say what v2 has and v3 lacks.
+
+        Raises CalicoError if the move fails. Then v2 is in use again, unless another process has taken over or etcd
+        cannot be reached.
         """
         state = self._checked_state()
         self._refuse_other_calico()
         if state.v3_ready == "true":
             late = self._written_late(state)
             left = f" {state.left}" if state.left is not None else ""
-            return Moved(f"The data is in etcd's v3 API already.{left}", () if not late else (_late(late),))
+            return Moved(f"The data is in etcd's v3 API already.{left}", () if late is None else (late,))
         if state.v2 is None:
             raise CalicoError(f"There is no data to move: etcd's v2 API has no {keys.READY}.")
         if state.is_back and state.v2_ready == "false":
@@ -266,9 +288,13 @@ class Migration:
             return self._moved(state.v2)
 
     def _refuse_used_target(self, state: State) -> None:
-        """Raise CalicoError if v3 has data, or if v2 is frozen. There is no note, so this program did neither."""
+        """Raise CalicoError if v3 has data, or if Ready in v2 is not `true`.
+
+        The caller has found no note. So if v3 has data, it is not from an interrupted move, and no interrupted move has
+        frozen v2.
+        """
         entries = self._v3.list_for_watch(keys.ROOT)[0]
-        found = sorted(entry.key for entry in entries if copy_plan.is_copied(entry) or entry.problem is not None)
+        found = sorted(entry.key for entry in entries if copy_plan.is_data(entry))
         if state.v3 is not None or found:
             what = f"{keys.READY} is {state.v3_ready}" if state.v3 is not None else f"for example {first_few(found)}"
             raise CalicoError(
@@ -285,8 +311,8 @@ class Migration:
         """Raise CalicoError if an agent cannot follow the data, a key cannot be copied, or a permission is missing."""
         for store in (self._v2, self._v3):
             _check_agents(_agents(store))
-        entries = self._data(self._v2)
-        copy_plan.check_fits(entries)
+        copy_plan.check_fits(self._data(self._v2))
+        self._data(self._v3)
         self._v2.check_writable(keys.READY)
         self._v3.check_writable(keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION)
 
@@ -301,9 +327,10 @@ class Migration:
         return self._followed(entries, self._await_agents(V3, hosts, before))
 
     def _rewritten(self, ready: Entry) -> Entry:
-        """Write `false` to v2's Ready, even if the value is `false` already. Return the entry, with its new revision.
+        """Write `false` to v2's Ready, even if its value is `false` already. Return the new entry.
 
-        Keys with a higher revision were written later. Raises CalicoError if another program has written Ready.
+        Keys of v2 that have a higher revision than this entry were written later. `ready` is the current entry. Raises
+        CalicoError if another program has written Ready since `ready` was read.
         """
         try:
             return self._v2.update(ready, "false")
@@ -314,9 +341,13 @@ class Migration:
             ) from None
 
     def _copied(self, ready: Entry) -> tuple[Entry, dict[str, Entry]]:
-        """Make v3 hold what v2 holds; return Ready in v2, written before the last copy, and the data that was copied.
+        """Copy the data in v2 to v3, and compare both. Return the entry of Ready in v2, and the copied entries by key.
 
-        The copy is repeated as long as old programs write to v2 meanwhile.
+        Ready in v2 is rewritten before each copy; the entry of the last time is returned. The copy is repeated while
+        old programs write to v2: the data is copied ROUNDS times at most.
+
+        Raises CalicoError if old programs keep writing to v2, if another program writes to v3, if another process takes
+        over, or if the data cannot be copied.
         """
         self._tell("Copying")
         target = self._data(self._v3)
@@ -348,9 +379,10 @@ class Migration:
         )
 
     def _take_note(self, state: State, what: str) -> None:
-        """Write the note, which then belongs to this process, and `false` to v3's Ready.
+        """Write `false` to v3's Ready, and the note, which then belongs to this process.
 
-        On the way back, the note's field `copied` is kept. Raises StoreError if a key has changed since `state`.
+        `what` is what the note says: _COPYING or _ROLLING_BACK. If it is _ROLLING_BACK, the field `copied` of the
+        previous note is kept. Raises StoreError if one of these keys has changed since `state` was read.
         """
         revision = _copied_in(state.note) if state.note is not None and what == _ROLLING_BACK else None
         text = self._text(what) if revision is None else self._text(what, **{_COPIED: revision})
@@ -361,11 +393,14 @@ class Migration:
             raise _taken_over() from None
 
     def _text(self, what: str, **more: str) -> str:
-        """Return the value of the note."""
+        """Return the value of a note that belongs to this process, and says `what`. `more` are additional fields."""
         return json.dumps({"state": what, "run": self._run, "time": now(), **more})
 
     def _commit(self, writes: list[Write]) -> list[Entry]:
-        """Make some writes in v3, and rewrite the note. Raises StoreError if another process has taken it over."""
+        """Apply writes to v3, and rewrite the note, in one transaction. Return the entries of the writes.
+
+        Raises StoreError if another process has taken over the note, or if another program has changed one of the keys.
+        """
         assert self._note is not None
         try:
             self._note, *entries = self._v3.commit([Update(self._note, self._note.value), *writes])
@@ -374,9 +409,10 @@ class Migration:
         return entries
 
     def _go_live(self, revision: int) -> None:
-        """Take v3 into use. v2 was frozen at `revision`.
+        """Take v3 into use, and record that v2 was frozen at `revision`.
 
-        If the answer of etcd is lost, the store finds out whether the commit was applied.
+        Raises StoreError if another process has taken over. If etcd's answer to the commit is lost, Store.commit finds
+        out whether the commit was applied.
         """
         self._tell("Taking etcd's v3 API into use")
         assert self._note is not None
@@ -403,10 +439,13 @@ class Migration:
             raise
 
     def _fenced(self) -> bool:
-        """Prevent that a request of this process, which etcd may still receive, takes v3 into use.
+        """Make sure that no earlier request of this process can take v3 into use any more.
 
-        Such a request fails if the note was changed. Return False if v3 is in use already, or if another process has
-        taken over the note. The note is only written if such a request may exist, since etcd may have no space left.
+        Return True if that is sure. Return False if v3 is in use already, or if another process has taken over the
+        note.
+
+        etcd may receive such a request late. The request fails if the note has changed since it was sent, so the note
+        is rewritten. If no such request was sent, the note is not rewritten, since etcd may have no space left.
         """
         self._v2, self._v3 = self._open()  # an interrupted request may have spoilt the others
         note = self._v3.get(keys.UNUSED_COPY)
@@ -423,7 +462,7 @@ class Migration:
         return note is not None and self._run in note.value
 
     def _thaw_v2(self) -> None:
-        """Set v2's Ready to `true`. Raises StoreError if another process has taken over the note."""
+        """Set v2's Ready to `true`, if it is `false`. Raises StoreError if another process has taken over the note."""
         ready = self._v2.get(keys.READY)  # before the note: whoever takes that over then writes Ready
         if not self._is_own(self._v3.get(keys.UNUSED_COPY)):
             raise _taken_over()
@@ -434,10 +473,11 @@ class Migration:
             raise _taken_over() from None
 
     def _followed(self, entries: dict[str, Entry], missing: list[str]) -> Moved:
-        """Return the result of a move: `entries` were copied, and the agents of the hosts `missing` do not use v3 yet.
+        """Check v2 and v3 once more after a move, and return the result of the move.
 
-        Compares v2 with `entries` once more. If an old program has set v2's Ready to `true`, sets it to `false`. Raises
-        CalicoError if v3 is not in use any more.
+        `entries` were copied. `missing` are the hosts whose agents do not use v3 yet. If an old program has set v2's
+        Ready to `true`, it is set to `false` again. This, `missing`, and keys of v2 that differ from `entries` are
+        `problems` of the result. Raises CalicoError if v3 is not in use any more.
         """
         problems = []
         ready = self._v2.get(keys.READY)  # before v3's: while both are true, no command sets v3's to false
@@ -458,30 +498,37 @@ class Migration:
             )
         late = difference(self._data(self._v2), entries)
         if late:
-            problems.append(_late(str(late)))
+            problems.append(_late(late))
         if missing:
             problems.append(
                 f"The agents of {first_few(missing)} are not seen in etcd's v3 API yet: see 'calicoctl status' there"
             )
         return Moved(f"{len(entries)} keys have moved: etcd's v3 API is in use. {_LEFT}", tuple(problems))
 
-    def _written_late(self, state: State) -> str:
-        """List the keys that were written to v2 after it was frozen, and that v3 does not have with the same value.
+    def _written_late(self, state: State) -> str | None:
+        """Return a clause that lists the keys of v2 that v3 does not have with the same value.
 
-        Return "" if there are none. Keys that were deleted in v2 cannot be found.
+        Only keys that were written to v2 after it was frozen are listed; but all keys are listed if `state.frozen_at`
+        is None. Returns None if there are no such keys, or if etcd does not serve v2. Keys that were deleted in v2
+        cannot be found.
         """
         try:
             entries = self._data(self._v2)
         except NoSuchApi:
-            return ""
+            return None
         since = state.frozen_at
         late = {key: entry for key, entry in entries.items() if since is None or entry.revision > since}
-        return str(difference(late, read_all(self._v3, list(late))))
+        missing = difference(late, read_all(self._v3, list(late)))
+        if not missing:
+            return None
+        if since is None:
+            return f"What is in etcd's v2 API was not moved by this command, and v3 does not have all of it: {missing}"
+        return _late(missing)
 
     def _take_back_v3(self, state: State) -> None:
-        """Take v3 into use again, with the keys that `_freeze_v3` has deleted.
+        """Take v3 into use again, and restore keys.COPIED_REVISION from the note: that is, undo `_freeze_v3`.
 
-        Raises StoreError if v2 is in use already, or if another process takes over.
+        `state` has just been read. Raises StoreError if v2 is in use already, or if another process has taken over.
         """
         if state.v2 is None or state.v2_ready != "false" or state.note is None or not self._is_own(state.note):
             raise _taken_over()
@@ -498,10 +545,10 @@ class Migration:
     # Back to v2
 
     def roll_back(self, discard: bool) -> Moved:
-        """Take v2 into use again. What was written to v3 since the move is lost.
+        """Take v2 into use again, or undo an interrupted move to v3. What was written to v3 since the move is lost.
 
-        Raises CalicoError if this fails, or if something would be lost and `discard` is false; then the API that was
-        in use is in use again, unless etcd cannot be reached.
+        Raises CalicoError if this fails, or if something would be lost and `discard` is false. Then v3 is in use again
+        if it was in use before, unless another process has taken over or etcd cannot be reached.
         """
         state, before = self._checked_state(), dict[str, Agent]()
         if state.v2 is None:
@@ -538,7 +585,8 @@ class Migration:
 
     def _refuse_loss(self, discard: bool) -> None:
         theirs = keys.OTHER_CALICO + "/"
-        ours = {key: entry for key, entry in self._data(self._v3).items() if not key.startswith(theirs)}
+        entries = self._v3.list_for_watch(keys.ROOT)[0]  # those that cannot be read are lost as well
+        ours = {entry.key: entry for entry in entries if is_copied(entry) and not entry.key.startswith(theirs)}
         lost = difference(ours, self._data(self._v2))
         if lost and not discard:
             raise CalicoError(
@@ -576,7 +624,10 @@ class Migration:
 
     @contextmanager
     def _repeatable(self, version: str) -> Iterator[None]:
-        """Tell the user to repeat the command if the body of `with` fails. The body takes an API into use again."""
+        """If the body of `with` raises a CalicoError, tell the user to repeat the command, and suppress the error.
+
+        The body takes the API `version` ("v2" or "v3") into use again.
+        """
         try:
             yield
         except CalicoError as error:
@@ -588,13 +639,13 @@ class Migration:
     # The end of v2
 
     def finish(self, discard: bool) -> Moved:
-        """Delete the data in v2. Raises CalicoError, and deletes nothing, in these cases:
+        """Delete the data in v2. Raises CalicoError, and deletes nothing, in these cases among others:
 
-        * v3 is not in use, or v2 is marked as in use as well.
+        * v3 is not in use, or Ready is `true` in v2, too.
         * An agent still uses v2.
-        * Old programs have written to v2 since it was frozen, and `discard` is false.
+        * v2 has data that v3 lacks (see `_written_late`), and `discard` is false.
 
-        When the deletion has begun, and fails, v2 cannot be gone back to.
+        If the deletion fails after it has begun, there is no way back to v2.
         """
         state = self._live_state()
         try:
@@ -610,8 +661,8 @@ class Migration:
             raise CalicoError(f"The agents of {first_few(left)} use etcd's v2 API: end them first. Nothing is deleted.")
         state = self._live_state()  # the wait may have been long
         late = self._written_late(state)
-        if late and not discard:
-            raise CalicoError(f"{_late(late)}. Nothing is deleted; with --discard, it is")
+        if late is not None and not discard:
+            raise CalicoError(f"{late}. Nothing is deleted; with --discard, it is")
         count = len(self._v2.tree(keys.ROOT))
         self._v2.check_writable(keys.READY)
         self._close_way_back(state)
@@ -621,7 +672,7 @@ class Migration:
         return Moved(f"{count} keys are deleted from etcd's v2 API.")
 
     def _live_state(self) -> State:
-        """Return the state. Raise CalicoError if v3 is not in use."""
+        """Return what `_checked_state` returns. Raise CalicoError if v3 is not in use, or has data of Calico 3."""
         state = self._checked_state()
         self._refuse_other_calico()
         if state.v3_ready != "true":
@@ -629,7 +680,11 @@ class Migration:
         return state
 
     def _close_way_back(self, state: State) -> None:
-        """Prevent that any process takes v2 into use again. Raise StoreError if one may be about to do that."""
+        """Write the note "finishing", so that no process takes v2 into use again.
+
+        Raises StoreError if Ready in v3 or the note has changed since `state` was read: another process may be about to
+        take v2 into use.
+        """
         assert state.v3 is not None
         note = _put(keys.UNUSED_COPY, state.note, self._text(_FINISHING))
         try:
@@ -644,9 +699,11 @@ class Migration:
                 self._v3.commit([Delete(entry) for entry in left])
 
     def _left_in_v2(self) -> list[str]:
-        """Return the hosts whose agents use v2.
+        """Return, sorted, the hosts whose agents use v2.
 
-        The last status of an agent in v2 may still exist after the agent has begun to use v3.
+        These agents have a status in v2, but none in v3. An agent with a status in both uses v3: its last status in v2
+        has not expired yet. But if the status in v2 does not say how the agent uses the store, the agent is of an older
+        version that knows only v2, and the host is always returned.
         """
         gone_over = _agents(self._v3).keys()
         return sorted(host for host, found in _agents(self._v2).items() if found.store is None or host not in gone_over)
@@ -657,8 +714,9 @@ class Migration:
         """Wait until no command writes any more, and all live agents have reported that the data is frozen.
 
         Agents report this in v2, whichever API was in use. `hosts` are the hosts whose agents were alive before the
-        freeze. Statuses in `before` are older than the freeze, and do not count. Raises CalicoError after
-        AGENTS_PATIENCE.
+        freeze. `before` are the agents' statuses in v2 from before the freeze; they do not count as reports.
+
+        Raises CalicoError if an agent has not reported for AGENTS_PATIENCE, or cannot follow the data.
         """
         until = time.monotonic() + SETTLE
 
@@ -680,10 +738,11 @@ class Migration:
         time.sleep(max(0.0, until - time.monotonic()))
 
     def _await_agents(self, api: str, hosts: set[str], before: dict[str, Agent]) -> list[str]:
-        """Wait, for AGENTS_PATIENCE at most, until the agents of `hosts` report that they use `api`, not frozen.
+        """Wait until the agents of `hosts` report that they use `api`, and that the data there is not frozen.
 
-        Return the hosts whose agents have not reported this. Statuses in `before` are older, and do not count. An
-        agent whose status has expired in both APIs has died, and is not waited for.
+        After AGENTS_PATIENCE at most, return the hosts whose agents have not reported this. `before` are the agents'
+        statuses in `api` from before `api` was taken into use; they do not count as reports. An agent whose status has
+        expired in both APIs has died, and is not waited for.
         """
         self._tell(f"Waiting for agents to use etcd's {api[-2:]} API")
 
@@ -696,19 +755,21 @@ class Migration:
 
     @staticmethod
     def _await(pending: Callable[[], list[str]]) -> list[str]:
-        """Call `pending` until it returns an empty list, for AGENTS_PATIENCE at most; return its last result."""
+        """Call `pending` again and again until it returns an empty list, or AGENTS_PATIENCE is over.
+
+        Return the last result of `pending`.
+        """
         give_up = time.monotonic() + AGENTS_PATIENCE
         while (left := pending()) and time.monotonic() < give_up:
             time.sleep(POLL)  # a watch would have to follow two APIs, one of which may go meanwhile
         return left
 
-    @staticmethod
-    def _data(store: Store) -> dict[str, Entry]:
-        return copied(store.list_for_watch(keys.ROOT)[0])
+    def _data(self, store: Store) -> dict[str, Entry]:
+        return copied(store.list_for_watch(keys.ROOT)[0], "v2" if store is self._v2 else "v3")
 
 
 def _agents(store: Store) -> dict[str, Agent]:
-    """Return the live agents that report to this store, by host."""
+    """Return host -> live agent, for the agents that report to this store. An agent is live if its status expires."""
     hosts = {keys.felix_status(host): host for host in store.names(keys.FELIX_HOSTS)}
     found = read_all(store, list(hosts))
     return {
@@ -719,12 +780,12 @@ def _agents(store: Store) -> dict[str, Agent]:
 
 
 def _new(agents: dict[str, Agent], before: dict[str, Agent]) -> dict[str, Agent]:
-    """Return the agents that have written their status since `before` was read."""
+    """Return those of `agents` that have written their status since `before` was read. Both are by host."""
     return {host: found for host, found in agents.items() if found != before.get(host)}
 
 
 def _check_agents(agents: dict[str, Agent]) -> None:
-    """Raise CalicoError if there is an agent that cannot follow the data to the other API."""
+    """Raise CalicoError if one of `agents` cannot follow the data to the other API."""
     old = sorted(host for host, found in agents.items() if found.store is None)
     pinned = sorted(host for host, found in agents.items() if found.store is not None and found.store.pinned)
     if old:
@@ -746,12 +807,12 @@ def _same(one: copy_plan.Entries, other: copy_plan.Entries) -> bool:
 
 
 def _put(key: str, entry: Entry | None, value: str) -> Write:
-    """Return a write of `value` to a key. `entry` is the current one, None if the key does not exist."""
+    """Return a write of `value` to `key`. `entry` is the key's current entry, None if the key does not exist."""
     return Create(key, value) if entry is None else Update(entry, value)
 
 
 def _copied_in(note: Entry) -> str | None:
-    """Return the field `copied` of a note, None if it is missing or no text."""
+    """Return the field `copied` of a note, None if the field is missing, or is not text."""
     try:
         found = json.loads(note.value)[_COPIED]
     except (LookupError, RecursionError, TypeError, ValueError):
@@ -759,7 +820,7 @@ def _copied_in(note: Entry) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _late(what: str) -> str:
+def _late(what: copy_plan.Difference) -> str:
     return f"Old programs have written to etcd's v2 API since it was frozen, and v3 does not have that: {what}"
 
 

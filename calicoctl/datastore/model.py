@@ -1,7 +1,7 @@
 """Endpoints, rules, profiles, pools and BGP peers: plain data, converted from and to JSON. Does not access the store.
 
-A missing optional field gets its default. An unknown field is preserved in `extra`. For an invalid value, InvalidValue
-is raised; the values in rules are validated in policy/rules.py.
+A missing optional field gets its default. An unknown field is preserved in `extra`. An invalid value raises
+InvalidValue, except in rules: policy/rules.py validates the values in rules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from calicoctl.errors import CalicoError, InvalidValue
 
 
 def load_object(text: str, key: str) -> dict[str, Any]:
-    """Parse `text`, the value of `key`, as a JSON object; raise InvalidValue."""
+    """Parse `text`, the value of `key`, as a JSON object. Raise InvalidValue if it is anything else, or too large."""
     value = _load(text, key)
     if not isinstance(value, dict):
         raise InvalidValue(key, f"it should hold a JSON object, and holds {_excerpt(text)}")
@@ -29,7 +29,10 @@ def load_object(text: str, key: str) -> dict[str, Any]:
 
 
 def load_strings(text: str, key: str) -> list[str]:
-    """Parse `text`, the value of `key`, as a JSON list of strings; raise InvalidValue."""
+    """Parse `text`, the value of `key`, as a JSON list of strings.
+
+    Raises InvalidValue if it is anything else, or too large.
+    """
     value = _load(text, key)
     if not _is_strings(value):
         raise InvalidValue(key, f"it should hold a JSON list of strings, and holds {_excerpt(text)}")
@@ -37,21 +40,21 @@ def load_strings(text: str, key: str) -> list[str]:
 
 
 def check_tags(tags: list[str]) -> list[str]:
-    """Return `tags`; raise CalicoError if there are more than limits.TAGS."""
+    """Return `tags` unchanged; raise CalicoError if there are more than limits.TAGS."""
     if len(tags) > limits.TAGS:
         raise CalicoError(f"a profile can have {limits.TAGS} tags, and these are {len(tags)}")
     return tags
 
 
 def load_tags(text: str, key: str) -> list[str]:
-    """Parse `text`, the value of `key`, as the tags of a profile; raise InvalidValue."""
+    """Parse `text`, the value of `key`, as a profile's tags. Raise InvalidValue if it is invalid, or has too many."""
     with _limited(key):
         return check_tags(load_strings(text, key))
 
 
 @contextmanager
 def _limited(key: str) -> Iterator[None]:
-    """Convert a CalicoError from the body of `with` to an InvalidValue for `key`."""
+    """Convert a CalicoError that the body of `with` raises to an InvalidValue for `key`."""
     try:
         yield
     except InvalidValue:
@@ -61,7 +64,7 @@ def _limited(key: str) -> Iterator[None]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Return whether lists and objects are nested deeper than limits.DEPTH levels."""
+    """Return whether the lists and objects in `value` are nested deeper than limits.DEPTH levels."""
     level = [value]
     for _ in range(limits.DEPTH + 1):
         level = [item for item in level if isinstance(item, (dict, list))]
@@ -110,10 +113,11 @@ def _is_strings(value: Any) -> bool:
 class Endpoint:
     """One interface of a workload.
 
-    `state` is "active" or "inactive". `name` is the name of the veth pair's end on the host. The nets should be
-    `address/32` or `address/128`: the agent rejects an endpoint with other nets. The gateways are the workload's next
-    hops: addresses of the host. `profile_ids` is in order of evaluation. `inactive_since` is when the workload was
-    found stopped (ISO 8601, UTC). `workload_name` is the name of the Docker container.
+    `state` is "active" or "inactive". `name` is the name of the veth pair's end on the host. `profile_ids` are the
+    names of the profiles, in order of evaluation. Each of the nets should be `address/32` or `address/128`: the agent
+    rejects an endpoint with other nets. The gateways are the workload's next hops, which are addresses of the host.
+    `inactive_since` is when the workload was found stopped (ISO 8601, UTC), None if that is unknown, or if the endpoint
+    is active. `workload_name` is the name of the Docker container, None for other workloads.
     """
 
     id: EndpointId
@@ -131,7 +135,7 @@ class Endpoint:
 
     @classmethod
     def from_json(cls, id: EndpointId, text: str, key: str) -> Endpoint:
-        """Parse `text`, the value of `key`; raise InvalidValue."""
+        """Parse `text`, the value of `key`, as the endpoint `id`. Raise InvalidValue if it is invalid."""
         data = load_object(text, key)
         profile = data.pop("profile_id", None)  # an older form of `profile_ids`
         if profile is not None and data.get("profile_ids") is None:
@@ -262,12 +266,18 @@ class Rules:
 
     @classmethod
     def default(cls, profile: str) -> Rules:
-        """Return the rules of a new profile: allow inbound packets from the tag `profile`, and all outbound packets."""
+        """Return the rules of a new profile.
+
+        They allow inbound packets from endpoints with the tag `profile`, and all outbound packets.
+        """
         return cls(profile, inbound=[Rule(src_tag=profile)], outbound=[Rule()])
 
     @classmethod
     def from_json(cls, profile: str, text: str, key: str) -> Rules:
-        """Parse `text`, the value of `key`; raise InvalidValue. The values in each rule are not validated."""
+        """Parse `text`, the value of `key`, as the rules of `profile`. Raise InvalidValue if it is invalid.
+
+        The values in each rule are not validated.
+        """
         data = load_object(text, key)
         lists = []
         for name in ("inbound_rules", "outbound_rules"):
@@ -312,9 +322,9 @@ VXLAN_MODES = (NEVER, ALWAYS, CROSS_SUBNET) = ("never", "always", "cross-subnet"
 class Pool:
     """An IP pool. `cidr` is canonical. `ipip` is the name of the IP-in-IP device, None for a pool without IP-in-IP.
 
-    With `masquerade`, packets to destinations outside all pools get the host's address as source. `vxlan` is one of
-    VXLAN_MODES, and selects the packets between hosts that are encapsulated in VXLAN. With "cross-subnet", these are
-    packets to hosts in networks to which the sending host is not connected.
+    If `masquerade` is true, packets from the pool to destinations outside of all pools get the host's address as their
+    source. `vxlan` is one of VXLAN_MODES. It selects which packets between hosts are encapsulated in VXLAN. If it is
+    "cross-subnet", these are the packets to hosts in networks to which the sending host is not connected.
     """
 
     cidr: str
@@ -325,7 +335,7 @@ class Pool:
 
     @classmethod
     def from_json(cls, text: str, key: str) -> Pool:
-        """Parse `text`, the value of `key`; raise InvalidValue."""
+        """Parse `text`, the value of `key`, as a pool. Raise InvalidValue if it is invalid."""
         from calicoctl.addresses import parse_cidr
         from calicoctl.errors import CalicoError
 
@@ -340,7 +350,7 @@ class Pool:
         return cls(cidr, data.pop("ipip", None) or None, bool(data.pop("masquerade", False)), vxlan, data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object for the store, without options that have their default."""
+        """Return the JSON object for the store, without the options that have their default value."""
         options: dict[str, Any] = {}
         if self.ipip:
             options["ipip"] = self.ipip
@@ -356,7 +366,7 @@ class Pool:
 
 @dataclass
 class Peer:
-    """A BGP peer of one host or of all hosts. `ip` is canonical; `as_num` is decimal text (asplain, RFC 5396)."""
+    """A BGP peer of one host or of all hosts. `ip` is canonical. `as_num` is text in decimal (asplain, RFC 5396)."""
 
     ip: str
     as_num: str
@@ -364,7 +374,7 @@ class Peer:
 
     @classmethod
     def from_json(cls, text: str, key: str) -> Peer:
-        """Parse `text`, the value of `key`; raise InvalidValue."""
+        """Parse `text`, the value of `key`, as a BGP peer. Raise InvalidValue if it is invalid."""
         from calicoctl.addresses import parse_address, parse_as_number
         from calicoctl.errors import CalicoError
 

@@ -17,7 +17,10 @@ _SETTINGS_FRAME = 4
 
 
 def mismatch(scheme: str, host: str, port: int) -> str | None:
-    """Return a text about what a server speaks instead of `scheme` ("http" or "https"), None if that is unknown."""
+    """Return a text about the protocol that a server speaks instead of etcd's API over `scheme` ("http" or "https").
+
+    The text is for an error message, and says what to do. Returns None if the protocol is unknown.
+    """
     host = host.strip("[]")
     if scheme == "https":
         if _first_bytes(host, port).startswith(b"HTTP/"):
@@ -32,9 +35,9 @@ def mismatch(scheme: str, host: str, port: int) -> str | None:
 
 
 def _first_bytes(host: str, port: int) -> bytes:
-    """Return the first nine bytes, or fewer, of a server's answer to a plain HTTP request.
+    """Return the first nine bytes of a server's answer to a plain HTTP request.
 
-    The header of an HTTP/2 frame has nine bytes. If the connection fails, the result may be shorter or empty.
+    In HTTP/2, these are the header of a frame. If the connection fails or is closed, fewer bytes are returned, or none.
     """
     answer = b""
     try:

@@ -104,8 +104,9 @@ class Servers:
 class InterfaceAddress:
     """An address of one of the host's interfaces.
 
-    `network` and `length` are the network behind the interface, as an address in it and its prefix length. On a
-    point-to-point link, `network` is the peer's address, otherwise `address` itself. `interface` is the name.
+    `network` is an address in the network behind the interface, and `length` is that network's prefix length. On a
+    point-to-point link, `network` is the peer's address. On any other link, it is the same as `address`. `interface` is
+    the interface's name. `broadcast` is the broadcast address, None if the interface has none.
     """
 
     address: str
@@ -125,13 +126,14 @@ class HostNetwork:
     descriptions. `networks` are the networks to which the host is connected.
 
     `own` are the addresses of the host's interfaces. `gateways` are the next hops of routes. `routes` are the
-    destinations of routes, without default routes and the kernel's own routes. Neither `gateways` nor `routes` includes
-    routes to workloads, or routes that a routing daemon has learned.
+    destinations of routes, without default routes and the kernel's own routes. In both, routes to workloads are left
+    out, and so are routes that a routing daemon has learned.
 
-    `reached` maps the addresses of other hosts and of BGP peers, and one address in each block of another host, to the
-    interfaces of the routes to that address. The value is empty if there is no route; for a block, default routes do
-    not count. `routed` are the interfaces of default routes and of routes to other hosts. `macs` maps interfaces to the
-    source MACs of this host's packets to other hosts. `servers` are the servers that the host depends on.
+    `reached` maps addresses to the interfaces of the routes to them: the addresses of other hosts and of BGP peers, and
+    one address in each block of another host. If there is no route to an address, its set of interfaces is empty. For
+    an address in a block, default routes are ignored. `routed` are the interfaces of default routes and of routes to
+    other hosts. `macs` maps interfaces to the source MACs of this host's packets to other hosts. `servers` are the
+    servers that the host depends on.
     """
 
     in_use: Mapping[str, str] = field(default_factory=dict)
@@ -204,7 +206,7 @@ class HostNetwork:
         )
 
     def with_servers(self, servers: Servers) -> HostNetwork:
-        """Return a copy with `servers`, whose members are added to `in_use`."""
+        """Return a copy with these `servers`. The members among them are added to `in_use`."""
         members = dict.fromkeys(servers.members, MEMBER)
         return replace(self, in_use={**members, **self.in_use}, servers=servers)
 
@@ -218,7 +220,7 @@ class HostNetwork:
         return known
 
     def overlap(self, cidr: str) -> str | None:
-        """Return a warning if the pool `cidr` overlaps networks to which the host is connected, else None."""
+        """Return a warning if the pool `cidr` overlaps any of `networks`, None if it overlaps none."""
         networks = self.overlapping(cidr)
         if not networks:
             return None
@@ -231,16 +233,17 @@ class HostNetwork:
         return f"pool {cidr} overlaps {named}, which this host is connected to, {rest}"
 
     def overlapping(self, cidr: str) -> list[Network]:
-        """Return the networks to which the host is connected and that overlap the pool `cidr`."""
+        """Return those of `networks` that overlap the pool `cidr`."""
         pool = Network.parse(cidr)
         return [network for network in self.networks if network.overlaps(pool)]
 
 
 @dataclass(frozen=True)
 class Reserved:
-    """The addresses that workloads on a host must not have: those of the host's network and of registered hosts.
+    """The addresses that workloads on a host must not have: those in its HostNetwork, and those of registered hosts.
 
-    `registered` maps canonical addresses to names of hosts; `host` is the name of this host.
+    `registered` maps canonical addresses to the names of the hosts that have registered them. `host` is the name of
+    this host.
     """
 
     network: HostNetwork = HostNetwork()
@@ -248,9 +251,9 @@ class Reserved:
     host: str = ""
 
     def user(self, address: str) -> str | None:
-        """Return a description of an address that is in use, such as "this host's own address (on eth0)".
+        """Return a description of what uses `address`, such as "this host's own address (on eth0)".
 
-        Returns None for any other address.
+        Returns None if no host is registered with the address, and `HostNetwork.has` does not know it.
         """
         host = self.registered.get(address)
         known = self.network.has(address)
@@ -259,12 +262,15 @@ class Reserved:
         return "this host's own address (it is registered with it)" if host == self.host else f"that of host {host}"
 
     def refusal(self, address: str) -> str | None:
-        """Return why `address` must not be newly assigned to a workload, None if it may be."""
+        """Return why `address` must not be newly assigned to a workload, None if it may be assigned."""
         is_dns = address in self.network.servers.dns
         return self.user(address) or (DNS_SERVER if is_dns else self.network.unfit.get(address))
 
     def is_free_for_any(self, version: int, number: int) -> bool:
-        """Return whether an address (a number) may be assigned to a workload without an explicit request."""
+        """Return whether the address `number` may be assigned to a workload that has not requested this very address.
+
+        It is not checked whether another workload has the address.
+        """
         if any(network.has(version, number) for network in self.network.networks):
             return False
         return self.refusal(Network(version, number, BITS[version]).address(number)) is None

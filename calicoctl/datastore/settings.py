@@ -32,11 +32,12 @@ _USER_ELSEWHERE = "the name and the password of a user are set by ETCD_USERNAME 
 
 @dataclass(frozen=True)
 class EtcdSettings:
-    """The settings for access to etcd: members, TLS files (PEM), API and user.
+    """The settings for access to etcd: members, TLS files, API and user.
 
-    `scheme` is "http" or "https". `is_default` says that none of the variables ETCD_ENDPOINTS, ETCD_AUTHORITY and
-    ETCD_SCHEME is set, so that port 2379 of this host is used. `api` is V2 or V3, None if the environment does not
-    select one. `username` and `password` are both set or both None.
+    `scheme` is "http" or "https". `ca_cert`, `cert` and `key` are the paths of the TLS files (PEM), None for a file
+    that is not set. If `is_default` is true, none of the variables ETCD_ENDPOINTS, ETCD_AUTHORITY and ETCD_SCHEME is
+    set, so port 2379 of this host is used. `api` is V2 or V3, None if the environment does not select an API.
+    `username` and `password` are both set or both None.
     """
 
     scheme: str
@@ -51,9 +52,10 @@ class EtcdSettings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> EtcdSettings:
-        """Read the settings from environment variables, and check that the files can be used; raise StoreError.
+        """Read the settings from environment variables, and check that the files can be used.
 
-        ETCD_AUTHORITY and ETCD_SCHEME are read only if ETCD_ENDPOINTS is not set.
+        ETCD_AUTHORITY and ETCD_SCHEME are used only if ETCD_ENDPOINTS is not set. Raises StoreError if a variable is
+        invalid, or if a file cannot be used.
         """
         api = environment.get(TYPE) or None
         if api not in (None, V2, V3):
@@ -107,16 +109,17 @@ class EtcdSettings:
 
     @property
     def basic(self) -> str | None:
-        """The value of the header `Authorization` in requests of the v2 API; None without a user."""
+        """The value of the header `Authorization` in requests to the v2 API; None if no user is set."""
         if self.username is None:
             return None
         return f"Basic {b64encode(f'{self.username}:{self.password}'.encode()).decode()}"
 
     def local_etcd_hint(self, one: str, local: str, would_do: bool = False) -> str:
-        """Return a hint for an error message to use `calicoctl node --local-etcd`; "" if the command would be refused.
+        """Return a clause for an error message that suggests `calicoctl node --local-etcd`.
 
-        `one` is the text for an etcd that the command would start for the first time, `local` for one that it would
-        start again. `would_do` says that the command would start a first etcd although the environment names a member.
+        Returns "" if that command would be refused. In the clause, the text `one` stands for an etcd that the command
+        would start for the first time, and the text `local` for an etcd that the command would start again. If
+        `would_do` is true, the command would start an etcd for the first time although the environment names a member.
         """
         command = "'calicoctl node --local-etcd'"
         if self.is_default or would_do:
@@ -128,9 +131,10 @@ class EtcdSettings:
 
 
 def _user(environment: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Return the name and the password of etcd's user, or (None, None). Raises StoreError.
+    """Return the name and the password of etcd's user, or (None, None) if the environment names no user.
 
-    The error messages contain no password.
+    Raises StoreError if a variable is missing or invalid, or if the file with the password cannot be used. The error
+    messages contain no password.
     """
     username = environment.get("ETCD_USERNAME") or None
     password, path = (environment.get(name) or None for name in ("ETCD_PASSWORD", "ETCD_PASSWORD_FILE"))
@@ -148,7 +152,10 @@ def _user(environment: Mapping[str, str]) -> tuple[str | None, str | None]:
 
 
 def _is_utf8(text: str) -> bool:
-    """Return whether an environment variable is UTF-8 text. Python has surrogates for its bytes that are not."""
+    """Return whether the value of an environment variable is UTF-8 text.
+
+    In `text`, Python has replaced each byte that is not UTF-8 by a surrogate.
+    """
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

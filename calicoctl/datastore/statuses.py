@@ -16,13 +16,16 @@ from calicoctl.datastore.store import Entry, Store, set_value
 from calicoctl.errors import CompareFailed, InvalidValue
 
 _STORE = "datastore"
-"""The field of a host's status that says which API of etcd its agent uses."""
+"""The field of a host's status that says how the host's agent uses the store: see AgentStore."""
 
 
 @dataclass(frozen=True)
 class AgentStore:
-    """How an agent uses the store: by which API (V2 or V3); whether the agent has noticed that the data is frozen; and
-    whether its environment names the API, so that it cannot follow the data to the other one.
+    """How an agent uses the store.
+
+    `api` is the API that the agent uses (V2 or V3). `frozen` says whether the agent has noticed that the data is
+    frozen. `pinned` says whether the agent's environment names the API: then the agent cannot follow the data to the
+    other API.
     """
 
     api: str
@@ -31,12 +34,15 @@ class AgentStore:
 
 
 def agent_store(choice: Choice) -> dict[str, object]:
-    """Return the fields of a host's status that say how its agent uses the store."""
+    """Return the fields of a host's status that say how the host's agent uses the store."""
     return {_STORE: {"api": choice.api, "frozen": bool(choice.frozen), "pinned": choice.pinned}}
 
 
 def parse_agent_store(status: str) -> AgentStore | None:
-    """Return what a host's status (JSON text) says of the store, None if it says nothing: agents of older versions."""
+    """Return what a host's status (JSON text) says of how the host's agent uses the store.
+
+    Returns None if the status is invalid or says nothing of it, as the statuses of older versions do.
+    """
     with suppress(InvalidValue):
         found = load_object(status, "").get(_STORE)
         if isinstance(found, dict) and isinstance(found.get("api"), str):
@@ -57,13 +63,13 @@ class Statuses:
         return self._store.leases
 
     def of_host(self) -> Entry | None:
-        """Return this host's status, the heartbeat of its agent; None if it has expired or was deleted."""
+        """Return this host's status, the heartbeat of its agent; None if the status has expired or does not exist."""
         return self._store.get(keys.felix_status(self.host))
 
     def of_old_agent(self) -> bool:
-        """Return whether Felix of 2015 runs on this host. Its status has neither `machine` nor `boot`.
+        """Return whether the agent on this host is Felix of 2015, whose status has neither `machine` nor `boot`.
 
-        Returns False if the status is missing or invalid.
+        Returns False if this host's status is missing or invalid.
         """
         status = self.of_host()
         try:
@@ -72,19 +78,21 @@ class Statuses:
             return False
 
     def write_host(self, status: dict[str, object], ttl: int, before: Entry | None) -> Entry:
-        """Replace this host's status, read as `before`, or create it if `before` is None. `ttl` is in seconds.
+        """Write this host's status; return its entry. The status expires `ttl` seconds from now.
 
-        Raises KeyExists or CompareFailed if the status was written or has expired since `before` was read.
+        `before` is the entry to replace. If it is None, there must be no status yet. Raises KeyExists or CompareFailed
+        if the status was written or has expired since `before` was read.
         """
         if before is None:
             return self._store.create(keys.felix_status(self.host), json.dumps(status), ttl)
         return self._store.update(before, json.dumps(status), ttl)
 
     def renew_host(self, status: dict[str, object], ttl: int, before: Entry) -> Entry:
-        """Renew this host's status, written as `before`, for `ttl` seconds from now; return its current entry.
+        """Renew this host's status, so that it expires `ttl` seconds from now; return its current entry.
 
-        A store with leases only renews the lease, and so all keys on it. Other stores write `status`. Raises
-        CompareFailed if the status was written or has expired since `before`.
+        `before` is the status's entry, as it was last read or written. In a store with leases, only the lease is
+        renewed, and with it all keys on the lease. In other stores, `status` is written. Raises CompareFailed if the
+        status was written by another program, or has expired, since `before`.
         """
         return self._store.touch(before, json.dumps(status), ttl)
 
@@ -94,10 +102,11 @@ class Statuses:
             self._store.delete(before)
 
     def report_endpoint(self, id: EndpointId, status: str | None, ttl: int | None = None) -> None:
-        """Write the status (JSON text) of an endpoint of this host; None deletes it.
+        """Write the status (JSON text) of an endpoint of this host, or delete it if `status` is None.
 
-        In a store with leases, the status expires together with the host's status, if that has the same `ttl`. In other
-        stores, it does not expire, but readers ignore it if there is no host's status.
+        In a store with leases, the endpoint's status expires together with the host's status, if both have the same
+        `ttl` (in seconds). In other stores, `ttl` is ignored, and the endpoint's status does not expire; but readers
+        ignore it if the host has no status.
         """
         if status is not None:
             self._store.put(keys.felix_endpoint(id), status, ttl if self._store.leases else None)
@@ -105,7 +114,7 @@ class Statuses:
             set_value(self._store, keys.felix_endpoint(id), None)
 
     def report_endpoints(self, statuses: Mapping[EndpointId, str], ttl: int) -> None:
-        """Write the statuses of at most MOST_AT_ONCE endpoints of this host; see report_endpoint."""
+        """Write the statuses of at most MOST_AT_ONCE endpoints of this host; see `report_endpoint`."""
         values = {keys.felix_endpoint(id): status for id, status in statuses.items()}
         self._store.put_all(values, ttl if self._store.leases else None)
 
@@ -116,7 +125,7 @@ class Statuses:
         return {id: value for id, value in found if id is not None}
 
     def of_endpoint(self, id: EndpointId) -> dict[str, Any] | None:
-        """Return the status of an endpoint, None if the status is missing or invalid."""
+        """Return the fields of an endpoint's status, None if the status is missing or invalid."""
         key = keys.felix_endpoint(id)
         entry = self._store.get(key)
         try:

@@ -11,7 +11,7 @@ from typing import Callable, Protocol, Union
 from calicoctl.errors import CompareFailed, Conflict, KeyExists, NotFound
 
 ATTEMPTS = 200
-"""The maximum number of attempts of a compare-and-swap before it fails with Conflict."""
+"""The maximum number of attempts at a compare-and-swap. If all of them fail, Conflict is raised."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class Entry:
 
     `revision` is the revision of the last write, which a compare-and-swap compares (modifiedIndex in etcd's v2 API).
     `created` is the revision of the write that created the key. In etcd's v2 API, `put` and blind writes of other
-    programs change `created`, so it may only be used to order conflicting objects, such as overlapping pools. `problem`
-    is the reason if the key, or the keys below it, could not be read, else None. Only `list_for_watch` and watches
-    return entries with a problem.
+    programs change `created`, so it may only be used to order conflicting objects, such as overlapping pools.
 
-    `expires` says whether the key has a time to live. Entries that a write returns do not say so.
+    `problem` is None if the key was read. If the key, or all keys below it, could not be read, `problem` is the reason.
+    Only `list_for_watch` and watches return entries with a problem.
+
+    `expires` says whether the key has a time to live. It is not set reliably in the entries that writes return.
     """
 
     key: str
@@ -36,9 +37,9 @@ class Entry:
 
     @property
     def is_unread_directory(self) -> bool:
-        """Whether the entry stands for a directory of which nothing could be read. Its `revision` is 0 then.
+        """Whether the entry stands for a directory of which nothing could be read: its `revision` is 0.
 
-        In a store without directories, an entry with a problem stands for its key alone.
+        Any other entry with a `problem` stands for its key alone.
         """
         return self.problem is not None and self.revision == 0
 
@@ -47,7 +48,8 @@ class Entry:
 class Change:
     """A change of a key: `entry` is the new entry, None if the key was deleted or has expired.
 
-    If `entry` is None, all keys below the key were deleted, too, unless `alone` is true.
+    `alone` matters only if `entry` is None. If it is false, all keys below the key were deleted, too. If it is true,
+    they were not.
     """
 
     key: str
@@ -96,10 +98,10 @@ API accepts 128 operations per transaction."""
 class Watch(Protocol):
     """An iterator over the changes below a directory, in order and without gaps, in batches.
 
-    `next` blocks until there is a batch. If nothing changes for the `seconds` passed to `Store.watch`, the batch is
-    empty: then a majority of the cluster has confirmed that the member is not partitioned. `next` raises StoreError if
-    the store cannot be watched, and WatchExpired if changes may have been missed. After an exception, the watch is
-    closed: the caller must read all entries again, and open a new watch from their revision.
+    `next` blocks until there is a batch. If nothing changes for the `seconds` passed to `Store.watch`, `next` returns
+    an empty batch: then a majority of the cluster has confirmed that the member is not partitioned from the others.
+    `next` raises StoreError if the store cannot be watched, and WatchExpired if changes may have been missed. After an
+    exception, the watch is closed: the caller must read all entries again, and open a new watch from their revision.
     """
 
     def __iter__(self) -> Iterator[list[Change]]: ...
@@ -121,8 +123,9 @@ class Store(Protocol):
     KeyExists or CompareFailed is raised.
 
     In stores with leases (`leases`), all keys that one Store object has last written with the same `ttl` are attached
-    to one lease. Each such write, and `touch`, renews the lease, and so the expiry of all its keys. A write without
-    `ttl`, or by another Store object, detaches a key from the lease. Without leases, each key has an expiry of its own.
+    to one lease. Each such write, and `touch`, renews the lease, and so the expiry of all its keys; but `put` and
+    `put_all` do so only if the lease was last renewed more than half of `ttl` ago. A write without `ttl`, or by another
+    Store object, detaches a key from the lease. In stores without leases, each key has an expiry of its own.
 
     Every method raises StoreUnavailable if no member of the store answers, and StoreError if the store refuses the
     request. Stores with directories (etcd's v2 API) may raise InvalidValue if a directory is passed as a key, or a key
@@ -131,7 +134,7 @@ class Store(Protocol):
 
     @property
     def atomic(self) -> bool:
-        """Whether `commit` writes all or nothing, and `read` reads at one revision, each in one request."""
+        """Whether `commit` applies all of its writes or none, and `read` reads everything at one revision."""
 
     @property
     def leases(self) -> bool:
@@ -178,18 +181,18 @@ class Store(Protocol):
         """Delete `entry`, if it still exists; raise CompareFailed if the key was changed since `entry` was read."""
 
     def commit(self, writes: Sequence[Write]) -> list[Entry]:
-        """Apply writes of different keys, at most MOST_AT_ONCE; return their entries, for a Delete the deleted entry.
+        """Apply at most MOST_AT_ONCE writes of different keys. Return an entry for each: for a Delete, the deleted one.
 
-        Raises KeyExists or CompareFailed for the first write whose condition is not met. An atomic store has applied no
-        write then. Other stores apply the writes one after another, in this order, so the writes before the failed one
-        remain applied. The order of the writes must be safe if the process ends in between.
+        Raises KeyExists or CompareFailed for the first write whose condition is not met. Then an atomic store has
+        applied no write. Other stores apply the writes one after another, in this order, and the writes before the
+        failed one remain applied. So the order of the writes must be safe even if the process ends between two of them.
 
-        If an answer is lost, the writes may have been applied before another writer changed a key: then CompareFailed
-        has `maybe_applied`.
+        If an answer was lost, and another writer has changed a key since, the writes may have been applied before that.
+        Then the attribute `maybe_applied` of the CompareFailed is true.
         """
 
     def touch(self, entry: Entry, value: str, ttl: int) -> Entry:
-        """Set the expiry of the key of `entry` to `ttl` seconds from now; return its current entry.
+        """Set the expiry of the key of `entry` to `ttl` seconds from now; return the key's current entry.
 
         If the key is attached to this object's lease for `ttl`, the lease is renewed, and nothing is written.
         Otherwise, `value` is written as by `update`. Raises CompareFailed if the key was changed or deleted, or has
@@ -202,23 +205,24 @@ class Store(Protocol):
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         """Write `key` blindly, whatever its value is.
 
-        `ttl`: see `update`. With leases, the key may expire with others on its lease, up to half of `ttl` earlier.
+        `ttl`: see `update`. In a store with leases, the lease is not always renewed, so the key may expire after only
+        half of `ttl`.
         """
 
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
         """Write at most MOST_AT_ONCE keys blindly, as `put` does; an atomic store writes them in one transaction."""
 
     def check_writable(self, *keys: str) -> None:
-        """Raise StoreError if etcd does not permit writes to any of `keys`. Changes nothing."""
+        """Raise StoreError unless etcd permits writes to all of `keys`. Changes nothing."""
 
     def version(self) -> str:
-        """Return the version of the server."""
+        """Return the version of the etcd server."""
 
     def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
-        """Return all entries below `directory`, and the revision from which to watch later changes.
+        """Return all entries below `directory`, and the revision at which to begin a watch.
 
-        A watch from this revision yields all changes that the entries lack, and perhaps changes that they contain. A
-        key or directory that cannot be read is returned as an entry with a `problem`.
+        A watch from this revision on yields all changes that the entries do not contain yet, and perhaps some that they
+        contain already. A key or directory that cannot be read is returned as an entry with a `problem`.
         """
 
     def watch(self, directory: str, revision: int, seconds: float) -> Watch:
@@ -274,7 +278,10 @@ def create_if_missing(store: Store, key: str, value: str) -> bool:
 
 
 def create_missing(store: Store, values: Mapping[str, str]) -> bool:
-    """Write those keys of `values` that do not exist, in this order; return whether any was written."""
+    """Write those keys of `values` that do not exist, in this order; return whether any was written.
+
+    Raises Conflict if other writers keep creating and deleting the keys.
+    """
     if not store.atomic:
         written = [create_if_missing(store, key, value) for key, value in values.items()]
         return any(written)
@@ -307,9 +314,9 @@ def write_in_order(store: Store, writes: Sequence[Write]) -> list[Entry]:
 
 
 def set_value(store: Store, key: str, value: str | None) -> None:
-    """Set `key` to `value`, whatever its value was; None deletes it. Writes nothing if the value is the same.
+    """Set `key` to `value`, or delete it if `value` is None, whatever its value was before.
 
-    Raises Conflict if other writers keep changing the key.
+    If the key has this value already, nothing is written. Raises Conflict if other writers keep changing the key.
     """
     for attempt in range(ATTEMPTS):
         entry = store.get(key)
@@ -331,9 +338,10 @@ def modify(
 ) -> bool:
     """Change the value of `key` by compare-and-swap: `change` computes the new value from the current value.
 
-    `known` is the key's entry, if the caller has just read it. If `change` returns None, nothing is written. Returns
-    True if the value was changed, or may have been changed by an attempt without an answer. Raises NotFound with the
-    message `missing` if there is no such key, and Conflict if other writers keep changing it.
+    `known` is the key's entry, if the caller has just read it. `change` is called again if another writer has changed
+    the key meanwhile. If `change` returns None, nothing is written. Returns True if the value was changed, or may have
+    been changed by an attempt without an answer. Raises NotFound with the message `missing` if the key does not exist,
+    and Conflict if other writers keep changing the key.
     """
     done = False
     for attempt in range(ATTEMPTS):
@@ -353,7 +361,7 @@ def modify(
 
 
 def pause(attempt: int) -> None:
-    """Sleep for a random time after a conflict, longer after more attempts."""
+    """Sleep for a random time after a conflict with another writer: the longer, the higher `attempt` is."""
     time.sleep(random.uniform(0, min(0.2, 0.004 * (attempt + 1))))
 
 

@@ -1,8 +1,9 @@
 """Logs in to etcd's v3 API as the user in the environment, and stores the token in a file for later commands.
 
-A login takes etcd longer than most commands. The file is below /run/calico for root, and in the runtime directory for
-other users; only the caller can read it. A token that etcd refuses is replaced by the one of another thread or of
-another command, if there is one, and by a new one if that is refused, too. No message contains a password or a token.
+A login takes etcd longer than most commands. The file is in /run/calico for root, and in the runtime directory for
+other users; only the caller can read it. If etcd refuses a token, the token of another thread or of another command is
+used, if there is one. If etcd refuses this token as well, a login yields a new one. No message contains a password or a
+token.
 
 Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/op-guide/authentication.md
 """
@@ -29,7 +30,8 @@ _NAME = ".etcd-token"
 """The name of the file. It differs from those of all folders in /run/calico, which are names of hosts."""
 
 _MOST_REFUSED = 3
-"""The number of refused tokens after which only a new one is used. Until then, another thread's may be a new one."""
+"""The number of refused tokens after which a login is made for the next one. Until then, the token of another thread or
+of another command is used, if etcd has not refused it yet."""
 
 _lock = threading.Lock()
 _tokens: dict[EtcdSettings, str | None] = {}
@@ -37,7 +39,7 @@ _tokens: dict[EtcdSettings, str | None] = {}
 
 
 def authorize(settings: EtcdSettings) -> Authorize | None:
-    """Return a function that returns a token of the user in `settings` (see Authorize); None without a user."""
+    """Return a function that returns a token of the user in `settings`: see Authorize. None if no user is set."""
     if settings.username is None:
         return None
 
@@ -69,7 +71,7 @@ def forget() -> None:
 def _logged_in(member: Connection, settings: EtcdSettings) -> str | None:
     """Log in; return the token, None if authentication is disabled in etcd.
 
-    Raises StoreError, and what Connection.exchange raises.
+    Raises StoreError if etcd refuses the login, and what Connection.exchange raises.
     """
     member.token = None  # etcd refuses a password that comes with a token that it does not know
     user = {"name": settings.username, "password": settings.password}
@@ -88,7 +90,7 @@ def _logged_in(member: Connection, settings: EtcdSettings) -> str | None:
 
 
 def _read(settings: EtcdSettings) -> str | None:
-    """Return the token in the file if it was issued for `settings` (user, password and cluster), else None."""
+    """Return the token in the file, None if no token for the user and the cluster in `settings` can be read there."""
     path = _path(create=False)
     try:
         if path is None:
@@ -120,9 +122,10 @@ def _digest(settings: EtcdSettings, salt: str) -> str:
 
 
 def _path(create: bool) -> Path | None:
-    """Return the path of the file with the caller's token, None if there is no safe folder for it.
+    """Return the path of the file with the caller's token, None if its folder does not exist or is not safe.
 
-    With `create`, the folder of root is created.
+    A folder is safe if it belongs to the caller, and nobody else can write to it or, unless the caller is root, read
+    it. If `create` is true, and the caller is root, a missing folder is created.
     """
     user = os.geteuid()
     folder = files.RUN if user == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")

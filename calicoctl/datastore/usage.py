@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Usage:
-    """The numbers of addresses of a pool. `pool` is its CIDR; `addresses` counts all its addresses, used or free.
+    """The numbers of addresses of a pool. `pool` is the pool's CIDR, `addresses` the number of its addresses.
 
-    `borrowed` counts the addresses that a host uses although their block has affinity to another host. In the Usage for
-    addresses outside all pools, `pool`, `addresses` and `free` are None.
+    Each address is either `used` or `free`. `borrowed` counts those used addresses that a host has taken from a block
+    with affinity to another host. In the Usage of the addresses outside of all pools, `pool`, `addresses` and `free`
+    are None.
     """
 
     pool: str | None
@@ -29,9 +30,9 @@ class Usage:
 
 
 def usages(pools: Iterable[Pool], blocks: Iterable[Block]) -> list[Usage]:
-    """Return the usage of each pool, followed by that of addresses outside all pools, if any are used.
+    """Return the Usage of each pool. If addresses outside of all pools are used, the Usage of these addresses follows.
 
-    `pools` and `blocks` are all pools and blocks of one IP version.
+    `pools` and `blocks` are all pools and all blocks of one IP version.
     """
     from netaddr.ip import IPNetwork
 

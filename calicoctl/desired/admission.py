@@ -7,12 +7,12 @@ Anybody who may write to the store can list any address in an endpoint. There ar
 * The address is in no pool.
 * A DNS server of this host uses the address.
 
-An address with one of the first two objections is always refused. An address with one of the last two objections is
-refused if it is new to the endpoint. An address with both of these is always refused.
+An address with one of the first two objections is always refused, and so is an address with both of the last two. An
+address with only one of the last two objections is refused if it was not admitted before.
 
-An address is not new to an endpoint if it was admitted before. When the agent starts, the caller passes the admitted
-addresses to `adopt`: those that the kernel routes to the endpoint's interface, and those in the file of
-felix/kept_addresses.py.
+An address is admitted from the moment that its endpoint may use it until the endpoint does not list it any more. When
+the agent starts, the caller passes the addresses that were admitted before the start to `adopt`: those that the kernel
+routes to the endpoint's interface, and those in the file of felix/kept_addresses.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Use = tuple[str, str]
 
 
 class Admission:
-    """Decides about addresses, given this host's network, the pools, and the registered hosts."""
+    """Decides which addresses endpoints may use, from this host's network, the pools, and the registered hosts."""
 
     def __init__(self, topology: Topology) -> None:
         self.network = HostNetwork()
@@ -49,7 +49,7 @@ class Admission:
         return Reserved(self.network, self._topology.users, self._topology.host)
 
     def set_pool(self, key: str, cidr: str | None) -> None:
-        """Set the CIDR of the pool with the store's key `key`. With None, remove the pool."""
+        """Set the CIDR of the pool whose key in the store is `key`. If `cidr` is None, remove the pool."""
         before = self._pools.pop(key, None)
         if cidr is not None:
             self._pools[key] = Network.parse(cidr)
@@ -57,7 +57,7 @@ class Admission:
             self._in_pools, self._changed = None, True
 
     def take_changed(self) -> bool:
-        """Return whether the networks of pools have changed since the last call."""
+        """Return whether the networks of the pools have changed since the last call of this method."""
         changed, self._changed = self._changed, False
         return changed
 
@@ -67,17 +67,18 @@ class Admission:
         return self._in_pools.has(version_of(address), number_of(address))
 
     def spared(self) -> set[str]:
-        """Return the addresses from which packets pass even if endpoints of other hosts have them.
+        """Return the addresses whose packets this host never treats as packets of another host's endpoint.
 
-        These are the DNS servers of this host, and the BGP peers that are in no pool.
+        That holds even if such an endpoint lists the address. The addresses are those of this host's DNS servers, and
+        those of BGP peers that are in no pool.
         """
         peers = {peer.ip for peer in self._topology.peers.values()}
         return {*self.network.servers.dns, *(peer for peer in peers if not self.is_in_pool(peer))}
 
     def objection(self, interface: str, address: str) -> tuple[str, bool] | None:
-        """Return the objection to an address of the endpoint with this interface, or None if there is none.
+        """Return the objection to an address of the endpoint with this interface, None if there is no objection.
 
-        The objection is a tuple: the reason, and whether the address is refused because of it.
+        The objection is (reason, whether the address is refused because of it).
         """
         user = self.reserved.user(address)
         if user is not None:
@@ -91,8 +92,8 @@ class Admission:
     def decide(self, candidate: LocalEndpoint) -> LocalEndpoint:
         """Return an endpoint without its refused addresses.
 
-        The field `conflict` of the result names the refused addresses, and `warning` the addresses that stay despite an
-        objection; each with the reason.
+        The field `conflict` of the result names the refused addresses, with the reasons. The field `warning` names the
+        addresses that stay despite an objection, with the reasons.
         """
         found = {address: self.objection(candidate.interface, address) for address in candidate.addresses}
         if not any(found.values()):
@@ -107,10 +108,10 @@ class Admission:
         )
 
     def addresses_of(self, endpoint: Endpoint) -> tuple[str, ...]:
-        """Return the addresses that an endpoint contributes to tags.
+        """Return the addresses that an endpoint contributes to the tags of its profiles.
 
-        Refused addresses of this host's endpoints are left out. Endpoints of other hosts contribute all their
-        addresses.
+        For an endpoint of this host, these are its valid addresses that are not refused. For an endpoint of another
+        host, these are all its valid addresses.
         """
         addresses = usable_addresses(endpoint)
         if endpoint.id.host != self._topology.host:
@@ -121,23 +122,27 @@ class Admission:
     # What endpoints already have
 
     def exceptions(self) -> frozenset[Use]:
-        """Return the admitted addresses that would be refused as new: those in no pool, or of a DNS server."""
+        """Return the admitted addresses that would be refused if they were not admitted yet.
+
+        These are the addresses in no pool, and those of DNS servers.
+        """
         dns = self.network.servers.dns
         return frozenset(use for use in self._admitted if use[1] in dns or not self.is_in_pool(use[1]))
 
     def adopt(self, uses: Iterable[Use]) -> None:
-        """Mark addresses as admitted: those that endpoints have used since before the agent's start."""
+        """Mark `uses` as admitted: addresses that endpoints have used since before the agent's start."""
         self._admitted.update(uses)
 
     def admit(self, endpoints: Iterable[Endpoint]) -> None:
-        """Mark as admitted the addresses that these endpoints of this host may use now."""
+        """Mark as admitted the addresses of these endpoints, all of this host, that are not refused now."""
         for endpoint in endpoints:
             self._admitted.update((endpoint.name, address) for address in self.addresses_of(endpoint))
 
     def forget(self, before: Endpoint | None, now: Endpoint | None) -> None:
-        """Remove the admission of the addresses that an endpoint listed `before`, but does not list `now`.
+        """Remove the admission of the addresses that an endpoint has lost by a change.
 
-        None stands for an endpoint that does not exist.
+        `before` is the endpoint before the change, None if it did not exist. `now` is the endpoint after the change,
+        None if it was deleted.
         """
         self._admitted -= _uses(before) - _uses(now)
 
@@ -147,7 +152,7 @@ class Admission:
 
 
 def pool_of_key(key: str) -> str | None:
-    """Return the CIDR in the key of a pool, or None if the key contains no valid CIDR."""
+    """Return the CIDR in the key of a pool, None if the key contains no valid CIDR."""
     from calicoctl.addresses import parse_cidr
     from calicoctl.errors import CalicoError
 

@@ -1,10 +1,10 @@
 """Decides which of this host's valid endpoints get the interface and the addresses that they claim.
 
 An endpoint wins its interface and all its addresses, or nothing. It loses if an endpoint that was created earlier has
-won the same interface or address. Endpoints that were created later can win whatever a loser claims.
+won its interface or one of its addresses. Then endpoints that were created later can win whatever the loser claims.
 
-Only the endpoints that a change can affect are decided again: anybody who may write to the store can create any number
-of endpoints with the same claims.
+After a change, only those endpoints are decided again that the change can affect. To decide all again would take too
+long: anybody who may write to the store can create any number of endpoints with the same interface or addresses.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Claims:
         """The interfaces and addresses whose number of claims has crossed limits.CLAIMANTS since the last `decide`."""
 
     def add(self, candidate: LocalEndpoint, created: int) -> None:
-        """Add an endpoint to the candidates. `created` is the revision of the store at which the endpoint was created.
+        """Add an endpoint, which must not be a candidate yet, to the candidates.
 
-        The endpoint must not be a candidate yet.
+        `created` is the revision of the store at which the endpoint was created.
         """
         id = candidate.id
         claim = (created, id.endpoint, id.workload, id.orchestrator)
@@ -68,12 +68,12 @@ class Claims:
             del self._ids[self._claims.pop(id)]
 
     def things(self, id: EndpointId) -> tuple[str, ...]:
-        """Return the interface and the addresses that an endpoint claims; () if the endpoint is not a candidate."""
+        """Return the interface and the addresses that an endpoint claims, () if the endpoint is not a candidate."""
         candidate = self.candidates.get(id)
         return () if candidate is None else (candidate.interface, *candidate.addresses)
 
     def holder(self, thing: str) -> EndpointId | None:
-        """Return the endpoint that won an interface or an address in the last `decide`.
+        """Return the endpoint that won `thing`, an interface or an address, in the last `decide`.
 
         Return None if no endpoint won it, or if the winner was withdrawn since then.
         """
@@ -81,10 +81,10 @@ class Claims:
         return None if claim is None else self._ids.get(claim)
 
     def decide(self, changed: Iterable[EndpointId]) -> dict[EndpointId, str | None]:
-        """Decide again after the endpoints `changed` were added or withdrawn.
+        """Decide again after the endpoints `changed` were added or withdrawn, or both.
 
-        Return the candidates about which it was decided, in the order of their claims: those that were added, and those
-        that a change affects. The value is the reason why the candidate loses, or None if it wins.
+        Return candidate -> reason why it loses, or None if it wins, for the candidates that were decided: those that
+        were added, and those that a change can affect. They are in ascending order of their claims.
         """
         freed: set[str] = set()
         waiting: list[_Claim] = []
@@ -112,10 +112,11 @@ class Claims:
         return found
 
     def _decide(self, claim: _Claim, id: EndpointId, freed: set[str], waiting: list[_Claim]) -> str | None:
-        """Decide about a candidate, after all candidates with smaller claims. Return why it loses, None if it wins.
+        """Decide whether the candidate `id`, with the claim `claim`, wins. Return why it loses, or None if it wins.
 
-        Add the larger claims that this affects to the heap `waiting`, and interfaces and addresses that lose their
-        winner to `freed`.
+        `waiting` is the heap of the claims that are still to be decided, none of which is smaller than `claim`. The
+        claims that this decision affects, which are larger, are added to the heap. `freed` are the interfaces and
+        addresses that have lost their winner. Those that lose their winner by this decision are added.
         """
         things = self.things(id)
         lost = next((thing for thing in things if self._holders.get(thing, claim) < claim), None)
@@ -145,7 +146,7 @@ class Claims:
         return f"its interface or an address is that of endpoint {owner.endpoint} already"
 
     def _after(self, claim: _Claim, thing: str, most: int) -> list[_Claim]:
-        """Return at most `most` claims to an interface or address that follow `claim`, in ascending order."""
+        """Return, in ascending order, the claims to an interface or address that follow `claim`: at most `most`."""
         claimants = self._claimants[thing]
         place = bisect_right(claimants, claim)
         return claimants[place : place + most]

@@ -22,8 +22,9 @@ _INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
 class LocalEndpoint:
     """An active endpoint of this host, with valid values. `revision` is the endpoint's revision in the store.
 
-    `addresses` are the addresses that the workload may use. `conflict` names the refused addresses, and `warning` those
-    of `addresses` that stay despite an objection; each with the reason (see admission.py). Both may be None.
+    `addresses` are the addresses that the workload may use. `conflict` names the addresses of the endpoint that were
+    refused, with the reasons, and is None if there are none. `warning` names those of `addresses` that stay despite an
+    objection, with the reasons, and is None if there are none. For both, see admission.py.
     """
 
     id: EndpointId
@@ -42,7 +43,7 @@ class LocalEndpoint:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """All addresses from which the workload may send packets."""
+        """All addresses from which the workload may send packets: `addresses` and `link_local`."""
         return (*self.addresses, self.link_local)
 
     def addresses_of(self, version: int) -> list[str]:
@@ -75,9 +76,9 @@ def validated(endpoint: Endpoint, revision: int) -> LocalEndpoint:
 
 
 def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
-    """Return the addresses that an endpoint contributes to tags, in canonical form.
+    """Return the valid addresses of an endpoint of any host, in canonical form.
 
-    These are the endpoint's valid nets with the prefix length of a single address.
+    Invalid addresses, and nets with more than one address, are left out.
     """
     found: dict[str, None] = {}
     for version, length in BITS.items():
@@ -92,7 +93,7 @@ def usable_addresses(endpoint: Endpoint) -> tuple[str, ...]:
 def checked_address(address: str, version: int, whose: str = "an endpoint") -> str:
     """Return an address in canonical form. Raise CalicoError if it is not a unicast address of the IP version.
 
-    `whose` names the owner of the address in the error's text.
+    In the text of that error, `whose` names the owner of the address.
     """
     try:
         packed = socket.inet_pton(FAMILIES[version], address)

@@ -2,12 +2,12 @@
 
 Reads only the snapshot. Pools without an overlay are left out, since BIRD programs their routes.
 
-* A tunnel is a VXLAN device. A host's tunnel end has a MAC that every host computes from the host's address.
-* A block of another host gets one route, unless the block overlaps a network of this host, or contains the address of a
-  host, a gateway or a member of etcd. In such a block, each endpoint's address gets a route. So does an endpoint's
-  address outside the blocks of the endpoint's host, such as a borrowed address.
-* A block of this host gets a blackhole route, which drops packets to unused addresses of the block. The exceptions are
-  the same as for blocks in pools without an overlay: see routes.py.
+* A tunnel is a VXLAN device. A host's end of the tunnels has a MAC that every host computes from the host's address.
+* A block of another host gets one route. But if the block overlaps a network of this host, or contains the address of a
+  host, a gateway or a member of etcd, each endpoint's address in the block gets a route of its own instead. An
+  endpoint's address that is in no block of the endpoint's host, such as a borrowed address, also gets one.
+* A block of this host gets a blackhole route, which drops packets to unused addresses of the block. But if the block
+  overlaps one of the networks or addresses that are listed in routes.py, it gets none.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tunnel:
-    """This host's end of the tunnels over one IP version.
+    """This host's end of the tunnels to other hosts over one IP version, which is `version`.
 
-    `local` is this host's address in the underlay, `mac` the MAC of this host's end. `peers` maps the MAC of each other
-    host's end to the address of that host in the underlay.
+    `local` is this host's address in the underlay, and `mac` is the MAC of this host's end. `peers` maps the MAC of
+    each other host's end to that host's address in the underlay.
     """
 
     version: int
@@ -46,11 +46,11 @@ class Tunnel:
 
 @dataclass(frozen=True)
 class Hop:
-    """How packets reach the workloads of another host.
+    """How packets reach the workloads of another host: through a tunnel, or without one.
 
-    `tunnel` is the IP version of the tunnel's underlay. If it is None, packets leave through the interface `interface`
-    without a tunnel. `gateway` is the link-local address of the other host's tunnel end or, without a tunnel, the other
-    host's registered address.
+    Through a tunnel, `tunnel` is the IP version of the tunnel's underlay, and `gateway` is the link-local address of
+    the other host's tunnel end. Without one, `tunnel` is None, `gateway` is the other host's registered address, and
+    the packets leave through the interface `interface`.
     """
 
     gateway: str
@@ -59,9 +59,9 @@ class Hop:
 
 
 def macs(addresses: Iterable[str]) -> dict[str, str]:
-    """Return the MAC of each host's tunnel end, by the host's address.
+    """Return, for each of `addresses`, the MAC of the tunnel end of the host that has the address.
 
-    The result depends only on the addresses, so all hosts compute the same MACs.
+    `addresses` are those of all hosts. The result depends only on them, so all hosts compute the same MACs.
     """
     found: dict[str, str] = {}
     taken: set[str] = set()
@@ -75,15 +75,16 @@ def macs(addresses: Iterable[str]) -> dict[str, str]:
 
 
 def _digest(address: str, attempt: int) -> str:
-    """Return a locally administered unicast MAC for a host's address. The MAC depends on `attempt`."""
+    """Return a locally administered unicast MAC for a host's address. Each `attempt` (a number) yields another MAC."""
     octets = hashlib.sha256(f"vxlan.calico {address} {attempt}".encode()).digest()[:6]
     return bytes([octets[0] & 0xFC | 0x02, *octets[1:]]).hex(":")
 
 
 def underlay_version(topology: Topology, host: str) -> int | None:
-    """Return the IP version of the tunnel to another host: 4 if both hosts have a registered IPv4 address, else 6.
+    """Return the IP version of the tunnel to another host.
 
-    Return None if the two hosts have no IP version in common.
+    This is 4 if both hosts have a registered IPv4 address. If not, it is 6 if both have a registered IPv6 address.
+    Return None if they have no IP version in common.
     """
     for version in (4, 6):
         if topology.own(version) is not None and topology.address(host, version) is not None:
@@ -92,10 +93,11 @@ def underlay_version(topology: Topology, host: str) -> int | None:
 
 
 def tunnels(topology: Topology) -> dict[int, Tunnel]:
-    """Return this host's tunnels by IP version of the underlay.
+    """Return this host's ends of the tunnels, by the IP version of the underlay.
 
-    A tunnel over IPv4 exists if this host has a registered IPv4 address. A tunnel over IPv6 exists if this host has
-    only a registered IPv6 address, or shares only IPv6 with another host.
+    There is an end over IPv4 if this host has a registered IPv4 address. There is an end over IPv6 if this host has a
+    registered IPv6 address and, besides, either has no registered IPv4 address, or needs IPv6 to reach another host
+    (see `underlay_version`).
     """
     found: dict[int, Tunnel] = {}
     others = topology.hosts() - {topology.host}
@@ -136,7 +138,7 @@ class Overlay:
         return pool is not None and mode == NEVER
 
     def update(self, dirty: Dirty) -> bool:
-        """Process changes of the snapshot. Return whether tunnels or routes may have changed."""
+        """Process the changes `dirty` of the snapshot. Return whether tunnels or routes may have changed."""
         changed = dirty.endpoints if self.is_needed else set()
         reread = dirty.pools or dirty.topology
         if reread:
@@ -153,10 +155,10 @@ class Overlay:
         return reread or different
 
     def routes(self) -> dict[str, Hop | None]:
-        """Return the routes by CIDR. None stands for a blackhole route.
+        """Return CIDR -> Hop for each route, None for a blackhole route.
 
-        Left out are CIDRs in pools without an overlay, CIDRs of unreachable hosts, and single addresses that a local
-        endpoint or a host uses (see `Reserved.user`).
+        There are no routes to CIDRs in pools without an overlay, to CIDRs of unreachable hosts, and to single addresses
+        that a local endpoint or a host uses (see `Reserved.user`).
         """
         snapshot = self._snapshot
         owners: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}
@@ -183,7 +185,10 @@ class Overlay:
         return found
 
     def out_of_reach(self) -> list[str]:
-        """Return, sorted, the registered hosts with blocks in the overlay that share no IP version with this host."""
+        """Return the sorted names of the hosts that this host cannot reach, since they share no IP version with it.
+
+        Only registered hosts that have blocks in the overlay are returned.
+        """
         topology = self._snapshot.topology
         hosts = {host for host, _ in self._blocks.values()} & topology.hosts() - {topology.host}
         return sorted(
@@ -193,10 +198,11 @@ class Overlay:
         )
 
     def _hop(self, host: str, mode: str, version: int, tunnel_ends: dict[str, str]) -> Hop | None:
-        """Return how packets reach a host's addresses of an IP version, in pools with the VXLAN mode `mode`.
+        """Return how packets reach the addresses of another host, None if that host is unreachable.
 
-        Return None if the host is unreachable, or is this host under another name. `tunnel_ends` maps the address of
-        each other host to the MAC of its tunnel end.
+        The result is for addresses of the IP version `version`, in pools with the VXLAN mode `mode`. `tunnel_ends` maps
+        the address of each other host to the MAC of that host's tunnel end. Return None, too, if `host` is another name
+        of this host.
         """
         topology = self._snapshot.topology
         address = topology.address(host, version)
@@ -263,7 +269,7 @@ class Overlay:
         )
 
     def _host_of(self, address: str) -> str | None:
-        """Return the host of the smallest block in `_blocks` that contains an address, or None."""
+        """Return the host of the smallest block in `_blocks` that contains an address, None if no block contains it."""
         version, number = version_of(address), number_of(address)
         for (of, bits), hosts in sorted(self._hosts.items()):
             if of == version and number >> bits in hosts:

@@ -3,15 +3,15 @@
 Reads only the snapshot. felix/bgp/config.py renders the result for BIRD. Pools with an overlay are left out, since the
 agent itself programs their routes.
 
-A block is announced as a whole, and this host drops packets to its unused addresses, unless the block overlaps one of
-these:
+A block is announced as a whole, and this host drops packets to the block's unused addresses, unless the block overlaps
+one of these:
 
-* a network to which this host is connected, or the destination of another route. The destination does not count if it
-  contains the whole pool, like that of the default route;
+* a network to which this host is connected;
+* the destination of another route, unless this destination contains the whole pool, as that of the default route does;
 * the address of this host, a gateway, a registered host, a member of etcd, or a DNS server.
 
-Of such a block, only the addresses of local endpoints are announced, one by one. Packets to other addresses of the
-block are not dropped.
+Of a block that overlaps one of these, only the addresses of local endpoints are announced, one by one. Packets to other
+addresses of the block are not dropped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Announced:
-    """The CIDRs of blocks and the single addresses that a host announces in one IP version, each in a stable order.
+    """What a host announces in one IP version: the CIDRs of blocks, and single addresses, each in a stable order.
 
     `split` contains the blocks that are not announced as a whole, as (CIDR, description of what the block overlaps).
     """
@@ -45,9 +45,9 @@ class Announced:
 class Guarded:
     """The networks and addresses that routes learned from other hosts must not override on this host.
 
-    `networks` are the CIDRs of this host's connected and local networks. `addresses` are the addresses of this host,
-    its gateways, the members of its etcd, and the registered hosts. Networks and addresses outside of all pools without
-    an overlay are left out. The order is stable.
+    `networks` are the CIDRs of the networks to which this host is connected, and of its local networks. `addresses` are
+    the addresses of this host, its gateways, the members of its etcd, and the registered hosts. Both are limited to
+    what overlaps a pool without an overlay, and have a stable order.
     """
 
     networks: tuple[str, ...] = ()
@@ -100,7 +100,10 @@ def guarded(snapshot: Snapshot, version: int) -> Guarded:
 
 
 class Surroundings:
-    """This host's networks and routes, and the addresses that it knows, of one IP version. Blocks may overlap them."""
+    """What a block may overlap, of one IP version: this host's networks and routes, and certain addresses.
+
+    `addresses` are those of this host, its gateways, the registered hosts, and the members of etcd.
+    """
 
     def __init__(self, snapshot: Snapshot, version: int) -> None:
         network = snapshot.network
@@ -114,8 +117,9 @@ class Surroundings:
         self._dns = _of_version(dict.fromkeys(network.servers.dns, DNS_SERVER), version)
 
     def needed(self, block: Network) -> str | None:
-        """Describe a network of this host, or one of `addresses`, that a block overlaps. Return None if there is
-        none.
+        """Return a description of a network of this host, or of one of `addresses`, that a block overlaps.
+
+        Return None if the block overlaps none of them.
         """
         for network in self.networks:
             if network.overlaps(block):
@@ -123,9 +127,10 @@ class Surroundings:
         return _inside(block, self.addresses)
 
     def overlapped(self, block: Network, pool: Network) -> str | None:
-        """Describe what a block of `pool` overlaps: as `needed` does, or a DNS server, or the destination of a route.
+        """Return a description of what a block of `pool` overlaps, None if it overlaps nothing.
 
-        Routes whose destination contains the whole pool are ignored. Return None if the block overlaps nothing.
+        The block may overlap what `needed` describes, the address of a DNS server, or the destination of a route.
+        Routes whose destination contains the whole pool are ignored.
         """
         needed = self.needed(block) or _inside(block, self._dns)
         if needed is not None:
@@ -144,7 +149,10 @@ def _of_version(known: Mapping[str, str], version: int) -> list[tuple[int, str, 
 
 
 def _inside(block: Network, addresses: list[tuple[int, str, str]]) -> str | None:
-    """Describe the first of `addresses` (from `_of_version`) that a block contains. Return None if there is none."""
+    """Return a description of the first of `addresses` that a block contains, None if it contains none.
+
+    `addresses` are from `_of_version`.
+    """
     at = bisect_left(addresses, (block.first,))
     for number, address, what in addresses[at : at + 1]:
         if number <= block.last:

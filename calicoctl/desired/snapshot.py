@@ -1,12 +1,13 @@
-"""The desired state: the contents of the store as this host uses them, validated, and updated with each change.
+"""The desired state of one host: the contents of the store, validated, and updated with each change.
 
-An invalid value affects only what its key names, and `problems` contains the reason:
+If the value of a key is invalid, `Snapshot.problems` contains the reason. Only the object or the setting of that key is
+affected:
 
-* A profile with invalid rules denies everything.
-* A profile with invalid tags keeps its last valid tags, since rules of other profiles may deny by a tag.
-* An endpoint keeps its last valid value in `endpoints`, but is not in `local`.
-* A setting has its default or a stricter value.
-* Any other object is left out.
+* A profile whose rules are invalid denies everything.
+* A profile whose tags are invalid keeps its last valid tags, since rules of other profiles may deny packets by tag.
+* An endpoint keeps in `Snapshot.endpoints` its last value that could be parsed, but is not in `Snapshot.local`.
+* A setting gets its default or a stricter value.
+* Any other object is treated as if it did not exist.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ _SETTINGS = {keys.READY, *(keys.config(setting.name) for setting in (*_READ, con
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile's tags and rules. `rules` is None if the rules are missing or invalid."""
+    """A profile's tags and rules.
+
+    If the rules are missing or invalid, `rules` is None, and the profile denies everything.
+    """
 
     tags: tuple[str, ...]
     rules: Rules | None
@@ -53,11 +57,14 @@ class Profile:
 
 @dataclass
 class Dirty:
-    """What has changed: endpoints (of all hosts), profiles (by name), and whether any pool or any setting has changed.
+    """The changes since the last `Snapshot.take_dirty`.
 
-    `topology` says whether the network between the hosts, or this host's own addresses and networks, have changed.
-    `interfaces` are the former interfaces of this host's endpoints that changed, became unusable or were deleted. An
-    interface may still belong to the same endpoint.
+    `endpoints` are the endpoints, of all hosts, whose values or usable addresses may have changed. `profiles` are the
+    names of the changed profiles. `pools` and `settings` say whether any pool and any setting has changed. `topology`
+    says whether the network between the hosts, or this host's own addresses and networks, have changed.
+
+    `interfaces` are the previous interfaces of those endpoints of this host that were changed, became unusable or were
+    deleted. A changed endpoint may still have its previous interface.
     """
 
     endpoints: set[EndpointId] = field(default_factory=set)
@@ -81,7 +88,7 @@ class Dirty:
 
 
 class _Entries(dict[str, Entry]):
-    """The entries of the store by key, with a count of the entries below each directory."""
+    """The entries of the store by key. Also counts the entries below each directory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +111,10 @@ class _Entries(dict[str, Entry]):
 
 
 class Snapshot:
-    """The contents of the store, validated for `host`. See the module's docstring."""
+    """The contents of the store, validated, as the agent of `host` uses them. See the module's docstring.
+
+    In this class, "this host" is `host`.
+    """
 
     def __init__(self, host: str) -> None:
         self.host = host
@@ -146,7 +156,7 @@ class Snapshot:
 
     @property
     def network(self) -> HostNetwork:
-        """This host's own addresses and networks, as of the last `set_network`."""
+        """This host's own addresses and networks, and the servers that it depends on, as of the last `set_network`."""
         return self.admission.network
 
     def set_network(self, network: HostNetwork) -> None:
@@ -158,7 +168,11 @@ class Snapshot:
             self._check_local()
 
     def replace(self, directory: str, entries: Iterable[Entry]) -> None:
-        """Replace everything below a directory by these entries, except what is below an unread directory."""
+        """Replace all entries below a directory by `entries`, which were read from the store.
+
+        If `entries` contains an unread directory (`Entry.is_unread_directory`), the previous entries below the unread
+        directory are kept.
+        """
         now = {entry.key: entry for entry in entries}
         unread = {key for key, entry in now.items() if entry.is_unread_directory}
         self._forget_skipped(directory)
@@ -174,7 +188,7 @@ class Snapshot:
         self._check_local()
 
     def change(self, change: Change) -> None:
-        """Apply one change of the store."""
+        """Apply one change of the store to this snapshot."""
         if change.entry is not None or change.alone or change.key in self._entries:
             self._set(change.key, change.entry)
         else:
@@ -188,11 +202,14 @@ class Snapshot:
         self.skipped = {key: why for key, why in self.skipped.items() if not (key + "/").startswith(directory + "/")}
 
     def owner(self, thing: str) -> LocalEndpoint | None:
-        """Return this host's usable endpoint that has the interface or address `thing`, or None."""
+        """Return this host's usable endpoint that has the interface or the address `thing`; None if there is none."""
         return self._owners.get(thing)
 
     def senders(self, address: str) -> list[LocalEndpoint]:
-        """Return this host's endpoints that may send from an address. Several may share a link-local address."""
+        """Return this host's usable endpoints that may send packets from an address.
+
+        Several endpoints may share a link-local address.
+        """
         owner = self._owners.get(address)
         if owner is not None:
             return [owner]
@@ -201,7 +218,10 @@ class Snapshot:
         return [endpoint for endpoint in self.local.values() if endpoint.link_local == address]
 
     def addresses_listed(self) -> dict[tuple[str, str], int]:
-        """Return how many addresses the endpoints of each workload list, by (orchestrator, workload), on all hosts."""
+        """Return how many addresses the endpoints of each workload list, for the workloads of all hosts.
+
+        The keys of the result are (orchestrator, workload).
+        """
         counts: dict[tuple[str, str], int] = {}
         for id, endpoint in self.endpoints.items():
             key = (id.orchestrator, id.workload)
@@ -214,9 +234,9 @@ class Snapshot:
         return known is not None and known.rules is not None
 
     def take_dirty(self) -> Dirty:
-        """Return what has changed since the last call, and mark the addresses of the changed endpoints as admitted.
+        """Return the changes since the last call.
 
-        See admission.py about admitted addresses.
+        Also mark as admitted the addresses that this host's changed endpoints may use now (see admission.py).
         """
         dirty, self.dirty = self.dirty, Dirty()
         local = (id for id in dirty.endpoints if id.host == self.host and id in self.endpoints)
@@ -224,10 +244,10 @@ class Snapshot:
         return dirty
 
     def _set(self, key: str, entry: Entry | None) -> None:
-        """Store a key's entry, or remove it if `entry` is None, and interpret it.
+        """Store the entry of a key, or remove it if `entry` is None, and interpret it.
 
-        If the entry is invalid, the reason is added to `problems`. For a key that the agent does not use, only
-        `skipped` is updated.
+        If the entry is invalid, the reason is added to `problems`. If the agent does not use the key, the entry is not
+        stored, and only `skipped` is updated.
         """
         handle = self._handler(key)
         if handle is None:
@@ -246,9 +266,11 @@ class Snapshot:
             self.problems[key] = str(error)
 
     def _skip(self, key: str, entry: Entry | None) -> None:
-        """Update `skipped` for a key that the agent does not use.
+        """Update `skipped` for a key that the agent does not use. `entry` is None if the key was deleted.
 
-        The key is added if it could not be read, has too many levels, or is too long; otherwise, it is removed.
+        The key is added to `skipped` if it could not be read, or has too many levels or characters. In all other cases,
+        it is removed from `skipped`. If `skipped` has limits.REPORTED keys already, only keys that could not be read
+        are added.
         """
         self.skipped.pop(key, None)
         if entry is not None and entry.problem is not None:
@@ -385,7 +407,10 @@ class Snapshot:
     # This host's endpoints: which are valid and free of conflicts
 
     def _check_local(self) -> None:
-        """Decide which of the local endpoints in `_unchecked`, and of those that conflict with them, are usable."""
+        """Decide again which of this host's endpoints are usable.
+
+        Only the endpoints in `_unchecked`, and the endpoints that conflict with them, are decided again.
+        """
         if self.admission.take_changed():
             self._mark_decided_anew()
         changed, self._unchecked = self._unchecked, set()
@@ -411,7 +436,7 @@ class Snapshot:
                 self.dirty.endpoints.add(id)
 
     def _validate(self, id: EndpointId) -> None:
-        """Make an endpoint a candidate if it is active, or unusable if it is inactive.
+        """Make an active endpoint a candidate (see claims.py), and add an inactive endpoint to `unusable`.
 
         Do nothing if the endpoint was deleted. Raise CalicoError if it is invalid.
         """
@@ -430,9 +455,9 @@ class Snapshot:
         self._claims.add(validated(endpoint, entry.revision), entry.created)
 
     def _mark_decided_anew(self) -> None:
-        """Mark the endpoints in `local` about which `Admission.decide` now decides differently, to be checked again.
+        """Add to `_unchecked` the endpoints in `local` for which `Admission.decide` now returns another result.
 
-        Mark all unusable endpoints as changed.
+        Also add all unusable endpoints to `dirty`, since the addresses that they contribute to tags may have changed.
         """
         decide, candidates = self.admission.decide, self._claims.candidates
         self._unchecked |= {id for id, endpoint in self.local.items() if decide(candidates[id]) != endpoint}
@@ -445,13 +470,13 @@ class Snapshot:
         self.dirty.endpoints.add(id)
 
     def _withdraw(self, id: EndpointId) -> None:
-        """Remove an endpoint from `local`, `unusable` and the candidates."""
+        """Remove an endpoint from `local`, from `unusable` and from the candidates. Do nothing where it is absent."""
         self._drop(id)
         self.unusable.pop(id, None)
         self._claims.withdraw(id)
 
     def _drop(self, id: EndpointId) -> None:
-        """Remove an endpoint from `local`."""
+        """Remove an endpoint from `local`, and add its interface to `dirty`. Do nothing if it is not in `local`."""
         endpoint = self.local.pop(id, None)
         if endpoint is None:
             return

@@ -1,6 +1,6 @@
-"""The network between the hosts, from the store: hosts, their addresses and blocks, BGP peers and settings.
+"""The network between the hosts, as the store describes it: hosts, their addresses and blocks, BGP peers and settings.
 
-The topology is a part of the snapshot, and validated in the same way.
+The topology is a part of the snapshot, and validated in the same way (see snapshot.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAC = re.compile("([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 
 class Topology:
-    """The registered hosts, their blocks, and the BGP configuration of `host`."""
+    """The registered hosts, their blocks, and the BGP configuration of `host`, which is called "this host" below."""
 
     def __init__(self, host: str) -> None:
         self.host = host
@@ -72,16 +72,20 @@ class Topology:
         return frozenset(hosts) | {peer.ip for peer in self.peers.values()}
 
     def may_reach_bgp(self) -> set[str]:
-        """Return the addresses that may connect to BGP on this host: its peers and, in a full mesh, all other hosts."""
+        """Return the addresses that may connect to BGP on this host.
+
+        These are the addresses of its BGP peers and, if the mesh is on, the registered addresses of all other hosts.
+        """
         addresses = {peer.ip for peer in self.peers.values()}
         if self.mesh:
             addresses |= {address for address, host in self.users.items() if host != self.host}
         return addresses
 
     def peers_without_session(self, version: int) -> list[str]:
-        """Return, sorted, this host's own (not global) BGP peers of an IP version for which it is not registered.
+        """Return those of this host's own (not global) BGP peers that get no session because of their IP version.
 
-        Return an empty list if this host is registered for that version, or for none.
+        If this host has no registered address of `version`, but one of the other IP version, the result contains the
+        addresses of the peers of `version`, sorted. In all other cases, it is empty.
         """
         if self.own(version) is not None or self.host not in self.hosts():
             return []
@@ -89,26 +93,29 @@ class Topology:
         return sorted(peer.ip for key, peer in self.peers.items() if key.startswith(directory))
 
     def own_peers(self) -> list[str]:
-        """Return, sorted, this host's own (not global) BGP peers that are addresses of this host itself."""
+        """Return those of this host's own (not global) BGP peers that are registered addresses of this host, sorted.
+
+        Such a peer is a mistake in the configuration, and gets no session.
+        """
         own = {self.own(4), self.own(6)}
         return sorted(peer.ip for key, peer in self.peers.items() if f"/host/{self.host}/" in key and peer.ip in own)
 
     def inside(self) -> frozenset[str]:
-        """Return the first address of each block of the other hosts."""
+        """Return the first address of each block that has affinity to another host."""
         blocks = (block for host, of_host in self.blocks.items() if host != self.host for block in of_host.values())
         return frozenset(block.address(block.first) for block in blocks)
 
     def as_num(self, host: str) -> str:
-        """Return the AS number of a host, or the default AS number if it has none of its own."""
+        """Return the AS number of a host (decimal): its own or, if it has none of its own, the default AS number."""
         return self.as_nums.get(host, self.default_as_num)
 
     def block_of(self, host: str, address: str) -> Network | None:
-        """Return the block of a host that contains an address, or None."""
+        """Return the block that contains an address and has affinity to `host`; None if there is none."""
         version, number = version_of(address), number_of(address)
         return next((block for block in self.blocks.get(host, {}).values() if block.has(version, number)), None)
 
     def take_changed_addresses(self) -> set[str]:
-        """Return the addresses that a host has registered, or no longer registers, since the last call."""
+        """Return the addresses that were registered or unregistered, for any host, since the last call."""
         changed, self._changed = self._changed, set()
         return changed
 
@@ -117,8 +124,8 @@ class Topology:
     def handler(self, key: str) -> Callable[[str, Entry | None], None] | None:
         """Return the method that interprets the entry of a key, or None if the key does not belong to the topology.
 
-        The method is called with (key, entry); the entry is None if the key was deleted. For an invalid value, the
-        method removes the previous value and raises CalicoError.
+        The method is called with the key and its entry, or with None as the entry if the key was deleted. If the value
+        is invalid, the method removes the previous value, and raises CalicoError.
         """
         if keys.parse_bgp_host_address(key) is not None or keys.parse_host_bird_ip(key) is not None:
             return self._set_address

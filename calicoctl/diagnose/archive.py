@@ -1,8 +1,8 @@
 """Collects diagnostics of this host into one archive, without secrets. Writes nothing but the archive.
 
-If a source fails, the error is written into its file. Environment variables and etcd keys are included with their
-values only if they are named in the lists below; the environment of Docker's containers is never included. Everything
-that looks like a secret is removed from every file.
+If the source of a file raises an exception, the file contains the error. The lists below name the environment
+variables, the etcd keys and the fields of JSON values whose values are included; other values are left out. The
+environment of Docker's containers is never included. Everything that looks like a secret is removed from every file.
 """
 
 from __future__ import annotations
@@ -144,8 +144,9 @@ _SECRETS = (
 
 
 def sources(log_dir: str) -> dict[str, Source]:
-    """Return, by file name, the functions that produce the texts of the archive's files. A function may raise
-    anything.
+    """Return the functions that produce the texts of the archive's files, by file name.
+
+    A function may raise any exception. `log_dir` is the directory of the logs of the agent and of the local etcd.
     """
     found: dict[str, Source] = {"versions.txt": _versions, "environment.txt": _environment, "checksystem.json": _checks}
     for name, command in _COMMANDS.items():
@@ -165,9 +166,9 @@ def sources(log_dir: str) -> dict[str, Source]:
 
 
 def collect(found: Iterable[tuple[str, Source]]) -> Path:
-    """Write an archive that only its owner can read, with a file for each (name, source); return its path.
+    """Write an archive with one file for each (name, source), and return the archive's path.
 
-    Raises CalicoError if the archive cannot be written.
+    Only the owner can read the archive. Raises CalicoError if it cannot be written.
     """
     name = f"calico-diags-{time.strftime('%Y%m%d-%H%M%S')}-"
     path = None
@@ -256,9 +257,10 @@ def _store() -> str:
 
 
 def _known_value(entry: Entry) -> Any:
-    """Return the value of a key: a plain value of a known key, the known fields of a JSON value, or an empty value.
+    """Return the value of an entry if it may be included, otherwise `(left out)`.
 
-    Any other value is replaced by `(left out)`.
+    A plain text value is included if its key is in _PLAIN; an empty value is always included. Of a JSON object or list
+    whose key matches _JSON_KEYS, only the known fields are included (see _known_fields).
     """
     if keys.last(entry.key) in _PLAIN or not entry.value:
         return entry.value
@@ -270,9 +272,10 @@ def _known_value(entry: Entry) -> Any:
 
 
 def _known_fields(value: Any, objects: bool = False) -> Any:
-    """Return a JSON value with `(left out)` instead of the values of unknown fields. CIDRs count as known fields.
+    """Return a JSON value with `(left out)` instead of the values of unknown fields.
 
-    With `objects`, items of a list that are not objects are replaced, too.
+    The fields in _FIELDS, and fields whose names are CIDRs, are known. If `objects` is true and the value is a list,
+    its items that are not objects are replaced by `(left out)`, too.
     """
     if isinstance(value, list):
         return [_known_fields(item) if isinstance(item, dict) or not objects else _HIDDEN for item in value]
@@ -303,10 +306,10 @@ def _from_bird(command: str) -> str:
 
 
 def _end_of(path: Path) -> str:
-    """Return the end, at most LOG_SIZE bytes, of a log of the agent, its etcd or BIRD.
+    """Return the end of a log of the agent, of the local etcd or of BIRD: its last LOG_SIZE bytes, decoded.
 
-    Raises CalicoError unless `path` is a regular file with one hard link that belongs to root, to BIRD's user, or to
-    the user of this process. Raises OSError if it cannot be read.
+    Raises CalicoError unless `path` is a regular file that has no other hard link, and that belongs to root, to BIRD's
+    user or to the user of this process. Raises OSError if `path` is a symbolic link or cannot be read.
     """
     # users other than root can write to some of the folders: a link may lead to a file that only root may read
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:

@@ -1,8 +1,10 @@
 """Checks whether blocks, handles and endpoints in the whole store are consistent, and repairs some inconsistencies.
 
 A running command makes the store inconsistent for a moment, so an inconsistency is reported only if a second check
-finds it again. Addresses are repaired under their workload's lock. Locks are local to a host, so only addresses of this
-host's workloads are repaired. Affinities, counts of handles and lists of free addresses are repaired for all hosts.
+finds it again.
+
+Affinities, counts of handles and lists of free addresses are repaired for all hosts. Addresses are repaired only for
+workloads of this host, since the repair holds the workload's lock, and locks are local to a host.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ RECHECK_DELAY = 1.0
 
 @dataclass(frozen=True)
 class Finding:
-    """An inconsistency. `kind` says what `subject` is: an address, a block's CIDR, a handle, or an endpoint's id.
+    """An inconsistency. `problem` describes it.
 
-    If the kind is `unreadable`, `subject` is a key with an invalid value. `advice` is what the user can do without
-    `--fix`.
+    `subject` is what is inconsistent, and `kind` says what it is: "address", "block" (`subject` is the CIDR), "handle",
+    "endpoint" (`subject` is the endpoint's id), or "unreadable" (`subject` is a key with an invalid value). `advice` is
+    what the user can do if `fix` is None, or instead of the repair; it is empty if only the repair helps.
     """
 
     kind: str
@@ -58,10 +61,11 @@ class Finding:
 
 
 def check(datastore: DatastoreClient) -> tuple[list[Finding], list[Entry]]:
-    """Return the inconsistencies that are found now, and again after RECHECK_DELAY. Raises CalicoError.
+    """Return the inconsistencies that are found now, and again after RECHECK_DELAY, and the unread entries.
 
-    With them, return what cannot be read (see `Entry.problem`): it counts as missing. If there is any, nothing should
-    be repaired, since the addresses of endpoints in there would be released.
+    An unread entry names a key or a directory that cannot be read (see `Entry.problem`); its contents count as missing.
+    If there are unread entries, the caller must not repair anything: the repair would release the addresses of
+    endpoints that could not be read. Raises CalicoError if the store does not answer.
     """
     found, unread = _inspect(datastore)
     if found:
@@ -79,13 +83,16 @@ def _order(finding: Finding) -> tuple[object, ...]:
 
 
 def _inspect(datastore: DatastoreClient) -> tuple[list[Finding], list[Entry]]:
-    """Return the inconsistencies that exist now, and what cannot be read."""
+    """Return the inconsistencies that exist now, and the unread entries: see `check`."""
     copy, unread = datastore.copied()
     return list(_compare(datastore, copy)), unread
 
 
 def _compare(datastore: DatastoreClient, copy: DatastoreClient) -> Iterator[Finding]:
-    """Yield the inconsistencies in a copy of the store; what repairs them reads and writes in the store itself."""
+    """Yield the inconsistencies in `copy`, which is a copy of the store.
+
+    The repairs of the findings read and write the store itself, by `datastore`.
+    """
     endpoints, invalid = copy.readable_endpoints()
     registered = set(copy.hosts.registered())
     listed: dict[str, list[Endpoint]] = defaultdict(list)
@@ -149,17 +156,17 @@ def _compare(datastore: DatastoreClient, copy: DatastoreClient) -> Iterator[Find
 
 
 def _is_key(handle: str) -> bool:
-    """Return whether a handle can be part of a key. etcd's v2 API hides keys that begin with an underscore."""
+    """Return whether a handle can be the last part of a key. etcd's v2 API hides keys that begin with an underscore."""
     return bool(handle) and "/" not in handle and not handle.startswith("_")
 
 
 def _of_affinities(
     datastore: DatastoreClient, version: int, cidr: str, block: Block | None, hosts: set[str], registered: set[str]
 ) -> Iterator[Finding]:
-    """Compare a block's affinity with the hosts' affinity keys. A host announces the blocks for which it has a key.
+    """Yield the contradictions between the affinity in a block and the hosts' affinity keys.
 
-    `block` is None if the block does not exist. `hosts` are the hosts with a key for this block; `registered` are the
-    names of the registered hosts.
+    A host announces the blocks for which it has an affinity key. `block` is None if the block `cidr` does not exist.
+    `hosts` are the hosts with an affinity key for this block. `registered` are the names of the registered hosts.
     """
     affine = "" if block is None else (block.affinity or "").partition(":")[2]
     for host in sorted(hosts | ({affine} - {""})):
@@ -184,7 +191,7 @@ def _of_affinities(
 
 
 def _is_gone(there: DatastoreClient) -> bool:
-    """Return whether a host has no registration, no endpoints, and no status of an agent.
+    """Return whether a host has no registration, no endpoint, and no status of its agent.
 
     `there` is the datastore client for that host.
     """
@@ -204,9 +211,9 @@ def _repair_affinity(there: DatastoreClient, version: int, cidr: str) -> bool:
 
 
 def _of_block(datastore: DatastoreClient, block: Block) -> Iterator[Finding]:
-    """Check fields that tools write since 2016: the list of free addresses, and strict affinity.
+    """Yield the problems of a block's list of free addresses and of its field `strict_affinity`.
 
-    In a block with strict affinity, also checks whether other hosts use its addresses.
+    If the block has strict affinity, also yield a finding for each of its addresses that is used on another host.
     """
     problem = block.free_list_problem()
     if problem is not None:
@@ -235,9 +242,11 @@ def _of_address(
     sound: bool,
     registered: set[str],
 ) -> Iterator[Finding]:
-    """Check an assigned address against the endpoints that list it; `block` is the CIDR of the address's block.
+    """Yield the contradictions between the owner of an assigned address and the endpoints that list the address.
 
-    `sound` says that every endpoint can be read; `registered` are the names of the registered hosts.
+    `block` is the CIDR of the address's block. `listing` are the endpoints that list the address. `sound` says whether
+    all endpoints in the store could be read; if not, no repair is offered, since an unread endpoint may list the
+    address. `registered` are the names of the registered hosts.
     """
     release = f"'calicoctl ipam release {address}' releases it"
     if owner.handle is not None and not _is_key(owner.handle):
@@ -281,19 +290,20 @@ def _of_address(
 
 
 def _holds(owner: Owner, id: EndpointId) -> bool:
-    """Return whether an address's owner is the workload of an endpoint.
+    """Return whether the owner of an address is the workload of an endpoint, on the endpoint's host.
 
-    The handle of a namespace may also belong to an endpoint that an old tool stored under `docker`.
+    An owner that names no host is taken to be on the endpoint's host. If an old tool stored a namespace's endpoint
+    under the orchestrator `docker`, the owner may have the handle of either orchestrator.
     """
     its = owner.handle in (f"{id.orchestrator}.{id.workload}", ".".join(workload_of(id)))
     return its and owner.secondary.get("host", id.host) == id.host
 
 
 def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId, alone: bool) -> Finding:
-    """Return the finding for an unassigned address that an endpoint lists.
+    """Return the finding for an address that an endpoint lists, but that is not assigned.
 
-    `alone` says that no other endpoint lists the address, and that the endpoint lists it as a single address, not as a
-    network.
+    `alone` says whether the endpoint lists the address as a single address, not as a network, and no other endpoint
+    lists it. The address is repaired only then.
     """
     problem = f"endpoint {id.endpoint} of host {id.host} lists it, but it is not assigned"
     if id.host != datastore.host:
@@ -330,7 +340,10 @@ def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool
 
 
 def repair(finding: Finding) -> str | None:
-    """Repair a finding; return None if it was repaired, else why not. A finding without `fix` returns its advice."""
+    """Repair an inconsistency. Return None if it was repaired, or the reason if it was not.
+
+    If the finding has no `fix`, return its advice.
+    """
     if finding.fix is None:
         return finding.advice
     try:

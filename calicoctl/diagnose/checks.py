@@ -66,9 +66,10 @@ add chain arp check input { type filter hook input priority filter; }
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. `found` describes what was found; `advice` says what to do if the check is not `ok`.
+    """The result of one check. `found` describes what was found.
 
-    `needed` says that a failure is an error, not a warning.
+    If `ok` is false, `advice` says what to do. The failure is an error if `needed` is true, and a warning if it is
+    false.
     """
 
     name: str
@@ -88,9 +89,10 @@ class Check:
 
 
 def check(libnetwork: bool = False) -> Iterator[Check]:
-    """Run all checks; yield each result. If a check fails, the others still run.
+    """Run all checks, and yield each result. If a check fails, the others still run.
 
-    With `libnetwork`, it is an error if no Docker Engine answers, or if it is older than OLDEST_DOCKER.
+    If `libnetwork` is true, it is an error if no Docker Engine answers, or if it is older than OLDEST_DOCKER. If
+    `libnetwork` is false, it is only a warning if none answers, and every version is accepted.
     """
     yield _root()
     yield from _kernel()
@@ -116,7 +118,10 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
 
 
 def load_modules() -> list[str]:
-    """Load the kernel modules in MODULES; return the errors as texts. Needs root."""
+    """Load the kernel modules in MODULES. Return an error text for each that could not be loaded. Needs root.
+
+    If the program `modprobe` is missing, return only an error text that says so.
+    """
     failed = []
     for module in MODULES:
         try:
@@ -165,7 +170,7 @@ def _try_link(**options: Any) -> None:
 
 
 def _in_new_namespace(work: Callable[[], object]) -> str | None:
-    """Call `work` in a new network namespace; return its error as a text, None if it succeeded."""
+    """Call `work` in a new network namespace. Return None if it succeeds, or the error as a text."""
     failed: list[str] = []
 
     def body() -> None:
@@ -214,7 +219,7 @@ def _settings() -> Iterator[Check]:
 
 
 def _neighbours() -> Iterator[Check]:
-    """Check how many endpoints fit into the limits of the neighbour tables, which all namespaces share."""
+    """Check whether this host's endpoints fit into the neighbour tables. All namespaces share the tables' limits."""
     endpoints = sum(name.startswith(INTERFACE_PREFIX) for _, name in socket.if_nameindex())
     counts_permanent = tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 0)
     for version, family in FAMILIES.items():
@@ -282,7 +287,7 @@ def _docker(libnetwork: bool) -> Check:
 
 
 def _needs_root(name: str) -> Check:
-    """Return the result of a check that only root can do, for other users."""
+    """Return the result, "not known", of a check that only root can do and that another user has requested."""
     return Check(name, False, "not known", False, "run this as root, to find out")
 
 
@@ -402,8 +407,9 @@ def _passwords() -> Check:
 def _ports(sessions: Any) -> Check:
     """Check whether the host's firewall may drop packets of BGP or VXLAN to or from other hosts.
 
-    A rule that drops some of these packets is reported as a problem only if a BGP session is not up. `sessions` are the
-    BGP sessions in the agent's report, None if there are none.
+    The check fails if the firewall drops packets by default, and no rule mentions the port of BGP, or no rule mentions
+    the port of VXLAN. It also fails if a rule drops packets of BGP or VXLAN, and a BGP session is not up. `sessions`
+    are the BGP sessions in the agent's report, None if there is no report.
     """
     name = "firewall and other hosts"
     if os.geteuid() != 0:
@@ -433,9 +439,10 @@ _PORTS = {f"TCP port {instance.PORT}": f"{instance.PORT}|bgp", f"UDP port {vxlan
 
 
 def ports_not_mentioned(rules: str) -> list[str]:
-    """Return the ports in _PORTS that no rule mentions; none if packets to and from this host pass by default.
+    """Return the keys of _PORTS whose ports no rule of the host's firewall mentions.
 
-    `rules` is the output of `nft list ruleset` and iptables-save.
+    If the firewall passes packets to and from this host by default, return an empty list. `rules` is the output of `nft
+    list ruleset` and of iptables-save. The agent's own tables in it are ignored.
     """
     rules = _of_others(rules)
     drops = re.search(
@@ -454,7 +461,10 @@ def ports_not_mentioned(rules: str) -> list[str]:
 
 
 def dropping_rules(rules: str) -> list[str]:
-    """Return the rules that drop packets from or to a port in _PORTS; for `rules`, see ports_not_mentioned."""
+    """Return the rules of the host's firewall that drop packets from or to a port in _PORTS, each as one line.
+
+    `rules` is as in ports_not_mentioned.
+    """
     words = "|".join(_PORTS.values())
     pattern = re.compile(rf"[ds]ports?\b.*(?<![\w.])({words})(?![\w.]).*\b(drop|reject)\b", re.IGNORECASE)
     return [" ".join(line.split()) for line in _of_others(rules).splitlines() if pattern.search(line)]
@@ -556,7 +566,10 @@ def _host() -> Iterator[Check]:
 
 
 def _mtu(reported: Any) -> Check:
-    """Check the MTU of endpoints' interfaces; `reported` is the field `mtu` of the agent's report, None if missing."""
+    """Check the MTUs of endpoints' interfaces.
+
+    `reported` is the field `mtu` of the agent's report. It is None if there is no report; then the check passes.
+    """
     name = "MTU of containers' interfaces"
     if not isinstance(reported, dict):
         return Check(name, True, "not known: there is no report of a host agent", False)
@@ -566,10 +579,11 @@ def _mtu(reported: Any) -> Check:
 
 
 def mtu_check(name: str, reported: dict[str, Any], links: dict[str, int]) -> Check:
-    """Compare the MTUs of endpoints' interfaces, and the configured MTU, with the MTUs of the underlay and the overlay.
+    """Check whether the host's network can carry packets as large as the MTUs of endpoints' interfaces.
 
-    `name` is the name of the check. `reported` is the field `mtu` of the agent's report. `links` maps the names of the
-    interfaces to their MTUs.
+    The configured MTU, if any, must not exceed the MTU of the underlay or of the overlay. The MTU of no interface may
+    exceed the largest MTU of the underlay. `name` is the name of the check, `reported` the field `mtu` of the agent's
+    report (see Health.mtu). `links` maps the names of the endpoints' interfaces to their MTUs.
     """
     underlay = [mtu for mtu in reported["underlay"].values() if mtu is not None]
     carried = [*underlay, *filter(None, [reported["overlay"]])]

@@ -1,8 +1,8 @@
 """Reads the status of this host's agent, running or not, and lists its problems, worst first. Prints nothing.
 
-The agent's report (felix/report.py) is a file that every user may read, even while the store is unreachable. In the
-report, `problems` are the keys with invalid values, and `troubles` the failures that concern the whole host. Problems
-of all kinds become Issues in `_issues`.
+The agent's report (felix/report.py) is a file that every user may read, even while the store is unreachable. The
+report's field `problems` lists the keys with invalid values; its field `troubles` lists the failures that concern the
+whole host. `_issues` converts these and all other problems to Issues.
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ _OLDEST = {name: value for name, value in _NOTHING.items() if name not in _LATER
 
 @dataclass(frozen=True)
 class Issue:
-    """A problem: its `kind`, such as AGENT, its text, and advice, if there is any.
+    """A problem of the host's agent. `kind` says what the problem concerns: AGENT, STORE, ENDPOINT, HOST, KEY or BGP.
 
-    `fails` says whether the exit status of `calicoctl status` is 1 due to this problem.
+    `advice` says what the user can do; it is empty if there is no advice. If `fails` is true, `calicoctl status` ends
+    with exit status 1 because of this problem.
     """
 
     kind: str
@@ -96,19 +97,21 @@ class Issue:
 
 
 def read(host: str) -> dict[str, Any]:
-    """Return the last report of the host's agent, and an assessment of it, always in the same shape.
+    """Return the last report of the host's agent, and an assessment of it, always with the same fields.
 
-    These fields are added to the report:
+    If there is no report, or it cannot be read, its fields have the values in _NOTHING. These fields are added to the
+    report:
 
     * `running`: whether the agent runs.
-    * `other_agent`: null, or, if the agent does not run and another agent reports for this host, its `machine` (null if
-      unknown) and a `text`.
-    * In `report`: its `age` in seconds (null if there is no report, or it is from before a reboot); `current`, whether
-      it is the running agent's and not older than OLDEST_REPORT; and `readable`, false for a report of an unknown
-      version.
+    * `other_agent`: null if the agent runs. If it does not run, and another agent reports for this host, an object: the
+      other agent's `machine` (null if unknown), and a `text`. Null if no other agent reports, or if the store cannot be
+      read.
+    * In `report`: `age`, the age of the report in seconds, null if there is no report, or if it is from before a
+      reboot; `current`, whether the report is from the running agent, and not older than OLDEST_REPORT; `readable`,
+      false if the report has the format of an unknown version.
     * `issues`: a list of objects with the fields of Issue.
 
-    If no agent runs and the store can be read, `unknown_interfaces` are determined anew, not read from the report.
+    If no agent runs and the store can be read, `unknown_interfaces` are determined anew, not taken from the report.
     """
     pid = process.running(host)
     found = process.report(host)
@@ -186,7 +189,10 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
 
 
 def _full(host: str) -> str | None:
-    """Return a clause for a message if the report of a host's agent cannot be written for lack of space, else None."""
+    """Return a clause about the full file system if an agent's report cannot be written for lack of space.
+
+    Return None if there is space, or if that is unknown.
+    """
     file = process.report_file(host)
     directory = file.parent
     with suppress(OSError):  # it is gone
@@ -199,7 +205,7 @@ def _full(host: str) -> str | None:
 
 
 def _store(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield an Issue for each error due to which the agent cannot read, write or watch the store."""
+    """Yield an Issue for each error that keeps the agent from reading, writing or watching the store."""
     failing: dict[str, list[str]] = {}
     since: dict[str, str] = {}
     for what, verb in (("reads", "read"), ("writes", "written"), ("watch", "followed")):
@@ -229,7 +235,11 @@ def _host_failures(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _sessions(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield an Issue about all BGP sessions that are not up, and one for each cause that the report suggests."""
+    """Yield the Issues about BGP sessions.
+
+    There is one for all sessions that are not up, one for those among them whose passwords find no room in the kernel,
+    and one for each suspicion that the report names.
+    """
     sessions = status["bgp_sessions"]
     down = [session for session in sessions if not session["up"]]
     if down:
@@ -265,7 +275,7 @@ def _unknown_interfaces(status: dict[str, Any]) -> Iterator[Issue]:
 def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
     """Return the fields `other_agent` and `unknown_interfaces` of the status, for a host whose agent does not run.
 
-    Raises StoreError.
+    Raises StoreError if the store cannot be read.
     """
     other = None
     status = datastore.statuses.of_host()
@@ -282,7 +292,7 @@ def _without_agent(datastore: DatastoreClient) -> dict[str, Any]:
 
 
 def _local_etcd(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield an Issue if the local etcd still serves the v2 API, for data of an older version."""
+    """Yield an Issue if the local etcd runs and still serves the v2 API, for data of an older version."""
     if status["local_etcd"] and local_etcd.serves_v2(status["host"]):
         text = "the local etcd has its data in etcd's v2 API, which etcd 3.6 does not have any more"
         yield Issue(STORE, text, "move it with 'calicoctl datastore migrate', then '… migrate --finish'")
@@ -303,7 +313,10 @@ def _keys(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _has_shape(value: Any, shape: Any) -> bool:
-    """Return whether a value has all the fields of `shape`, at all levels."""
+    """Return whether a value has all the fields of `shape`, a dictionary whose values may be dictionaries as well.
+
+    Any value has the shape of a value that is not a dictionary.
+    """
     if not isinstance(shape, dict):
         return True
     return isinstance(value, dict) and all(name in value and _has_shape(value[name], shape[name]) for name in shape)

@@ -45,9 +45,11 @@ _ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 @dataclass(frozen=True)
 class Place:
-    """One end of a packet's path: the user's name for it, its address, and the id of its endpoint (None: no endpoint).
+    """One end of a packet's path. `name` is what the user calls it.
 
-    `host` is the host of the endpoint, or the host that has the address itself; None if there is neither.
+    `endpoint` is the id of the endpoint that has the address, None if no endpoint has it. `host` is the endpoint's host
+    or, without an endpoint, the host that has the address itself. It is None if neither an endpoint nor a host has the
+    address.
     """
 
     name: str
@@ -58,10 +60,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision about the packet at one endpoint: `outbound` at the source, `inbound` at the destination.
+    """The decision about the packet at one endpoint.
 
-    `profile` is the profile whose rule decided, or the profile that is missing or has invalid rules. It is None if no
-    rule matched, or if the decision does not depend on profiles.
+    `direction` is "outbound" at the source and "inbound" at the destination. `profile` is the profile whose rule
+    decided, or the profile that is missing or has invalid rules. It is None if no rule matched, or if the decision does
+    not depend on profiles.
     """
 
     direction: str
@@ -77,12 +80,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Trace:
-    """The path of a packet, with the decision at each end that is an endpoint, the source first.
+    """The path of a packet, with one decision for each end that is an endpoint, the source first.
 
-    The decision at the destination is included even if the packet is dropped at the source. `route` leads from one host
-    to the other; None if the packet stays on one host, or leaves the hosts. `sent_from` is the masqueraded source
-    address, None if the source address is not changed. `obstacles` stop, or may stop, the packet or its answer for
-    reasons other than policy.
+    The decision at the destination is included even if the packet is dropped at the source. `route` is the route from
+    the source's host to the destination's host. It is None if both are the same host, or if one end is not on a host.
+    `sent_from` is the source address after masquerading, None if the packet is not masqueraded. `obstacles` are the
+    reasons, other than policy, that stop or may stop the packet or its answer.
     """
 
     source: Place
@@ -137,12 +140,14 @@ def trace(
     port: int | None,
     source_port: int | None = None,
 ) -> Trace:
-    """Evaluate the path of a packet: the first packet of a connection, or an echo request.
+    """Evaluate the path of a packet: the first packet of a connection or, for ICMP, an echo request.
 
     `source` and `destination` are each a container, a namespace's path, an endpoint id, a host name or an address. If
     they have several addresses, the first pair of the same IP version is used, IPv4 before IPv6. `protocol` is `tcp`,
-    `udp`, `icmp` or `icmpv6`. `port` is the destination port; `source_port` is SOURCE_PORT by default; ICMP ignores
-    both. Raises CalicoError, also if neither place is an endpoint.
+    `udp`, `icmp` or `icmpv6`. `port` is the destination port, and `source_port` the source port (None: SOURCE_PORT);
+    ICMP ignores both.
+
+    Raises CalicoError, for example if a place does not exist, or if neither place is an endpoint.
     """
     store = _Store(datastore)
     number = PROTOCOLS[protocol]
@@ -168,7 +173,7 @@ def _of(place: Place, version: int) -> bool:
 
 
 class _Store:
-    """A copy of the watched part of the store, and the snapshots that hosts' agents would derive from it."""
+    """A copy of the watched part of the store, and the snapshot that each host's agent would derive from it."""
 
     def __init__(self, datastore: DatastoreClient) -> None:
         self._datastore = datastore
@@ -188,8 +193,10 @@ class _Store:
     # From names to places
 
     def places(self, name: str) -> list[Place]:
-        """Return a Place for each address of `name`, which is a place as in the function `trace`. Raises
-        CalicoError.
+        """Return a Place for each address of a place.
+
+        `name` is a container, a namespace's path, an endpoint id, a host name or an address. Raises CalicoError if
+        there is no such place, if several are possible, or if the place has no address.
         """
         try:
             address = str(parse_address(name))
@@ -220,7 +227,11 @@ class _Store:
         return [Place(name, address, endpoint.id, endpoint.id.host) for address in usable_ones]
 
     def _host_with(self, address: str) -> str | None:
-        """Return the host that has an address: a host registered with it, or this host; None if no host has it."""
+        """Return the host that has an address as its own.
+
+        This is the host that is registered with the address, or this host if one of its interfaces has the address.
+        Return None if there is neither.
+        """
         from calicoctl.workloads import host_network
 
         host = self._seen_by(self._datastore.host).topology.users.get(address)
@@ -254,9 +265,10 @@ class _Store:
         return endpoints[0]
 
     def _of_another_host(self, name: str, workload: Workload) -> Endpoint:
-        """Return the endpoint, on any host, of a workload that has none on this host.
+        """Return the endpoint of a workload that has none on this host. `name` is what the user calls the workload.
 
-        Raises NotFound if there is none, CalicoError if several hosts have one.
+        Raises NotFound if the workload has no endpoint on any host. Raises CalicoError if it has endpoints on several
+        hosts, or if its endpoint belongs to another namespace with the same id.
         """
         wanted = (workload.orchestrator, workload.id)
         found = [endpoint for id, endpoint in self._endpoints.items() if workload_of(id) == wanted]
@@ -311,7 +323,11 @@ class _Store:
         return transit.route(self._seen_by(host), to_host, address, networks)
 
     def _between(self, route: Route, sender: Topology, receiver: Topology, address: str) -> Iterator[Obstacle]:
-        """Yield the obstacles along a route to `address`: those in the store and, on this host, a missing route."""
+        """Yield the obstacles for packets to `address` along `route`.
+
+        These are the obstacles that the store shows (transit.obstacles). If none of them certainly stops the packet,
+        and `sender` is this host, a route that is missing in the kernel is an obstacle, too.
+        """
         found = list(transit.obstacles(route, sender, receiver, address))
         yield from found
         if sender.host != self._datastore.host or route.pool is None or any(obstacle.stops for obstacle in found):
@@ -324,9 +340,10 @@ class _Store:
         return transit.pool_of(self._seen_by(host), packet.destination)
 
     def _at_ports(self, host: str, packet: Packet) -> Iterator[Obstacle]:
-        """Yield the obstacle for packets to a host's BGP port from an address that is not one of its BGP peers.
+        """Yield the obstacle for a packet to a host's BGP port, if its source is not one of the host's BGP peers.
 
-        Yields none if the packet is for another port, or if this host's agent reports that its BIRD does not listen.
+        If `host` is this host, yield it only if the agent reports that BIRD listens. For another host, that is unknown,
+        so the obstacle does not certainly stop the packet.
         """
         is_bgp = packet.protocol == PROTOCOLS["tcp"] and packet.destination_port == BGP_PORT
         if is_bgp and packet.source not in self._seen_by(host).topology.may_reach_bgp():
@@ -342,7 +359,10 @@ class _Store:
                 yield Obstacle(host, problem, bool(runs_bird))
 
     def _at(self, place: Place) -> Iterator[Obstacle]:
-        """Yield the obstacle at one end of the path, if any: an agent that is down, or an endpoint that is not up."""
+        """Yield the obstacle at one end of the path, if there is one.
+
+        It is that the agent is down, that the agent has not set up the endpoint yet, or that the endpoint is not up.
+        """
         if place.host is None:
             return
         statuses = self._datastore.for_host(place.host).statuses
@@ -389,7 +409,11 @@ class _Store:
         return self._decide("inbound", id, packet)
 
     def _as_sent(self, host: str, packet: Packet) -> Packet:
-        """Return a packet as it leaves a host: if a pool masquerades it, with the host's address as source."""
+        """Return a packet as it leaves `host`.
+
+        If a pool masquerades the packet, its source is the registered address of `host`. If `host` has no such address
+        of the packet's IP version, the packet is returned unchanged.
+        """
         from netaddr.ip import IPNetwork
 
         pools = self._seen_by(host).pools.values()
@@ -426,9 +450,10 @@ class _Store:
 
 
 def is_routed(address: str, pool: str) -> bool:
-    """Return whether this host's kernel has a route to an address of a pool (a CIDR), in any table.
+    """Return whether this host's kernel has a route, in any table, to an address of a pool. `pool` is the pool's CIDR.
 
-    Routes to more than the pool, such as default routes, do not count. Raises CalicoError.
+    A route counts only if its destination is the pool or a part of it, so default routes do not count. Raises
+    CalicoError if the routes cannot be read.
     """
     from calicoctl import netlink
 

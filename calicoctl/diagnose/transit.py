@@ -1,8 +1,8 @@
 """Determines the route of packets from one host to another, and the obstacles on the way, other than policy.
 
-The input is a snapshot of the store for each of the two hosts and, if the caller could read them from the kernel, the
-networks to which a host is connected. The store does not say whether the network between the hosts forwards packets, or
-which BGP sessions are up.
+The input is a snapshot of the store for each of the two hosts. For a host whose kernel the caller could read, it also
+includes the networks to which the host is connected. It is unknown whether the network between the hosts forwards
+packets, and which BGP sessions are up, since the store does not say that.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Route:
     `kind` is PLAIN, VXLAN or EITHER. `destination` is the CIDR of the route: a block of the other host, or a single
     address outside its blocks. `via` is the address of the other host to which packets are sent; None if the other host
     has no suitable address. `pool` is the CIDR of the pool that contains the destination; None if no pool contains it,
-    or if the destination is the other host itself. `by` is BGP or AGENT. `is_near` says whether the two hosts are
-    connected to the same network; None if that is unknown or irrelevant.
+    or if the destination is the other host itself. `by` is what programs the route: BGP or AGENT. `is_near` says
+    whether the two hosts are connected to the same network; None if that is unknown, or if the destination is the other
+    host itself.
     """
 
     from_host: str
@@ -49,8 +50,8 @@ class Route:
 class Obstacle:
     """A reason, other than policy, that may stop a packet on `host` or on the way to it.
 
-    `problem` is a sentence without its full stop. If `stops` is True, the packet or its answer is certainly dropped;
-    otherwise, it may be dropped.
+    `problem` is a sentence without its full stop. If `stops` is true, the packet or its answer is certainly dropped; if
+    `stops` is false, it may be dropped.
     """
 
     host: str
@@ -59,7 +60,7 @@ class Obstacle:
 
 
 def pool_of(snapshot: Snapshot, address: str) -> Pool | None:
-    """Return the pool that contains an address; None if no pool contains it."""
+    """Return the pool of a snapshot that contains an address; None if no pool contains it."""
     version, number = version_of(address), number_of(address)
     return next((pool for pool in snapshot.pools.values() if Network.parse(pool.cidr).has(version, number)), None)
 
@@ -92,7 +93,8 @@ def route(sender: Snapshot, to_host: str, address: str, networks: dict[str, Host
 def _is_near(host: str, other: str, topology: Topology, version: int, networks: dict[str, HostNetwork]) -> bool | None:
     """Return whether two hosts are connected to the same network of an IP version; None if that is unknown.
 
-    The networks of either host suffice: if a host is connected to the other's network, the reverse is true as well.
+    It suffices to know the networks of one of the hosts: if one of them contains the other host's address, both hosts
+    are connected to it.
     """
     for one, far in ((host, other), (other, host)):
         address, network = topology.address(far, version), networks.get(one)
@@ -107,9 +109,9 @@ def _single(address: str) -> str:
 
 
 def obstacles(route: Route, sender: Topology, receiver: Topology, address: str) -> Iterator[Obstacle]:
-    """Yield the obstacles for packets to `address` along a route.
+    """Yield the obstacles for packets to `address` along `route`.
 
-    `sender` and `receiver` are the topologies from the snapshots of the two hosts, each with the host's own BGP peers.
+    `sender` and `receiver` are the topologies in the snapshots of the two hosts, each with its host's own BGP peers.
     """
     version, both = version_of(address), sorted((sender, receiver), key=lambda topology: topology.host)
     unregistered = [topology for topology in both if topology.host not in topology.hosts()]
@@ -142,10 +144,11 @@ def obstacles(route: Route, sender: Topology, receiver: Topology, address: str) 
 
 
 def not_routed(sender: Topology, address: str, pool: str, networks: Collection[Network]) -> Obstacle:
-    """Return the obstacle for packets to an address in a pool, if no endpoint and no host has the address.
+    """Return the obstacle for packets to an address that is in a pool, but that no endpoint and no host has.
 
-    `networks` are those to which this host is connected. If one of them contains the address, the packets may reach a
-    machine in that network, even if the address is in a host's block.
+    `sender` is the topology of the sending host, and `pool` the CIDR of the pool. `networks` are the networks to which
+    this host is connected. If the address is in a host's block, packets to it are dropped there. But if one of
+    `networks` contains the address, they may reach a machine in that network first.
     """
     version, number = version_of(address), number_of(address)
     for host in sender.blocks:
@@ -160,7 +163,10 @@ def not_routed(sender: Topology, address: str, pool: str, networks: Collection[N
 
 
 def _without_mesh(both: list[Topology], version: int) -> Iterator[Obstacle]:
-    """Yield the obstacles if, without the BGP mesh, two hosts have no common peer and do not peer with each other."""
+    """Yield the obstacles for two hosts while the BGP mesh is off.
+
+    There are none if the hosts have a common BGP peer, or if each is a peer of the other.
+    """
     one, other = ({peer.ip for peer in topology.peers.values() if version_of(peer.ip) == version} for topology in both)
     if one & other or (both[1].own(version) in one and both[0].own(version) in other):
         return

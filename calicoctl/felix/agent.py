@@ -71,8 +71,8 @@ LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 def run(host: str, options: Options) -> None:
     """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP. Log why it ends.
 
-    Raises CalicoError if the agent cannot start, for example because another agent runs, if a thread that the agent
-    needs has died, or in place of an OSError. Also raises any other exception of `Agent.run`.
+    Raises CalicoError if the agent cannot start (for example, because another agent runs), if a thread that the agent
+    needs has died, or if an operation raises OSError. Any other exception of `Agent.run` is raised unchanged.
     """
     with process.only_one(host) as killed:
         process.log_to(options.log_dir)
@@ -114,7 +114,7 @@ def _run(host: str, options: Options) -> None:
 
 
 def _pending(event: Any) -> list[Any]:
-    """Return the events for which an event stands: the changes of the store that wait, or the event itself."""
+    """Return the waiting changes of the store if the event is a StorePending, and a list of the event itself if not."""
     return event.take() if isinstance(event, events.StorePending) else [event]
 
 
@@ -140,10 +140,11 @@ class Agent:
         ready: Callable[[], None],
         options: Options,
     ):
-        """`datastore` creates a client of the store for one thread.
+        """`datastore` creates a client of the store, for use by one thread.
 
-        Its argument, if any, is how many seconds to wait for the store. The drivers put their events into `queue`.
-        `ready` is called once, when the first snapshot is in the kernel and BIRD is settled.
+        The argument of `datastore`, if any, is how many seconds to wait for the store. The drivers put their events
+        into `queue`. `ready` is called once, when the first snapshot is in the kernel and BIRD is settled (see
+        BgpManager.is_settled).
         """
         client = datastore()
         self._datastore = datastore
@@ -187,8 +188,8 @@ class Agent:
     def run(self) -> None:
         """Start the threads, and reconcile until SIGTERM, SIGINT or SIGHUP is received.
 
-        Raises CalicoError if a thread that the agent needs has died. Also raises the exceptions of Manager.resync at
-        the start.
+        Raises CalicoError if a thread that the agent needs has died. Exceptions of the managers' first resync are
+        raised unchanged.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
@@ -255,7 +256,7 @@ class Agent:
         return True
 
     def _next_at(self) -> float:
-        """Return when the next round is due even without an event (monotonic)."""
+        """Return the time (monotonic) at which the next round begins at the latest, even if no event arrives."""
         due = [self._tick_at]
         if self._policy.retry_at is not None and self._may_apply():
             due.append(self._policy.retry_at)
@@ -265,7 +266,10 @@ class Agent:
         return min(due)
 
     def _wait(self, until: float) -> list[Any]:
-        """Wait for events until the time `until` (monotonic). Return the events that have arrived by then."""
+        """Wait until an event arrives, or until the time `until` (monotonic).
+
+        Return all events that have arrived; an empty list if none has arrived by the time `until`.
+        """
         found: list[Any] = []
         with suppress(Empty):
             found.append(self._events.get(timeout=max(0.0, until - time.monotonic())))
@@ -315,9 +319,10 @@ class Agent:
             self._on_kernel_event(event)
 
     def _on_unusable(self, event: Any, error: Exception) -> None:
-        """Continue after the handling of an event has raised `error`: schedule a resync with the kernel.
+        """Continue after the handling of `event` has raised `error`: report the error, and resync with the kernel soon.
 
-        For an event of the store, report a failure that lasts until the agent is restarted.
+        If the event was a change of the store, the snapshot may be wrong from now on, so the failure is reported until
+        the agent is restarted.
         """
         log.debug("traceback:", exc_info=error)
         what = type(event).__name__
@@ -358,9 +363,10 @@ class Agent:
             self._reporter.beat_soon()  # to find out at once whether it can be written
 
     def _on_replaced(self, why: str | None) -> None:
-        """Stop changing endpoints and the kernel, since another agent reports for this host; `why` names that agent.
+        """Stop changing endpoints and the kernel, since another agent reports for this host.
 
-        If `why` is None, resume, since this agent reports again.
+        `why` is a sentence about the other agent. If `why` is None, this agent reports for this host again, and
+        resumes.
         """
         self._health.replaced = why
         if why is not None:
@@ -380,9 +386,10 @@ class Agent:
             self._resync()
 
     def _resync(self) -> None:
-        """Have the managers, the NetworkMonitor and the StoreReporter read again what they have cached.
+        """Have the managers, the NetworkMonitor and the StoreReporter read again what they have read before.
 
-        If a manager fails, the resync is repeated at the next tick.
+        The managers read the state of the kernel, the NetworkMonitor the host's addresses and routes, and the
+        StoreReporter the statuses in the store. If a manager fails, the resync is repeated at the next tick.
         """
         self._resync_at = time.monotonic() + RESYNC_INTERVAL
         self._reporter.resync()
@@ -399,7 +406,8 @@ class Agent:
     def _reconcile(self) -> None:
         """Process what is due, then drive the kernel to the snapshot.
 
-        While the snapshot must not be applied, call Manager.restore instead.
+        While the snapshot must not be applied (see _may_apply), call the managers' `restore` instead. After an
+        exception, which may be an internal error, the managers resync with the kernel, and the agent goes on.
         """
         try:
             if time.monotonic() >= self._tick_at:
@@ -425,8 +433,9 @@ class Agent:
             self._resync()
 
     def _apply(self) -> None:
-        """Drive the kernel to the snapshot, in five steps. Skip what has not changed.
+        """Drive the kernel to the snapshot, in five steps.
 
+        Steps 2 to 5 are skipped if no manager has anything to apply, and while the PolicyManager waits after a failure.
         The order of the steps ensures that packets which policy denies never pass: see docs/agent.md.
         """
         dirty = self._snapshot.take_dirty()
@@ -465,14 +474,14 @@ class Agent:
             self._on_first_update()
 
     def _publish_macs(self) -> None:
-        """Have this host's MACs written to the store if they differ from the stored ones and the host is registered."""
+        """Have this host's MACs written to the store if the stored MACs differ and this host is registered."""
         macs = frozenset().union(*self._snapshot.network.macs.values())
         topology = self._snapshot.topology
         if self._snapshot.host in topology.hosts() and topology.macs.get(self._snapshot.host) != macs:
             self._reporter.publish_macs(macs)
 
     def _check_registration(self) -> None:
-        """Report a failure if this host is not registered. A command on another host may have removed it."""
+        """Report a failure while this host is not registered. A command on another host may have removed it."""
         host, why = self._snapshot.host, None
         if self._snapshot.ready and host not in self._snapshot.topology.hosts():
             why = (
@@ -482,7 +491,7 @@ class Agent:
         self._health.record(events.Failure(why, "registration"))
 
     def _check_peers(self) -> None:
-        """Report the BGP peers with which no session is possible.
+        """Report a failure while no session is possible with some of this host's own BGP peers.
 
         These are peers of an IP version for which this host has no registered address, and peers that are this host
         itself.
@@ -511,7 +520,7 @@ class Agent:
             logging.getLogger("calico").setLevel(LOG_LEVELS.get(self._snapshot.log_level, logging.INFO))
 
     def _on_first_update(self) -> None:
-        """Note that the first snapshot is in the kernel, and start the threads that must wait for it."""
+        """Record that the first snapshot is in the kernel, and start the threads that must not start before."""
         self._health.first_update = True
         self._keeper.start(self._snapshot.addresses_listed())
         self._host.check_firewall()

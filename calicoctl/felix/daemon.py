@@ -1,7 +1,7 @@
-"""Starts, adopts and supervises a process that outlives the agent: the local etcd, or BIRD.
+"""Starts, adopts and supervises a daemon, which is a process that outlives the agent: the local etcd, or BIRD.
 
-The caller provides the command line and the configuration of the daemon. bgp/manager.py itself decides when BIRD is
-restarted; `supervise` does so for the local etcd.
+The caller provides the command line and the configuration of the daemon. `supervise` restarts the local etcd when it
+has ended. For BIRD, bgp/manager.py does that.
 
 The next agent, and every command, find the daemon by its pid file. A pid file may be stale, so a process counts as the
 daemon only if `marker` is among its arguments: an argument that no other process has, such as the daemon's data folder.
@@ -58,7 +58,7 @@ class Process:
             return None
 
     def note(self, pid: int) -> None:
-        """Write the pid file. Raises OSError."""
+        """Write `pid` into the pid file. Raises OSError."""
         # overwritten in place: that works even if the file system is full
         with open(os.open(self.pid_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "w") as file:
             file.write(f"{pid}\n")
@@ -85,7 +85,7 @@ class NotServing(CalicoError):
 
 
 class Daemon:
-    """Starts a daemon's process, and supervises it. All methods but `supervise` raise CalicoError."""
+    """Starts a daemon's process, and supervises it. All methods but `supervise` may raise CalicoError."""
 
     def __init__(
         self,
@@ -113,10 +113,10 @@ class Daemon:
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
-        """Launch the daemon, and wait until it is ready. Return False if it was running before.
+        """Start the daemon if it does not run, and wait until it is ready. Return False if it was running before.
 
-        The arguments are those of `launch`. If the call fails or is interrupted, a daemon that it has launched is
-        ended.
+        The arguments are those of `launch`. If this method fails or is interrupted after it has started the daemon, the
+        daemon is ended.
         """
         try:
             started = self.launch(command, adopt)
@@ -127,10 +127,10 @@ class Daemon:
             raise
 
     def launch(self, command: Callable[[], list[str]], adopt: Callable[[int], None]) -> bool:
-        """Start the daemon's process if it does not run. Return False if it was running before.
+        """Start the daemon's process if it does not run. Return True if it was started, False if it was running before.
 
-        `command` returns the command line; its first word is looked up in PATH. If the daemon was running before,
-        `adopt` is called with its process id. Both are called while the lock is held.
+        `command` returns the command line; its first word is looked up in PATH. `adopt` is called with the daemon's
+        process id if the daemon was running before. Both are called while the lock is held.
         """
         try:
             with self._locked():
@@ -182,7 +182,10 @@ class Daemon:
             time.sleep(0.001)  # the arguments of a new process can be read only a moment later
 
     def await_ready(self) -> None:
-        """Wait until the daemon is ready. Raise NotServing if it ends before, or after `start_patience` seconds."""
+        """Wait until the daemon is ready.
+
+        Raise NotServing if the daemon ends before that, or is not ready after `start_patience` seconds.
+        """
         give_up = time.monotonic() + self._start_patience
         while not self._is_ready():
             if self._child_has_ended() or self.process.pid() is None or time.monotonic() > give_up:
@@ -208,8 +211,8 @@ class Daemon:
     def supervise(self, launch: Callable[[], object]) -> None:
         """Start a thread that calls `launch` now, and again whenever the daemon has ended.
 
-        `launch` must start the daemon if it does not run. After an exception of `launch`, the thread pauses, and calls
-        it again. The thread ends with this process.
+        `launch` must start the daemon if it does not run. If `launch` raises an exception, the thread pauses, and then
+        calls `launch` again. The thread ends with this process.
         """
         threading.Thread(
             target=self._supervise, args=(launch,), name=f"supervising {self.process.name}", daemon=True

@@ -1,7 +1,7 @@
 """The events that drive the loops of the agent and of the WorkloadKeeper, as plain data.
 
-The threads of sources.py, report.py, workload_keeper.py, dataplane/ and bgp/ put events into a queue. The thread that
-reads the queue handles them. Tick and PolicyFailed do not pass through a queue: the agent's loop sends them to the
+Each loop reads a queue of its own. The threads of sources.py, report.py, workload_keeper.py, dataplane/ and bgp/ put
+events into these queues. Two events pass through no queue: the agent's loop itself sends Tick and PolicyFailed to the
 managers.
 """
 
@@ -34,24 +34,28 @@ class StoreChanged:
 
 @dataclass(frozen=True)
 class StorePending:
-    """Changes of the store wait. `take` returns, once, those that wait when it is called (see pending.py)."""
+    """Changes of the store wait to be processed (see pending.py).
+
+    `take` returns, and removes, all changes that wait when it is called. It returns an empty list if these changes have
+    been taken already, or if a newer StorePending stands for them.
+    """
 
     take: Callable[[], list[StoreRead | StoreChanged]]
 
 
 @dataclass(frozen=True)
 class WatchRecovered:
-    """The watch of a directory of the store works again, or works for the first time."""
+    """The watch of a directory of the store works again, or for the first time."""
 
     directory: str
 
 
 @dataclass(frozen=True)
 class WatchFailed:
-    """The watch of a directory of the store fails. `read` says whether the directory can still be read.
+    """The watch of a directory of the store fails, for the reason `why`.
 
-    `since` is the time (ISO 8601) of the last successful request about the directory or, before the first one, of the
-    agent's start.
+    `read` says whether the directory can still be read. `since` is the time (ISO 8601) of the last successful request
+    about the directory or, before the first one, of the agent's start.
     """
 
     directory: str
@@ -62,12 +66,12 @@ class WatchFailed:
 
 @dataclass(frozen=True)
 class WritesRecovered:
-    """The store can be written again, or for the first time."""
+    """Writes to the store succeed again, or for the first time."""
 
 
 @dataclass(frozen=True)
 class WritesFailed:
-    """The store cannot be written.
+    """Writes to the store fail, for the reason `why`.
 
     `since` is the time (ISO 8601) of the last successful write or, before the first one, of the agent's start.
     """
@@ -88,7 +92,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class LinkChanged:
-    """An interface was added or changed or, with `deleted`, removed."""
+    """An interface was added or changed or, if `deleted` is True, removed. `link` is its new or last state."""
 
     link: Link
     deleted: bool = False
@@ -106,9 +110,9 @@ class RouteLost:
 
 @dataclass(frozen=True)
 class OverlayRouteLost:
-    """A route of the overlay was deleted, or may have been replaced by another process.
+    """One of the overlay's routes was deleted, or may have been replaced by another process.
 
-    `cidr` is the destination of the route.
+    `cidr` is the route's destination.
     """
 
     cidr: str
@@ -126,7 +130,7 @@ class AddressesChanged:
 
 @dataclass(frozen=True)
 class GatewaysChanged:
-    """Routes that are not the agent's have changed, and possibly the gateways that this host uses."""
+    """Routes that are not the agent's have changed, so this host may use other gateways now."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class TablesChanged:
 
 @dataclass(frozen=True)
 class Container:
-    """A container in the Docker Engine's list. `runs` is True also for a paused container.
+    """A container in the Docker Engine's list. `runs` says whether it is running or paused.
 
     `name` is None if the list contains no name for it. `network_mode` is the value of `docker run --net`, such as
     `none`.
@@ -166,7 +170,7 @@ class Container:
 
 @dataclass(frozen=True)
 class EngineListed:
-    """The Docker Engine's containers, by id."""
+    """The Docker Engine has listed its containers. `containers` maps their ids to them."""
 
     containers: dict[str, Container]
 
@@ -180,7 +184,7 @@ class EngineUnavailable:
 
 @dataclass(frozen=True)
 class ContainerChanged:
-    """A Docker container was started, has ended, was renamed or, with `removed`, was removed."""
+    """A Docker container was started or renamed, or has ended; if `removed` is True, it was removed."""
 
     id: str
     removed: bool
@@ -193,10 +197,11 @@ class MountsChanged:
 
 @dataclass(frozen=True)
 class Failure:
-    """An operation failed, for a workload or for the host as a whole. `why` is a sentence.
+    """An operation has failed, for a workload or for the host as a whole. `why` is a sentence about the failure.
 
-    A failure with a `subject` lasts until an event with the same subject replaces it. If `why` is None in that event,
-    the failure has ended.
+    A failure with a `subject` lasts until another Failure with the same subject is emitted. If `why` of the other one
+    is None, the failure has ended. A failure without a subject does not last: it is only logged and reported as the
+    last error.
     """
 
     why: str | None
@@ -211,9 +216,10 @@ passwords.
 
 @dataclass(frozen=True)
 class OverlayBlocked:
-    """The overlay needs devices, but none could be created. If `blocked` is False, that is no longer so.
+    """If `blocked` is True, the overlay needs VXLAN devices, but none could be created.
 
-    One cause is a device of another program with our VNI or our names.
+    One cause is a device of another program with our VNI, or with the name of a device of ours. If `blocked` is False,
+    the overlay needs no devices any more, or has a device.
     """
 
     blocked: bool
@@ -223,10 +229,11 @@ class OverlayBlocked:
 class BgpChanged:
     """The state of BIRD: its process, and its BGP sessions. Emitted when the state has changed.
 
-    `settled` is True from the first attempt to apply the configuration that follows from the store, even if the attempt
-    failed. If BGP is off, it is True once the agent has tried to end BIRD. `pid` is None while BIRD does not run.
-    `running` says whether BIRD listens on the port of BGP, as it does while a session is configured. `restarts` counts
-    the restarts of BIRD, and `refusals` the configurations that BIRD has refused, both since the agent's start.
+    `settled` becomes True after the first attempt to apply the configuration that follows from the store, even if the
+    attempt has failed. If BGP is off, it becomes True after the agent has tried to end BIRD. `pid` is None while BIRD
+    does not run. `running` says whether BIRD listens on the port of BGP, as it does while a session is configured.
+    `restarts` counts the restarts of BIRD, and `refusals` the configurations that BIRD has refused, both since the
+    agent's start.
     """
 
     settled: bool = False

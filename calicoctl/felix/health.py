@@ -1,4 +1,4 @@
-"""The agent's health: statuses of endpoints, whether the store works, what fails on the host.
+"""The agent's health: the statuses of endpoints, whether the store can be used, and what fails on the host.
 
 Only the agent's thread changes this state. report.py and metrics.py publish it.
 """
@@ -38,9 +38,10 @@ UNTOLD = "root alone is told what (sudo calicoctl status)"
 
 @dataclass(frozen=True)
 class Status:
-    """An endpoint's `status` ("up", "down" or "error"), and the `reason`, None if there is none.
+    """An endpoint's `status` ("up", "down" or "error"), and the `reason` for it, None if there is none.
 
-    `revision` is the endpoint's revision in the store. `workload_name` is the container's name in the endpoint.
+    `revision` is the endpoint's revision in the store. `workload_name` is the container's name that the endpoint
+    contains, None if it contains none.
     """
 
     status: str
@@ -61,9 +62,11 @@ class Status:
 
 
 class Ability:
-    """Whether one use of the store, such as reading, works for all its users; since when, and why not.
+    """Whether one kind of access to the store (reading, watching or writing) works.
 
-    Users are identified by names, such as the directory that a thread reads.
+    Several parts of the agent need the access. Each is called a user, and identified by a name, such as the directory
+    that it reads. `since` is the time (ISO 8601) at which the access began to work or to fail; before that, the agent's
+    start.
     """
 
     def __init__(self, users: Iterable[str]) -> None:
@@ -73,7 +76,7 @@ class Ability:
 
     @property
     def works(self) -> bool | None:
-        """False if the store fails for any user; else None until every user has tried, then True."""
+        """False if the access fails for any user. Otherwise, True if all users have tried it, else None."""
         return False if self._failing else None if self._untried else True
 
     @property
@@ -81,7 +84,7 @@ class Ability:
         return next(iter(self._failing.values()), None)
 
     def succeeded(self, user: str) -> bool:
-        """Note a success of a user. Return whether the ability has begun to work for all users."""
+        """Note that the access has worked for a user. Return True if it now works for all users, and did not before."""
         before = self.works
         self._untried.discard(user)
         self._failing.pop(user, None)
@@ -91,7 +94,7 @@ class Ability:
         return True
 
     def failed(self, user: str, why: str, since: str) -> bool:
-        """Note that the ability has failed for a user since the time `since` (ISO 8601).
+        """Note that the access fails for a user, for the reason `why`, since the time `since` (ISO 8601).
 
         Return False if it was failing for any user before, else True.
         """
@@ -194,9 +197,9 @@ class Health:
         self.last_error = {"time": now(), "error": sentence}
 
     def record(self, failure: Failure) -> None:
-        """Note a failure, or its end if `why` is None. A failure is logged when it begins or changes.
+        """Store a failure that has a subject, or remove it if `why` is None. Log it when it begins or changes.
 
-        A failure without a subject does not last: it only becomes the last error.
+        A failure without a subject does not last: it is only logged, and stored as the last error.
         """
         if failure.subject is None:
             self.error(failure.why or "")
@@ -209,7 +212,7 @@ class Health:
             self.error(failure.why)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of endpoints by status. `stopped` endpoints are also counted as `down`."""
+        """Return the number of endpoints by status. Stopped endpoints are counted as `down`, and again as `stopped`."""
         counts = {"up": 0, "down": 0, "error": 0, "stopped": 0}
         for status in list(self.endpoints.values()):  # the thread that serves metrics calls this, too
             counts[status.status] += 1
@@ -219,8 +222,9 @@ class Health:
     def to_dict(self) -> dict[str, Any]:
         """Return the report that `calicoctl status` reads.
 
-        Scripts read it as JSON, so `troubles` and `healed` keep their names. Each list is limited (limits.py), with the
-        worst endpoints first. `left_out` contains the number of items that are missing in each list.
+        Scripts read it as JSON, so `troubles` and `healed` keep their names. Each list has a limited length
+        (limits.py). The list of endpoints begins with the worst ones: see `_worst`. `left_out` contains, for each list,
+        the number of items that were left out.
         """
         troubled, problems = self._troubled(), {**self.problems, **self.skipped}
         shown = self._worst(troubled)
@@ -290,8 +294,8 @@ class Health:
     def public(self, report: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of `report`, the result of `to_dict`, without texts that may quote values of the store.
 
-        The health must not have changed since `to_dict` was called. Keys, and validated names and addresses, are not
-        removed, since the kernel shows them to every user.
+        The health must not have changed since `to_dict` was called. Keys of the store stay in the copy, and so do
+        validated names and addresses, since the kernel shows them to every user.
         """
         endpoints = []
         for one, (id, _) in zip(report["endpoints_in_trouble"], self._worst(self._troubled())):
@@ -310,7 +314,7 @@ class Health:
 
     @staticmethod
     def _worst(troubled: list[tuple[EndpointId, Status]]) -> list[tuple[EndpointId, Status]]:
-        """Return limits.REPORTED endpoints at most: those in error first, then in the order of their ids."""
+        """Return the first limits.REPORTED of these endpoints: those in error first, then in the order of their ids."""
         return heapq.nsmallest(
             limits.REPORTED, troubled, key=lambda item: (item[1].status != "error", item[0].endpoint, item[0].workload)
         )
@@ -332,7 +336,10 @@ class Health:
 
 
 def _place(session: Session) -> tuple[int, bytes]:
-    """Return a sort key that orders sessions by their peers' addresses, IPv4 first."""
+    """Return a sort key that orders sessions by the address of the peer, IPv4 first.
+
+    Sessions whose peer's address is unknown come before all others.
+    """
     try:
         packed = pack(session.peer)
     except (OSError, ValueError):  # BIRD names none

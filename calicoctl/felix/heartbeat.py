@@ -1,13 +1,14 @@
-"""The agent's heartbeat: the host's status in the store. It expires, and names the machine whose agent writes it.
+"""The agent's heartbeat: the host's status in the store, which the agent renews again and again.
 
-The status is renewed by compare-and-swap or, on a store with leases, by a touch (`Store.touch`). Both detect that
-another agent has written the status, such as that of a second machine with the same host name. With leases, a status
-that has not changed is not written again, so its `time` may be old while its agent is alive.
+If it is not renewed, the status expires. It names the machine on which the agent runs. The agent renews it by
+compare-and-swap or, on a store with leases, by a touch (`Store.touch`). Both detect that another agent has written the
+status, for example an agent on a second machine with the same host name. With leases, a status that has not changed is
+not written again, so its `time` may be old while its agent is alive.
 
 `claim` decides for `calicoctl node` whether this machine may use the host name, before that command writes anything
-else. `Heartbeat` decides it for a running agent: after an agent of a known machine has written the status, this agent
-does not write it again by itself, even if the status expires. The other machine may be rebooting, and reconciling its
-endpoints from here would remove them.
+else. `Heartbeat` decides the same for a running agent. If another agent has written the status, and the id of that
+agent's machine is known, this agent does not write the status again by itself, not even after it has expired. The other
+machine may be rebooting, and if this agent reconciled the other machine's endpoints, it would remove them.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Identity:
-    """A machine and its boot. A field is None if it is unknown.
+    """A machine, and one boot of it. A field is None if it is unknown.
 
     `machine` is derived from the confidential machine id, as machine-id(5) demands. `systemd-id128 machine-id
-    --app-specific=b42e1f915bde4911a361abec26e34313` prints the same value.
+    --app-specific=b42e1f915bde4911a361abec26e34313` prints the same value. `boot` is the kernel's id of the boot.
     """
 
     machine: str | None
@@ -86,7 +87,7 @@ class Identity:
 
     @classmethod
     def of(cls, status: Entry) -> Identity:
-        """Return the identity in a host's status. Both fields are None if Felix or an old agent wrote the status."""
+        """Return the identity that a host's status contains. Both fields are None if Felix or an old agent wrote it."""
         try:
             value = json.loads(status.value)
         except ValueError:
@@ -100,11 +101,14 @@ class Identity:
         return {name: value for name, value in fields.items() if value is not None}
 
     def is_other_machine(self, own: Identity) -> bool:
-        """Return whether this is certainly another machine than `own`."""
+        """Return whether both machines are known, and this one is another machine than that of `own`."""
         return None not in (self.machine, own.machine) and self.machine != own.machine
 
     def describe(self, own: Identity) -> str:
-        """Return a name for an agent with this identity, as the beginning of a sentence."""
+        """Return a name for an agent with this identity, as the beginning of a sentence.
+
+        `own` is the identity of this machine.
+        """
         if self.machine is None and self.boot is not None:
             return "An agent on a machine without a machine id"
         if self.machine is None:
@@ -124,7 +128,10 @@ def _read(path: Path) -> str:
 
 
 def _derived(machine_id: bytes) -> str:
-    """Return an id derived from a machine id. Source: sd_id128_get_machine_app_specific(3)."""
+    """Return the id of a machine for this application. It is derived from the machine id, but does not disclose it.
+
+    Source: sd_id128_get_machine_app_specific(3).
+    """
     digest = bytearray(hmac.new(machine_id, _APPLICATION, hashlib.sha256).digest()[:16])
     digest[6] = digest[6] & 0x0F | 0x40  # the form of a random UUID
     digest[8] = digest[8] & 0x3F | 0x80
@@ -140,7 +147,9 @@ class Heartbeat:
         self._entry: Entry | None = None
         """The status that the next `beat` renews; None if there is none."""
         self._api: str | None = None
-        """The API of etcd that `_entry` is from. In the other one, a status of this agent may be left from before."""
+        """The API of etcd by which `_entry` was read or written. If the data moves to the other API, a status that this
+        agent has written there before may still exist.
+        """
         self._lasting: dict[str, Any] | None = None
         """The status without TIMES, if this agent has written `_entry`; else None."""
         self.has_begun = False
@@ -153,9 +162,10 @@ class Heartbeat:
         """The identity of the other agent that writes the status; None while this agent writes it."""
 
     def beat(self, status: dict[str, Any]) -> Identity | None:
-        """Write or renew the status, and return None. If another agent writes it, return that agent's identity.
+        """Write or renew the host's status, and return None.
 
-        Raises StoreError.
+        The status contains the fields in `status` and this machine's identity. If another agent writes the host's
+        status, leave it as it is, and return that agent's identity. Raises StoreError.
         """
         contested = False
         if self._replaced_by is not None:
@@ -183,10 +193,12 @@ class Heartbeat:
         return None if choice is None else choice.api
 
     def _compare(self) -> None:
-        """After a failed write, read the status, and determine who wrote it, if it has not expired.
+        """After the store has refused a write, read the status again, and determine who has written it.
 
-        If the status has this agent's identity, this agent renews it from now on: the previous agent or `claim` wrote
-        it. If that happens at two heartbeats in a row, another agent runs on this machine, for example in a container.
+        If the status has expired, this agent creates it anew. If it has this agent's identity, the previous agent or
+        `claim` has written it, and this agent renews it from now on. But if it was written with this agent's identity
+        before each of two heartbeats in a row, another agent on this machine writes it, for example in a container. In
+        that case, and if the status has another identity, `_replaced_by` is set.
         """
         self._lasting = None
         self._entry, self._api = self._datastore.statuses.of_host(), self._current_api()
@@ -195,7 +207,11 @@ class Heartbeat:
             self._entry, self._replaced_by, self._contested = None, writer, False
 
     def _try_to_regain(self, writer: Identity) -> None:
-        """Determine whether this agent may write the status again, which another agent (`writer`) wrote last."""
+        """Determine whether this agent may write the status again, after the agent `writer` has written it.
+
+        It may if `claim` has written the status for this machine since then, or if the status has expired and the
+        machine of `writer` is unknown. `_replaced_by` is then set to None.
+        """
         entry = self._datastore.statuses.of_host()
         if entry is not None and Identity.of(entry) != self._own:
             self._replaced_by = Identity.of(entry)
@@ -216,13 +232,13 @@ def claim(
 ) -> Entry | None:
     """Write the host's status with this machine's identity, if no other agent writes the status.
 
-    `own_agent_writes` says whether this host's agent is running: a status that names neither a machine nor a boot then
-    counts as that agent's. With `force`, another agent's status is overwritten. `notify` is called with a sentence
-    before each wait.
+    `own_agent_writes` says whether the host's agent is running on this machine. If it is, a status that names neither a
+    machine nor a boot counts as that agent's. If `force` is True, a status of another agent is overwritten. `notify` is
+    called with a sentence before each wait.
 
-    Returns the written entry, or None if this host's running agent writes the status. Raises StoreError. Raises
-    CalicoError, without a change, if another agent writes the status; with `force`, raises CalicoError only if that
-    agent goes on writing after the change.
+    Returns the written entry. Returns None if the host's agent on this machine writes the status. Raises StoreError. If
+    another agent writes the status and `force` is False, raises CalicoError, and changes nothing. If `force` is True,
+    raises CalicoError if the other agent writes the status again after it was overwritten.
     """
     own = Identity.own()
     while True:
@@ -253,11 +269,11 @@ def _write(datastore: DatastoreClient, own: Identity, before: Entry | None) -> E
 def _await_expiry(
     datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]
 ) -> Entry | None:
-    """Wait until a status expires, and return None.
+    """Wait until the status `entry` has expired, and return None.
 
     If another command on this host writes the status meanwhile, return the new entry. If the status neither expires nor
-    is renewed in EXPIRY_PATIENCE, return `entry`. Raise CalicoError if another agent renews the status. On a store with
-    leases, a renewal is not visible, so raise CalicoError if the status has not expired in LEASE_PATIENCE.
+    is renewed within EXPIRY_PATIENCE, return `entry`. Raise CalicoError if another agent renews the status. On a store
+    with leases, a renewal is not visible, so raise CalicoError if the status has not expired within LEASE_PATIENCE.
     """
     writer = Identity.of(entry)
     leases = datastore.statuses.hang_together
@@ -282,9 +298,10 @@ def _await_expiry(
 
 
 def _take_over(datastore: DatastoreClient, own: Identity, entry: Entry, notify: Callable[[str], None]) -> Entry:
-    """Overwrite another agent's status, wait for YIELD_PATIENCE, and write the status again. Return the last entry.
+    """Overwrite another agent's status, wait for YIELD_PATIENCE, and write the status again.
 
-    Raise CalicoError if the other agent goes on writing during the wait: agents of older versions do not check.
+    Returns the entry that was written last. Raises CalicoError if the other agent writes the status during the wait:
+    agents of older versions do not notice that another agent has written it.
     """
     who = _with_addresses(datastore, Identity.of(entry).describe(own))
     notify(
@@ -318,11 +335,12 @@ def _with_addresses(datastore: DatastoreClient, who: str) -> str:
 
 
 def other_writer(datastore: DatastoreClient, status: Entry, own_agent_writes: bool) -> str | None:
-    """Return a name for the other agent that wrote a host's status, as the beginning of a sentence.
+    """Return a name for the agent that wrote a host's status, for the beginning of a sentence.
 
-    Return None if this machine's agent wrote it: if the status names this machine and its current boot. With
-    `own_agent_writes`, as for `claim`, a status that names neither a machine nor a boot counts as this machine's, too.
-    So does a status that names only the current boot, if this machine has no machine id.
+    Return None if an agent on this machine wrote it, that is, if the status names this machine and its current boot. If
+    `own_agent_writes` is True, the host's agent is running on this machine. Then a status that names neither a machine
+    nor a boot counts as that agent's. On a machine without a machine id, so does a status that names only the current
+    boot.
     """
     writer, own = Identity.of(status), Identity.own()
     if _is_ours(writer, own, own_agent_writes):
@@ -337,7 +355,7 @@ def _is_ours(writer: Identity, own: Identity, own_agent_writes: bool) -> bool:
 
 
 def replaced(datastore: DatastoreClient, writer: Identity) -> str:
-    """Return the sentence by which this agent reports that another agent, `writer`, writes the host's status."""
+    """Return a sentence which says that the agent `writer` writes the host's status now, and this agent does not."""
     who = _with_addresses(datastore, writer.describe(Identity.own()))
     back = (
         "until that agent has ended"

@@ -1,7 +1,8 @@
 """Stores the addresses that endpoints of this host may use only because they used them before.
 
 The file /var/lib/calico/HOST/kept survives reboots, and only root can read it. It is a JSON list of pairs (interface,
-address). Without such addresses, there is no file. desired/admission.py decides which addresses these are.
+address). If there are no such addresses, there is no file. Admission.exceptions (desired/admission.py) determines the
+addresses.
 """
 
 from __future__ import annotations

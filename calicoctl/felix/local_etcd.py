@@ -57,13 +57,13 @@ def serves_v2(host: str) -> bool:
 
 
 def is_named(host: str, settings: EtcdSettings) -> bool:
-    """Return whether a host's local etcd runs, and is the store that `settings` name."""
+    """Return whether a host's local etcd runs, and `settings` name it as the store."""
     pid = running(host)
     return pid is not None and _is_local(settings) and settings.members[0][1] in _ports(pid)
 
 
 def serve_v3_alone() -> None:
-    """Have the local etcd serve v3 alone when it is started the next time. Raises CalicoError."""
+    """Have the local etcd serve only the v3 API from its next start on. Raises CalicoError."""
     try:
         (DATA / V3_ALONE).touch(mode=0o600)
     except OSError as error:
@@ -88,10 +88,10 @@ def _process(host: str) -> Process:
 
 
 def unannounce(was_ours: bool) -> None:
-    """Remove the lines that calicoctl wrote from the settings file. Raises CalicoError.
+    """Remove the lines that calicoctl has written into the settings file, to name the local etcd as the store.
 
-    The lines stay if the environment names another store, unless `was_ours`, which says that this host had a local
-    etcd.
+    `was_ours` says whether this host had a local etcd. If it is False, the lines are removed only if the environment
+    names the same store as the settings file. Raises CalicoError.
     """
     file = EnvironmentFile()
     if was_ours or _environment_matches(file):
@@ -106,14 +106,17 @@ def _environment_matches(file: EnvironmentFile) -> bool:
 
 
 class LocalEtcd:
-    """The local etcd, at the port of 127.0.0.1 that the settings name, else at 2379 or another free port.
+    """The local etcd of a host. Its port of 127.0.0.1 is the one that the settings name, 2379 if they name none.
 
-    The port is fixed if the environment, or a line of the user in the settings file, names it. Otherwise, another port
-    is chosen if the port is in use.
+    The port is fixed if the environment names it, or a line of the settings file that calicoctl did not write. A port
+    that is not fixed is replaced by a free port if it is in use when etcd is started.
     """
 
     def __init__(self, host: str, log_dir: str) -> None:
-        """`log_dir` is the folder of etcd's log. Raises CalicoError if the settings name another store."""
+        """`log_dir` is the folder of etcd's log.
+
+        Raises CalicoError if the settings name a store that cannot be the local etcd: see `_is_local`.
+        """
         settings = EtcdSettings.from_environment()
         name, self._port = settings.members[0]
         if not _is_local(settings):
@@ -136,7 +139,7 @@ class LocalEtcd:
         )
 
     def _named_by_own_lines(self) -> bool:
-        """Return whether only lines of the settings file that calicoctl wrote name the local etcd."""
+        """Return whether the local etcd is named only by the lines that calicoctl wrote into the settings file."""
         own = self._file.own()
         its_lines_alone = bool(own) and EtcdSettings.from_environment(self._file.others()).is_default
         return its_lines_alone and _environment_matches(self._file)
@@ -154,7 +157,7 @@ class LocalEtcd:
         return self._daemon.process.pid()
 
     def refuse_other_settings(self) -> None:
-        """Raise CalicoError if the user's lines in the settings file name another store."""
+        """Raise CalicoError if the user's lines in the settings file name another store than this etcd."""
         others = EtcdSettings.from_environment(self._file.others())
         if not others.is_default and not (_is_local(others) and others.members[0][1] == self._port):
             raise CalicoError(
@@ -163,10 +166,13 @@ class LocalEtcd:
             )
 
     def resolve_port(self, stay: bool = False) -> None:
-        """Set the port, and so `url`, to that of the running etcd, or choose a port if etcd does not run.
+        """Determine the port, and so `url`.
 
-        With `stay`, the port must not change, since a running agent would not find etcd at another port. Raises
-        CalicoError if the port is in use and must not change, or if no port is free.
+        If etcd runs, the port is the one that it uses. Raises CalicoError if the settings fix another port.
+
+        If etcd does not run, the port is replaced by a free one if another program uses it. Raises CalicoError if it
+        must be replaced, but is fixed or `stay` is True, or if no port is free. `stay` says that the port must not
+        change, since a running agent would not find etcd at another port.
         """
         pid = self.running()
         if pid is not None:
@@ -181,7 +187,7 @@ class LocalEtcd:
             self._port = _free_port(_PORTS)
 
     def _adopt(self, pid: int) -> None:
-        """Set the port to that of the running process. Raise CalicoError if the settings name another port."""
+        """Set the port to that of the running etcd `pid`. Raise CalicoError if the settings fix another port."""
         ports = _ports(pid)
         if ports and ports[0] != self._port:
             if not self._may_move:
@@ -202,7 +208,7 @@ class LocalEtcd:
     def start(self, stay: bool = False) -> bool:
         """Start etcd if it does not run, and wait until it serves. Return whether it was started. Raises CalicoError.
 
-        If the port is not fixed, the environment variables of this process then name this etcd. For `stay`, see
+        If the port is not fixed, the environment variables of this process are set to name this etcd. For `stay`, see
         `resolve_port`.
         """
         self._make_data_folder()
@@ -212,7 +218,10 @@ class LocalEtcd:
         return started
 
     def supervise(self) -> None:
-        """Start etcd if it does not run, and again whenever it ends, as long as this process lives. Returns at once."""
+        """Have a thread start etcd if it does not run, and again whenever it ends. Returns at once.
+
+        The thread ends with this process; etcd does not.
+        """
         self._daemon.supervise(self._launch)
 
     def _launch(self) -> None:
@@ -224,7 +233,7 @@ class LocalEtcd:
         """Write lines that name this etcd into the settings file. Yield whether the file was changed.
 
         The file is not changed if it already contains these lines, or if the user's lines name a store. If the body of
-        `with` fails, the former lines are restored. Raises CalicoError.
+        `with` raises, the lines that calicoctl had written before are restored. Raises CalicoError.
         """
         before = self._file.own()
         if before == self._variables or not EtcdSettings.from_environment(self._file.others()).is_default:
@@ -280,7 +289,7 @@ class LocalEtcd:
 
     @staticmethod
     def _refuse_shared_data() -> None:
-        """Raise CalicoError if another etcd uses the data, and so holds an exclusive flock(2) on the database."""
+        """Raise CalicoError if another etcd uses the data: etcd holds an exclusive flock(2) on its database."""
         with suppress(FileNotFoundError), (DATA / "member/snap/db").open("rb") as database:
             try:
                 fcntl.flock(database, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -292,10 +301,10 @@ class LocalEtcd:
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Run the local etcd inside `with` if it is this host's store and does not run.
+        """If the local etcd is this host's store but does not run, run it inside `with`. Raises CalicoError.
 
-        The local etcd is the host's store if its data exists and, besides, either lines that calicoctl wrote name it,
-        or no etcd serves at its port. Raises CalicoError.
+        The local etcd counts as the host's store if its data exists, and one of two conditions holds: lines that
+        calicoctl wrote name it, or no etcd serves at its port.
         """
         is_named = self._may_move and bool(self._file.own())
         needed = (DATA / "member").exists() and self.running() is None and (is_named or not self._healthy())
@@ -310,7 +319,10 @@ class LocalEtcd:
         return b'"health":"true"' in (self._answers("/health") or b"").replace(b" ", b"")
 
     def _answers(self, path: str) -> bytes | None:
-        """Return the body of the response to a GET request; None for any failure, or for a status other than 200."""
+        """Return the body of the response to a GET request for `path`.
+
+        Return None if the request fails, or if the status of the response is not 200.
+        """
         import urllib3
         import urllib3.exceptions
 

@@ -30,7 +30,7 @@ INTERVAL = 1.0
 
 
 def serve(app: Any, address: str, port: int) -> None:
-    """Serve a WSGI application in a new thread. Raises OSError if the port cannot be bound."""
+    """Serve a WSGI application, in a new thread. Raises OSError if the port cannot be bound."""
     server = _Server((address, port), _Handler)
     server.set_app(app)
     threading.Thread(target=server.serve_forever, args=(INTERVAL,), name="serving metrics", daemon=True).start()
@@ -69,7 +69,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Close connections that have lasted too long. The library calls this after each accept and each INTERVAL."""
+        """Close connections that have lasted too long. The library calls this at least every INTERVAL."""
         with self._changed:
             for connection, since in self._open.items():
                 if time.monotonic() > since + LONGEST:

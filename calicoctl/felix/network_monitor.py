@@ -29,7 +29,10 @@ class NetworkMonitor:
     """Reads the host's network after it may have changed. Runs in the agent's thread."""
 
     def __init__(self, snapshot: Snapshot, health: Health, reading: Callable[[], None]) -> None:
-        """`reading` is called before each read. From then on, a change of routes must emit GatewaysChanged again."""
+        """`reading` is called before each read of the host's network.
+
+        It must ensure that the next change of routes emits GatewaysChanged again.
+        """
         self._snapshot = snapshot
         self._health = health
         self._reading = reading
@@ -43,9 +46,10 @@ class NetworkMonitor:
         """When to read next (monotonic); None while no read is needed."""
 
     def on_event(self, event: Any) -> None:
-        """Schedule a read: at once if addresses, MACs or servers have changed, later if gateways may have changed.
+        """Schedule a read of the host's network if the event may have changed it.
 
-        New servers are also written into the snapshot immediately.
+        The read is due at once if addresses, servers, or the MACs that other hosts see may have changed. It is due
+        after a pause if only routes may have changed. New servers are also written into the snapshot immediately.
         """
         if isinstance(event, ServersChanged):
             self._servers, self.due_at = event.servers, 0.0
@@ -61,7 +65,10 @@ class NetworkMonitor:
             self.due_at = time.monotonic() + self._pause
 
     def _has_new_mac(self, event: LinkChanged) -> bool:
-        """Return whether an interface that leads to other hosts has a new MAC, which they must learn without delay."""
+        """Return whether an interface through which this host sends packets to other hosts has a new MAC.
+
+        The other hosts must learn the MAC without delay.
+        """
         known = self._snapshot.network.macs.get(event.link.name)
         return known is not None and not event.deleted and event.link.mac not in known
 

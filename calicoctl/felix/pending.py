@@ -1,8 +1,8 @@
-"""The changes of one directory of the store that wait for the agent's loop.
+"""Holds the changes of one directory of the store until the agent's loop takes them.
 
-While the agent is busy, only the last change of each key waits, and a read of the whole directory replaces what waits.
-The loop takes all that waits at once, so it only sees states that the store has had: it never applies a change without
-those that were made before it.
+While the agent is busy, only the last change of each key is held. A read of the whole directory replaces all changes
+before it. The loop takes all held changes at once, so it only sees states that the store has had: it never applies a
+change without the changes that were made before it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ agent interprets so many ordinary changes in about a second, and as many charact
 
 
 class PendingChanges:
-    """Takes changes from the thread that follows a directory, and emits an event for all that wait. Thread-safe."""
+    """Holds changes from the thread that follows a directory, and emits one event for all of them. Thread-safe."""
 
     def __init__(self, directory: str, emit: Callable[[StorePending], None]) -> None:
-        """`emit` puts an event into the queue of the loop, which calls the event's `take`."""
+        """`emit` puts an event into the queue of the agent's loop. The loop then calls `take` of the event."""
         self._directory = directory
         self._emit = emit
         self._taken = threading.Condition()
         self._number = 0
-        """Of the last event. Those before it have nothing to take."""
+        """The number of the last event. Earlier events have nothing to take."""
         self._is_taken = True
         """Whether the last event was taken."""
         self._read: StoreRead | None = None
@@ -39,16 +39,17 @@ class PendingChanges:
         self._characters = 0
 
     def put_read(self, entries: list[Entry]) -> None:
-        """Replace all that waits by a read of the whole directory."""
+        """Replace all held changes by `entries`, the result of a read of the whole directory."""
         with self._taken:
             self._clear()
             self._read = StoreRead(self._directory, entries)
             self._announce()  # an event of its own: it must not come before a failure that was emitted before it
 
     def put(self, changes: list[Change]) -> None:
-        """Add changes that were delivered together, in order; they are taken together, too.
+        """Add changes that the store has delivered together, in their order. The loop takes them together, too.
 
-        Waits while too much waits to be taken. The changes themselves may exceed that.
+        If the held changes have reached MOST_KEYS or MOST_CHARACTERS, wait until the loop has taken them. `changes` are
+        then added as a whole, even if they alone exceed these limits.
         """
         with self._taken:
             while len(self._changes) >= MOST_KEYS or self._characters >= MOST_CHARACTERS:
@@ -93,7 +94,10 @@ def _characters(change: Change) -> int:
 
 
 def _remaining(changes: Iterable[Change]) -> list[Change]:
-    """Return the changes, in order, without those whose key, or a directory above it, is deleted later."""
+    """Return the changes, in order, without those that a later deletion of a directory makes irrelevant.
+
+    The deletion of a directory deletes its key and all keys below it, so earlier changes of these keys are left out.
+    """
     remaining: list[Change] = []
     deleted: set[str] = set()
     for change in reversed(list(changes)):

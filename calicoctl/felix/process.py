@@ -88,7 +88,7 @@ def leftovers(host: str) -> list[Path]:
 
 
 def remove_directory(host: str) -> None:
-    """Remove the folder of a host's files, then DIRECTORY. A folder that is not empty is not removed."""
+    """Remove the folder of a host's files, then its parent, DIRECTORY. A folder that is not empty is not removed."""
     with suppress(OSError):
         (DIRECTORY / host).rmdir()
         DIRECTORY.rmdir()
@@ -137,9 +137,9 @@ def troubles(host: str) -> list[str]:
 
 
 def without_bgp(found: Mapping[str, object] | None) -> str | None:
-    """Return a clause with advice if the agent is of an older version without BGP, else None.
+    """Return a clause with advice if the agent is of an older version, which does no BGP.
 
-    `found` is the result of `report`.
+    `found` is the result of `report`. Returns None if it is None, or if the agent is of a version that can do BGP.
     """
     if found is None or found.get("bgp") is not None:
         return None
@@ -153,9 +153,10 @@ def without_bgp(found: Mapping[str, object] | None) -> str | None:
 def only_one(host: str) -> Iterator[str | None]:
     """Hold the locks of the host's agent inside `with`, and write the id of this process to the pid file.
 
-    Yields the process id of the previous agent if it was killed, or crashed, in this boot, else None. Raises
-    CalicoError if an agent runs already for this host name or in this network namespace, if `node remove` takes longer
-    than START_PATIENCE, or if a file cannot be written. An OSError in the body of `with` becomes a CalicoError.
+    Yields the process id of the previous agent if that agent was killed or has crashed since the machine was booted,
+    else None. Raises CalicoError if an agent runs already for this host name or in this network namespace, if `node
+    remove` holds a lock for longer than START_PATIENCE, or if a file cannot be written. An OSError in the body of
+    `with` becomes a CalicoError.
     """
     pid_file = _file(host, "felix.pid")
     with _held(host):
@@ -223,9 +224,9 @@ def _held(host: str) -> Iterator[None]:
 
 
 def _refuse_running(host: str, began: float) -> None:
-    """Raise CalicoError if the caller has waited for a lock for too long, since the time `began` (monotonic).
+    """Raise CalicoError if the caller has waited too long for a lock, since the time `began` (monotonic).
 
-    The limit is 1 second while the host's agent runs, else START_PATIENCE.
+    Too long is more than 1 second while the host's agent runs, and more than START_PATIENCE while it does not run.
     """
     pid = running(host)
     # without a process id, `node remove` holds the lock
@@ -241,7 +242,7 @@ def _refuse_running_here(host: str, began: float) -> None:
 
 @contextmanager
 def _locked(path: Path, refuse: Callable[[], None]) -> Iterator[TextIO]:
-    """Lock a file inside `with`, and yield it. `refuse` is called while another process holds the lock.
+    """Lock a file inside `with`, and yield it. While another process holds the lock, `refuse` is called repeatedly.
 
     An exception of `refuse` ends the wait.
     """
@@ -275,7 +276,7 @@ def notify_ready() -> None:
 
 
 class _OneLine(logging.Formatter):
-    """Writes each log record as one line, whatever names from etcd it contains."""
+    """Writes each log record as one line, even if it contains names from etcd with line breaks."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return one_line(super().formatMessage(record))
@@ -357,8 +358,9 @@ def start(host: str, options: Options, environment: Mapping[str, str] = os.envir
 def _await_ready(process: subprocess.Popen[bytes], ready: socket.socket, host: str) -> int | None:
     """Wait until the host's agent is ready, and return its process id.
 
-    Return None if `process` has ended and no agent runs. `ready` is the socket on which `process` sends its
-    sd_notify(3) message. Raises CalicoError after START_PATIENCE.
+    The agent is `process`. But if `process` has ended and another process is the host's agent, wait for that one.
+    Return None if `process` has ended and no agent runs. `ready` is the socket at which the sd_notify(3) message of
+    `process` arrives. Raises CalicoError after START_PATIENCE.
     """
     give_up = time.monotonic() + START_PATIENCE
     while True:

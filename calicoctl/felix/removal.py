@@ -24,8 +24,9 @@ def remove_all(host: str, warn: Callable[[str], None]) -> bool:
     """End BIRD, remove what the agent has programmed into the kernel, restore the original sysctls, and remove files.
 
     If the Docker Engine does not answer, forwarding stays enabled. `warn` is called with a sentence about that, and
-    with a sentence if a foreign BIRD keeps routes. Returns whether an agent of the host had left files below
-    /run/calico. Raises CalicoError, also if the host's agent, or another agent in this network namespace, runs.
+    with a sentence if routes stay because of a foreign BIRD, that is, a BIRD that no agent here has started. Returns
+    whether an agent of the host had left files below /run/calico. Raises CalicoError, also if the host's agent, or
+    another agent in this network namespace, runs.
     """
     found = any(file.exists() for file in process.leftovers(host))
     with process.none_starts(host):
@@ -37,11 +38,11 @@ def remove_all(host: str, warn: Callable[[str], None]) -> bool:
 
 
 def remove_former_bird(host: str, warn: Callable[[str], None]) -> bool:
-    """End the BIRD of `host`, a former name of this host, and remove the routes of that BIRD.
+    """End the BIRD of `host`, a former name of this host, and remove that BIRD's routes.
 
-    Returns whether that BIRD was running in this network namespace, or had run in it in this boot. `warn` is called
-    with a sentence if a foreign BIRD keeps the routes. Raises CalicoError, also if an agent runs in this network
-    namespace.
+    Returns whether that BIRD was running in this network namespace, or had run in it in this boot. If routes stay
+    because of a foreign BIRD (see `remove_all`), `warn` is called with a sentence about that. Raises CalicoError, also
+    if an agent runs in this network namespace.
     """
     bird = Instance(host)
     if not bird.is_here():
@@ -73,9 +74,9 @@ def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
 
 
 def _needed_by_engine(warn: Callable[[str], None]) -> set[str]:
-    """Return the paths of the forwarding sysctls that a Docker Engine on this host needs.
+    """Return the paths of the sysctls IPV4_FORWARDING and IPV6_FORWARDING that a Docker Engine on this host needs.
 
-    If the engine does not answer, return all of them, and call `warn` with a sentence about that.
+    If the engine does not answer, return both, and call `warn` with a sentence about that.
     """
     settings = {sysctls.IPV4_FORWARDING: False, sysctls.IPV6_FORWARDING: True}
     try:

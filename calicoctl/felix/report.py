@@ -1,11 +1,11 @@
 """Publishes the agent's health (health.py): in files, for `calicoctl status`, and in the store, for all hosts.
 
-The files contain the number of endpoints by status, the endpoints in trouble, and all failures of the host. They can be
+The files contain the number of endpoints by status, the endpoints in trouble, and the failures of the host. They can be
 read while the store is unreachable.
 
 A thread writes the host's heartbeat (heartbeat.py) and the status of each endpoint to the store, so a slow store does
-not delay the agent's loop. If the store has leases, all these statuses are attached to one lease, which the heartbeat
-keeps alive.
+not delay the agent's loop. If the store has leases, the host's status and the endpoints' statuses are attached to one
+lease, which each heartbeat renews.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ END_PATIENCE = 5.0
 
 
 class ReportFile:
-    """The file that `calicoctl status` reads. Every user may read it. A second file, for root, has the whole report."""
+    """The two files that `calicoctl status` reads.
+
+    Every user may read the first file, which lacks texts that may quote the store (see Health.public). Only root may
+    read the second file, which contains the whole report.
+    """
 
     def __init__(self, path: Path) -> None:
         self._public = _Replaceable(path, 0o644)
@@ -69,14 +73,14 @@ class ReportFile:
 
     @property
     def is_due(self) -> bool:
-        """Whether the file must be written even if nothing has changed."""
+        """Whether the files must be written even if nothing has changed."""
         return time.monotonic() >= self._written_at + FILE_INTERVAL
 
     def write(self, health: Health, at_once: bool = False) -> None:
-        """Write both files if the report has changed, or if `is_due`. An OSError is only logged.
+        """Write both files if the report has changed, or if `is_due` is True. An OSError is only logged.
 
-        After a report that took longer than LONG to make, no report is made for ten times as long, unless `at_once` is
-        set. `due_at` is the end of that time.
+        If it takes longer than LONG to make a report, no other report is made for ten times as long. A call during this
+        time does nothing but set `due_at` to the end of this time, unless `at_once` is True.
         """
         self.due_at = self._rests_until
         if time.monotonic() < self._rests_until and not at_once:
@@ -99,7 +103,7 @@ class ReportFile:
 
 
 class _Replaceable:
-    """A file that is replaced as a whole, or overwritten if no more files can be opened."""
+    """A file that is replaced as a whole. If this process cannot open more files, it is overwritten in place."""
 
     def __init__(self, path: Path, mode: int) -> None:
         self._path = path
@@ -147,7 +151,7 @@ class EndpointStatuses:
         self._set[id] = status
 
     def publish(self) -> None:
-        """Report and log the statuses that have changed."""
+        """Report and log those statuses set since the last call that differ from the statuses published before."""
         changed: dict[EndpointId, Status | None] = {}
         statuses, self._set = self._set, {}
         for id, status in statuses.items():
@@ -176,15 +180,15 @@ class EndpointStatuses:
 
 
 class StoreReporter(threading.Thread):
-    """The thread that writes the heartbeat, the statuses of endpoints, and this host's MACs to the store. Retries.
+    """The thread that writes the heartbeat, the statuses of endpoints, and this host's MACs to the store.
 
-    While another agent reports for this host, the thread writes no statuses and no MACs.
+    A write that fails is retried. While another agent reports for this host, the thread writes none of these.
     """
 
     def __init__(self, datastore: DatastoreClient, health: Health, put: Callable[[Any], None]) -> None:
-        """`put` is called with events: WritesRecovered, WritesFailed and Replaced.
+        """`put` is called with the events WritesRecovered, WritesFailed, Replaced and Failure.
 
-        It is also called with a Failure if the store refuses a status, or no longer does.
+        A Failure says that the store refuses a status; if its `why` is None, the store does not refuse any status now.
         """
         super().__init__(name="reporting", daemon=True)
         self._datastore = datastore
@@ -215,7 +219,7 @@ class StoreReporter(threading.Thread):
         self._refused: str | None = None
 
     def set(self, statuses: dict[EndpointId, Status | None]) -> None:
-        """Have the thread write the statuses of some endpoints, None for an endpoint that was deleted."""
+        """Have the thread write these statuses of endpoints. None stands for an endpoint that was deleted."""
         with self._lock:
             for id, status in statuses.items():
                 if status is None:
@@ -228,13 +232,13 @@ class StoreReporter(threading.Thread):
         self._wake.set()
 
     def publish_macs(self, macs: frozenset[str]) -> None:
-        """Have the thread write the source MACs of this host's packets to other hosts."""
+        """Have the thread write `macs`, the source MACs of this host's packets to other hosts, to the store."""
         with self._lock:
             self._macs = macs
         self._wake.set()
 
     def resync(self) -> None:
-        """Have the thread read the statuses from the store again, and write those that differ."""
+        """Have the thread read the statuses from the store again, and write those that differ from the present ones."""
         with self._lock:
             self._written = None
         self._wake.set()
@@ -274,7 +278,7 @@ class StoreReporter(threading.Thread):
 
     @property
     def _next_beat(self) -> float:
-        """When the next heartbeat is due, by the monotonic clock."""
+        """When the next heartbeat is due (monotonic)."""
         return self._beaten + self._interval
 
     def _beat(self) -> None:
@@ -297,9 +301,11 @@ class StoreReporter(threading.Thread):
             self._put(events.Replaced(why))
 
     def _emit(self, error: Exception | None) -> None:
-        """Emit an event if it has changed whether the store can be written, or whether it accepts all statuses.
+        """Emit an event if the outcome of writing to the store has changed.
 
-        `error` is the exception of the last attempt, None if it succeeded.
+        WritesFailed or WritesRecovered is emitted when writes begin or cease to fail. A Failure is emitted when the
+        store begins or ceases to refuse a status. `error` is the exception of the last attempt to write, None if the
+        attempt succeeded.
         """
         failed, refused = None, None
         if isinstance(error, StoreError):
@@ -314,11 +320,12 @@ class StoreReporter(threading.Thread):
         self._failed, self._refused = failed, refused
 
     def _hang(self, found: dict[EndpointId, str]) -> dict[EndpointId, str]:
-        """Write the statuses other than `error` that are not attached to the lease of the host's status.
+        """Write again the statuses that are not attached to the lease of the host's status, to attach them.
 
-        `found` contains the statuses in the store. Returns the statuses in the store after that, with an empty text for
-        each that must be written again to attach it. A status that the store refuses is not written. Raises
-        StoreUnavailable.
+        Statuses `error` are left out. So are the statuses that are left when the next heartbeat is due, and all
+        statuses of a request that the store refuses. `found` contains the statuses in the store. Returns the statuses
+        in the store after the writes, but with an empty text for each that is not attached yet: such a status differs
+        from the desired one, so it is written later. Raises StoreUnavailable.
         """
         written = {id: status if id in self._hanging else "" for id, status in found.items()}
         with self._lock:
@@ -338,7 +345,10 @@ class StoreReporter(threading.Thread):
         return written
 
     def end(self) -> None:
-        """Have the thread write the remaining statuses, remove the heartbeat, and end. Wait at most END_PATIENCE."""
+        """Have the thread write the remaining statuses, remove the heartbeat, and end.
+
+        Wait until the thread has ended, for END_PATIENCE at most.
+        """
         self._alive = False
         self._wake.set()
         self.join(END_PATIENCE)
@@ -352,10 +362,10 @@ class StoreReporter(threading.Thread):
                     self._macs = None
 
     def _write_endpoints(self) -> None:
-        """Write the statuses that have changed, but only ERRORS_AT_ONCE of those that have changed to `error`.
+        """Write the statuses that have changed; of those that have changed to `error`, ERRORS_AT_ONCE at most.
 
-        Stops early if the heartbeat is due; the next call writes the rest. Raises StoreUnavailable at once, but any
-        other CalicoError only after all statuses were tried.
+        Stops early if the heartbeat is due; the next call writes the rest. If the store is unavailable, raises
+        StoreUnavailable at once. If the store refuses a status, tries all others before it raises that CalicoError.
         """
         refused: dict[EndpointId, CalicoError] = {}
         errors = 0

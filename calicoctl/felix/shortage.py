@@ -1,4 +1,4 @@
-"""Pauses the agent while file descriptors or memory are short."""
+"""Detects that file descriptors or memory are short, and pauses the agent's threads meanwhile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAUSE = 1.0
 
 
 def wait_out() -> None:
-    """Wait for PAUSE seconds, and then until this process can open files again."""
+    """Wait for PAUSE seconds. Then go on waiting while this process cannot open files."""
     time.sleep(PAUSE)
     while descriptors_lacking() is not None:
         time.sleep(PAUSE)

@@ -111,10 +111,12 @@ _RTMGRP_IPV6_IFADDR = 0x100
 
 
 class _Source(ABC, threading.Thread):
-    """A thread that runs `follow`, which must not return. If `follow` raises, ThreadDied is emitted.
+    """A thread that waits for changes in `follow`, and emits events.
 
-    If `follow` fails for lack of descriptors or memory, a Failure is emitted instead. When the lack is over, the event
-    `missed` is emitted, since changes may have been lost (None if there is no such event), and `follow` is run again.
+    If `follow` raises an exception, ThreadDied is emitted, and the thread ends. But if the reason is a lack of file
+    descriptors or memory, a Failure is emitted, and the thread waits until the lack is over. Then `missed` is emitted,
+    since changes may have been lost, and `follow` is called again. `missed` is None in a source that needs no such
+    event.
     """
 
     missed: Any = None
@@ -142,9 +144,11 @@ class _Source(ABC, threading.Thread):
 
 
 class StoreEvents(_Source):
-    """Reads a directory of the store, then watches it. Reads it again (a resync) if the watch has missed changes.
+    """Reads a directory of the store, then watches it.
 
-    Also resyncs after the store was unreachable, since the store's address may then lead to another store.
+    The directory is read again (a resync) if the watch has missed changes. It is also read again after the store was
+    unreachable, since the store's address may then lead to another store, and when a directory that was too large to be
+    read may have become smaller.
     """
 
     def __init__(self, datastore: DatastoreClient, directory: str, events: Events[Any]) -> None:
@@ -216,10 +220,11 @@ class StoreEvents(_Source):
 
 
 def _may_shrink(change: Change, directories: set[str]) -> bool:
-    """Return whether after a change, one of these directories may no longer be too large.
+    """Return whether one of these directories, which were too large to be read, may be smaller after a change.
 
-    With etcd's v2 API, that takes a change right in the directory; with v3, some key below it must be deleted, if no
-    value there becomes shorter.
+    That may be so if the change is of a key directly in the directory, of the directory itself, or of a directory above
+    it. It may also be so if any key below the directory is deleted. A value further below that becomes shorter is not
+    considered.
     """
     key, gone = change.key + "/", change.entry is None
     return any(
@@ -229,7 +234,7 @@ def _may_shrink(change: Change, directories: set[str]) -> bool:
 
 
 def spread_of_reads(entries: list[Entry]) -> float:
-    """Return over how many seconds hosts should spread their re-reads. It grows with the number of hosts in the store.
+    """Return over how many seconds hosts should spread their re-reads: the more hosts are in the store, the longer.
 
     `entries` are entries of the store, whose keys name the hosts.
     """
@@ -240,9 +245,9 @@ def spread_of_reads(entries: list[Entry]) -> float:
 def _back_off(pause: float, spread: float = 0.0) -> float:
     """Sleep before the next full read of the store, and return the new pause in seconds.
 
-    The new pause is twice `pause`, the last one (0 for none), but at least 0.2 and at most LONGEST_PAUSE. The sleep
-    takes a random time from half of the new pause to all of it, plus a random part of `spread` seconds, so that not all
-    hosts read at the same time.
+    `pause` is the result of the last call, 0 before the first one. The new pause is twice as long, but at least 0.2 and
+    at most LONGEST_PAUSE. The sleep takes a random time from half of the new pause to all of it, plus a random part of
+    `spread` seconds, so that not all hosts read at the same time.
     """
     pause = min(LONGEST_PAUSE, max(0.2, pause * 2))
     time.sleep(pause * random.uniform(0.5, 1) + random.uniform(0, spread))
@@ -341,9 +346,10 @@ class EngineEvents(_Source):
                 time.sleep(ENGINE_PAUSE)
 
     def _emit_changes(self, changes: Iterable[Any]) -> float | None:
-        """Emit an event for each change. Return None when the connection has ended.
+        """Emit an event for each change, until the connection has ended. Then return None.
 
-        After too many changes (see FLOOD), return how many seconds to wait until containers are listed instead.
+        After too many changes (see FLOOD), stop, and return how many seconds to wait before all containers are listed
+        instead.
         """
         began, count = time.monotonic(), 0
         for change in changes:
@@ -363,7 +369,7 @@ class EngineEvents(_Source):
 
 
 def container_changed(change: Any) -> ContainerChanged | None:
-    """Convert one of the engine's events. Return None if it is malformed, or its action is not in engine.CHANGES.
+    """Convert one of the engine's events. Return None if it is malformed, or if its action is not in engine.CHANGES.
 
     Source: Docker Engine API, GET /events, versions 1.22 to 1.52.
     """
@@ -393,7 +399,7 @@ def _listed(containers: list[dict[str, Any]]) -> dict[str, Container]:
 
 
 class ServerEvents(_Source):
-    """Finds the addresses of the servers that this host depends on, every SERVERS_INTERVAL, since they may change."""
+    """Finds the addresses of etcd's members and of this host's DNS servers, again every SERVERS_INTERVAL."""
 
     def __init__(self, members: Iterable[str], events: Events[Any]) -> None:
         """`members` are the names or addresses of etcd's members."""
@@ -412,10 +418,10 @@ class ServerEvents(_Source):
             time.sleep(SERVERS_INTERVAL)
 
     def look(self) -> None:
-        """Resolve each name, and read the DNS servers. Emit ServersChanged after each step that has brought a change.
+        """Resolve the name of each etcd member, one after the other. Then read the files with the DNS servers.
 
-        After a change, also write the addresses of members to a file (last_known.py). A step may take as long as the
-        resolver waits.
+        If the servers have changed after one of these steps, emit ServersChanged, and write the members' addresses to a
+        file (last_known.py). A name that cannot be resolved at once may take as long as the resolver waits.
         """
         for member in (*self._resolved, None):
             at = time.monotonic()
@@ -453,8 +459,9 @@ class MountEvents(_Source):
 def _is_loss(kind: int, message: bytes) -> bool:
     """Return whether a message may be about the loss of one of the agent's routes to endpoints.
 
-    The message begins with its header of 16 bytes, then struct rtmsg: family, dst_len, src_len, tos, table, protocol.
-    If another route replaces one of the agent's, the kernel announces only the new route.
+    If another route replaces one of the agent's, the kernel announces only the new route. So a new route to a single
+    address in the main table may be a loss, too, unless it is the agent's. The message begins with its header of 16
+    bytes, then struct rtmsg: family, dst_len, src_len, tos, table, protocol.
     """
     if kind == netlink.RTM_DELROUTE:
         return message[21] == PROTOCOL
@@ -469,7 +476,7 @@ def _replaces(kind: int, message: bytes) -> bool:
 
 
 def _destination(message: bytes) -> str:
-    """Return the destination of a message about a route, as a CIDR."""
+    """Return the destination, as a CIDR, of the route that a message is about."""
     family, length = message[16], message[17]
     packed = netlink.attributes(message[28:]).get(netlink.RTA_DST, bytes(4 if family == socket.AF_INET else 16))
     return f"{socket.inet_ntop(family, packed)}/{length}"
@@ -491,8 +498,8 @@ def _sender(message: bytes) -> int:
 class FirewallEvents(_Source):
     """Waits for changes of nftables, and so of iptables-nft, by other processes.
 
-    If our tables are missing, it has workloads/guard.py create tables that drop all packets of endpoints. These tables
-    stay until the agent has loaded its own tables again.
+    If the agent's tables are missing, they are replaced at once by tables that drop all packets of endpoints
+    (workloads/guard.py). These tables stay until the agent has loaded its own tables again.
     """
 
     missed = TablesChanged(frozenset([""]))

@@ -85,17 +85,21 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Resynced:
-    """The whole store has been read. `expected` is the number of addresses that each workload's endpoints list."""
+    """All workloads must be compared with the store.
+
+    The reason is that the whole store was read, or that this agent reports for the host again. `expected` maps
+    workloads to the number of addresses that their endpoints list.
+    """
 
     expected: dict[Key, int]
 
 
 @dataclass(frozen=True)
 class EndpointChanged:
-    """A workload must be reconciled because of its endpoint. With `deleted`, the endpoint was deleted in the store.
+    """A workload must be reconciled because of its endpoint.
 
-    Otherwise, the endpoint's interface is missing or has a new MAC, or the endpoint of a container lacks the
-    container's name.
+    If `deleted` is True, the endpoint was deleted in the store. If it is False, the endpoint's interface is missing or
+    has a new MAC, or the endpoint of a container lacks the container's name.
     """
 
     key: Key
@@ -104,12 +108,15 @@ class EndpointChanged:
 
 @dataclass(frozen=True)
 class Compared:
-    """The result of comparing containers' endpoints with the engine's list of containers.
+    """The result of `_compare_states` or of `_compare_places`, which workers run.
 
-    In a second step, the endpoints are compared with the network namespaces of running containers. `keys` are the
-    workloads to reconcile. `connected` are endpoints that match the list; the second step checks their interfaces.
-    `refused` are the listed containers that have endpoints on this host, although nobody has connected them here; None
-    if that was not determined. `error` is the exception of a failed comparison, else None.
+    `_compare_states` compares containers' endpoints with the engine's list of containers. `_compare_places` then
+    compares the endpoints that match the list with the network namespaces of their containers.
+
+    `keys` are the workloads that do not match, and must be reconciled. `connected` are the endpoints of running
+    containers that match the list; `_compare_places` leaves it empty. `refused` are the listed containers that have
+    endpoints on this host, although nobody has connected them here (see connected.py); it is None in the result of
+    `_compare_places`, and after a failure. `error` is the exception that ended the comparison, None if there was none.
     """
 
     keys: list[Key]
@@ -120,10 +127,12 @@ class Compared:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A workload to reconcile. `removed` says whether the engine has reported the removal of the container.
+    """A workload to reconcile.
 
-    If `removed` is True, there is no grace period. `missing_since` is when the workload's grace period began if its
-    state is MISSING, `gone_since` if its state is GONE. Both are times of the keeper's clock.
+    `removed` says whether the engine has reported the removal of the container. If it has, there is no grace period.
+
+    The workload's state is not known yet; reconciling determines it. If it is MISSING, the grace period counts from
+    `missing_since`; if it is GONE, from `gone_since` (NEVER: it is over already). Both are times of the keeper's clock.
     """
 
     key: Key
@@ -134,10 +143,11 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class WorkResult:
-    """The result of reconciling a workload: the `actions` that were done, and the `error` that ended it, or None.
+    """The result of reconciling a workload: the `actions` that were done, and how it ended.
 
-    `state` is None if the workload's state was not determined. `kept_since` is when the workload's grace period began,
-    None if it has none. `seconds` is how long reconciling took.
+    `error` is the exception that ended it early, None if there was none. `state` is the state of the workload, None if
+    it was not determined. `kept_since` is when the workload's grace period began; None if the workload has none, or if
+    the period is over. `seconds` is how long reconciling took.
     """
 
     key: Key
@@ -150,7 +160,7 @@ class WorkResult:
 
 @dataclass
 class _Tracked:
-    """What is known of one workload between its reconciliations. All times are those of the keeper's clock."""
+    """What the keeper knows of one workload between two reconciliations. All times are those of the keeper's clock."""
 
     kept_since: float | None = None
     """When the grace period of a MISSING or GONE workload began; None if it has none."""
@@ -169,9 +179,9 @@ class _Tracked:
 
 
 class Refused:
-    """Workloads that have endpoints on this host, although nobody has connected them here.
+    """Workloads that have endpoints on this host, although nobody has connected them here (see connected.py).
 
-    They are reported, but not attached.
+    They are reported, but not attached. The report is one Failure about all of them.
     """
 
     def __init__(self, report: Callable[[Any], None]) -> None:
@@ -180,14 +190,14 @@ class Refused:
         self._text: str | None = None
 
     def replace(self, orchestrator: str, keys: Collection[Key]) -> None:
-        """Replace the refused workloads of an orchestrator by `keys`. Report all of them if the report changes."""
+        """Replace the refused workloads of an orchestrator by `keys`. Emit the Failure if its text has changed."""
         self.keys = {key for key in self.keys if key[0] != orchestrator} | {*keys}
         self.remove(())
 
     def remove(self, keys: Collection[Key]) -> None:
-        """Remove workloads that somebody has connected meanwhile. Report the others if the report changes.
+        """Remove `keys`, workloads that somebody has connected meanwhile. Emit the Failure if its text has changed.
 
-        The report is one Failure. Its `why` is None if there are no refused workloads.
+        Its text (`why`) is None if no refused workloads are left.
         """
         self.keys.difference_update(keys)
         text = None
@@ -260,27 +270,24 @@ class WorkloadKeeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Start no more work, and wait for work in progress, for END_PATIENCE at most."""
+        """Start no more work. Wait until the work in progress has ended, for END_PATIENCE at most."""
         self._alive = False
         self.inbox.put(None)
         if self._thread.is_alive():
             self._thread.join(END_PATIENCE)
 
     def enqueue(self, id: EndpointId, deleted: bool = False) -> None:
-        """Have the workload of an endpoint reconciled, for a reason in EndpointChanged."""
+        """Have the workload of an endpoint reconciled. For the reasons, and for `deleted`, see EndpointChanged."""
         self.inbox.put(EndpointChanged(workload_of(id), deleted))
 
     def set_ready(self, ready: bool) -> None:
-        """Set whether the store may be used. While it must not be used, no workload is reconciled."""
+        """Set whether the store may be used. While `ready` is False, no reconciliation of a workload is started."""
         if ready != self._ready:
             self._ready = ready
             self.inbox.put(None)
 
     def resync(self, expected: dict[Key, int]) -> None:
-        """Have the keeper compare all workloads with the store. Called after the whole store has been read.
-
-        For `expected`, see Resynced.
-        """
+        """Have the keeper compare all workloads with the store. For the reasons, and for `expected`, see Resynced."""
         self.inbox.put(Resynced(expected))
 
     # The keeper's own thread
@@ -379,23 +386,24 @@ class WorkloadKeeper:
             self._pool.submit(key[0], partial(self._reconcile, self._work_item(key)))
 
     def _add(self, key: Key, at: float, last: bool | None = None) -> None:
-        """Schedule a workload to be reconciled at the time `at`, even during its backoff. Ignore unmanaged workloads.
+        """Schedule a workload to be reconciled at the time `at`, even during its backoff after a failure.
 
-        For `last`, see WorkQueue.add; the default is the result of `_is_last`.
+        Unmanaged workloads are ignored. For `last`, see WorkQueue.add; the default is the result of `_is_last`.
         """
         if upkeep.is_managed(*key):
             self._queue.add(key, at, self._is_last(key) if last is None else last)
 
     def _add_after_backoff(self, key: Key, at: float, last: bool) -> None:
-        """Schedule a workload to be reconciled at the time `at`, but not during its backoff. Ignore unmanaged ones.
+        """Schedule a workload to be reconciled at the time `at`, or at the end of its backoff if that is later.
 
-        For workloads about which there is no new event. For `last`, see WorkQueue.add.
+        This is for workloads about which there is no new event. Unmanaged workloads are ignored. For `last`, see
+        WorkQueue.add.
         """
         if upkeep.is_managed(*key):
             self._queue.add_after_backoff(key, at, last)
 
     def _is_last(self, key: Key) -> bool:
-        """Return whether nobody has connected a workload here, so that it is reconciled after all others."""
+        """Return whether a workload is reconciled after all others, which is so if nobody has connected it here."""
         # everybody who may write to the store can invent any number of such workloads
         with suppress(CalicoError):  # which reconciling the workload reports
             return not self._is_connected(key)
@@ -405,22 +413,22 @@ class WorkloadKeeper:
         return connected.get(self._datastore.host, *key) is not None
 
     def _track(self, key: Key) -> _Tracked:
-        """Return the _Tracked of a workload, for writing. It is created if there is none."""
+        """Return the _Tracked of a workload, to change it. If there is none, it is created."""
         return self._tracked.setdefault(key, _Tracked())
 
     def _known(self, key: Key) -> _Tracked:
-        """Return the _Tracked of a workload, for reading only: an empty one if there is none."""
+        """Return the _Tracked of a workload, only to read it. If there is none, an empty one is returned."""
         return self._tracked.get(key, _Tracked())
 
     # Jobs that find workloads to reconcile
 
     def _scan_store(self) -> None:
-        """Compare addresses and namespaces with the endpoints in the store. Enqueue the workloads that do not match.
+        """Compare workloads with the store, and enqueue those that do not match.
 
-        These are workloads that have more or fewer addresses than their endpoints list, and namespaces with an endpoint
-        that is inactive or not attached. Namespaces that nobody has connected here are reported as refused, and
-        enqueued if their endpoint is active. A successful scan is not repeated until the next resync. Raises
-        StoreUnavailable.
+        These are workloads that hold more or fewer addresses in IPAM than their endpoints list, and namespaces with an
+        endpoint that is inactive or not attached. Namespaces that have an endpoint, but that nobody has connected here,
+        are reported as refused, and enqueued if their endpoint is active. If the scan succeeds, it is not repeated
+        until the next resync. Raises StoreUnavailable.
         """
         now = self._clock()
         totals = self._datastore.ipam.handles.totals()
@@ -475,8 +483,9 @@ class WorkloadKeeper:
     def _sweep(self) -> None:
         """Enqueue workloads whose last change was interrupted, and namespaces that have changed or do not exist.
 
-        Also remove stale locks, stop reporting refused workloads that somebody has connected meanwhile, apply a changed
-        grace time, and drop state that is no longer needed.
+        A namespace has changed if its path leads to another namespace than before. Also remove stale locks, stop
+        reporting refused workloads that somebody has connected meanwhile, apply a changed grace time, and drop state
+        that is no longer needed.
         """
         now = self._clock()
         host = self._datastore.host
@@ -521,7 +530,7 @@ class WorkloadKeeper:
         return WorkItem(key, tracked.removed, max(tracked.unreachable_at, kept_since), gone_since)
 
     def _reconcile(self, item: WorkItem, datastore: DatastoreClient) -> WorkResult:
-        """Reconcile a workload. Runs in a worker, and raises nothing."""
+        """Reconcile a workload. Runs in a worker, and raises nothing: see WorkResult.error."""
         found: WorkloadState | None = None
         kept_since: float | None = None
 
@@ -583,9 +592,10 @@ class WorkloadKeeper:
             del self._tracked[key]
 
     def _note_reachability(self, tracked: _Tracked, result: WorkResult, now: float) -> None:
-        """Note in `tracked` whether the state of a workload could be determined.
+        """Note in `tracked` whether the last attempt has determined the state of a workload.
 
-        If the engine answers for a container again, retry the other containers for which it did not answer.
+        If the engine has answered for a container for which it did not answer before, also retry all other containers
+        for which it has not answered.
         """
         if result.error is None or result.state is not None:
             was_unreachable, tracked.unreachable_at = tracked.unreachable_at > NEVER, NEVER
@@ -598,7 +608,13 @@ class WorkloadKeeper:
             tracked.unreachable_at = now
 
     def _backoff(self, key: Key, tracked: _Tracked, error: Exception, seconds: float) -> None:
-        """Retry a workload later, and report each failure once. `seconds` is how long the failed attempt took."""
+        """Schedule a retry of a workload after `error`, and report the error.
+
+        An error is not reported again if it was the last one reported for the workload, nor if it is a
+        DockerUnavailable while the engine is known to be unavailable. The first error of a workload is not reported if
+        the attempt took less than LOCK_PAUSE: the retry comes soon, and may succeed. `seconds` is how long the failed
+        attempt took.
+        """
         pause = max(INTERVAL, seconds)
         if isinstance(error, DockerUnavailable) and self._queue.is_paused(DOCKER):  # which has been logged
             log.debug("%s", error)
@@ -617,9 +633,10 @@ class WorkloadKeeper:
 def _learn_once(
     report: Callable[[Any], None], host: str, orchestrator: str, learn: Callable[..., None], *arguments: Any
 ) -> None:
-    """Call `learn`, a function of learning.py, with `arguments`, unless that has succeeded on this host before.
+    """Call `learn`, a function of learning.py, with `arguments`.
 
-    Report a failure, or the end of an earlier failure. Raises StoreUnavailable and Conflict, which are not reported.
+    Does nothing if such a call has succeeded for the orchestrator on this host before. If `learn` fails, a Failure is
+    reported; if it succeeds, the end of the Failure. StoreUnavailable and Conflict are not reported, but raised.
     """
     why = None
     try:
@@ -639,9 +656,10 @@ def _learn_once(
 def _compare_states(
     report: Callable[[Any], None], containers: dict[str, events.Container] | None, datastore: DatastoreClient
 ) -> Compared:
-    """Compare the endpoints of this host's containers with `containers`, the engine's list; None to request the list.
+    """Compare the endpoints of this host's containers with `containers`, the engine's list of containers.
 
-    First, learn what an older version has connected (_learn_once). Raises nothing: see Compared.error.
+    If `containers` is None, request the list from the engine. Before the comparison, learn what an older version has
+    connected (see `_learn_once`). Raises nothing: see Compared.error.
     """
     found: list[Key] = []
     running: list[EndpointId] = []

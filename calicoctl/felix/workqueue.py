@@ -1,7 +1,8 @@
-"""A work queue with one item per key, with delays and backoff, and the worker threads that process its items.
+"""A queue of keys to process, each with the time at which it is due, and the worker threads that process them.
 
-The queue decides which item is due, and how many items of a group are processed at a time. The caller decides how long
-to back off. Like the workqueue of Kubernetes' client-go, the queue never passes one key to two workers at once.
+The queue decides which keys are processed next, and how many keys of a group are processed at a time. The caller
+decides how long to wait before a failed key is processed again. Like the workqueue of Kubernetes' client-go, the queue
+never gives one key to two workers at once.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ R = TypeVar("R")
 
 
 class WorkQueue(Generic[K]):
-    """Keys to process, and when each is due. Not thread-safe.
+    """Keys to process, each with the time at which it is due. Not thread-safe.
 
-    Times are seconds of any monotonic clock; the caller always passes them in. Each key belongs to a group, and each
-    group has a number of workers.
+    A key waits from the time it is added until `take` returns it. Then it is in progress until `done` is called. It may
+    be added again while it is in progress.
+
+    `back_off` marks a key as failed, and sets the time at which the key's backoff ends. The mark and the backoff stay
+    until `done` or `reset_backoff` is called. Only `add_after_backoff` respects the backoff.
+
+    Each key belongs to a group, and each group has a number of workers: at most that many keys of the group are in
+    progress. Times are seconds of any monotonic clock, which the caller reads.
     """
 
     def __init__(self, workers: Mapping[str, int], group_of: Callable[[K], str]) -> None:
@@ -36,7 +43,7 @@ class WorkQueue(Generic[K]):
         self._paused: set[str] = set()
 
     def __contains__(self, key: K) -> bool:
-        """Return whether a key waits to be processed. A key in progress counts only if it was added again meanwhile."""
+        """Return whether a key waits; True for a key in progress only if it was added again meanwhile."""
         return key in self._due
 
     @property
@@ -48,9 +55,11 @@ class WorkQueue(Generic[K]):
         return key in self._in_progress
 
     def add(self, key: K, at: float, last: bool = False) -> None:
-        """Make a key due at the time `at`, even during its backoff. An earlier due time of the key stays.
+        """Add a key that is due at the time `at`, even if its backoff ends later.
 
-        With `last`, `take` returns the key after all others, unless the key already waits without `last`.
+        If the key already waits, the earlier of its two due times counts. `take` returns a key that was added with
+        `last` after all other keys. A key that is added several times while it waits counts as added with `last` only
+        if each of these calls had `last`.
         """
         if not last:
             self._last.discard(key)
@@ -59,32 +68,32 @@ class WorkQueue(Generic[K]):
         self._due[key] = min(at, self._due.get(key, at))
 
     def add_after_backoff(self, key: K, at: float, last: bool = False) -> None:
-        """Make a key due at the time `at`, or at the end of its backoff if that is later.
+        """Add a key that is due at the time `at`, or at the end of the key's backoff if that is later.
 
-        An earlier due time of the key stays. For `last`, see `add`.
+        If the key already waits, the earlier of its two due times counts. For `last`, see `add`.
         """
         self.add(key, max(at, self._backoff.get(key, at)), last)
 
     def back_off(self, key: K, until: float, last: bool = False) -> None:
-        """Mark a key as failed, and make it due at the time `until`. An earlier due time of the key stays.
+        """Mark a key as failed, with a backoff that ends at the time `until`, and add the key as due at that time.
 
-        `take` returns failed keys after the others. For `last`, see `add`.
+        If the key already waits, the earlier of its two due times counts. For `last`, see `add`.
         """
         self._backoff[key] = until
         self.add(key, until, last)
 
     def reset_backoff(self, key: K) -> None:
-        """Clear the failure mark of a key. The time at which the key is due does not change."""
+        """Remove the mark as failed, and so the backoff, from a key. The key's due time does not change."""
         self._backoff.pop(key, None)
 
     def retry_now(self, group: str, now: float) -> None:
-        """Make a group's failed keys that wait due at the time `now`. They stay marked as failed."""
+        """Make each waiting key of a group that is marked as failed due at the time `now`. The marks stay."""
         for key in self._due:
             if key in self._backoff and self._group_of(key) == group:
                 self._due[key] = now
 
     def pause(self, group: str) -> None:
-        """Make `take` return no keys of a group until `resume` is called. Keys in progress are not affected."""
+        """Make `take` return no keys of a group until `resume` is called. Keys in progress stay in progress."""
         self._paused.add(group)
 
     def resume(self, group: str) -> None:
@@ -102,9 +111,11 @@ class WorkQueue(Generic[K]):
         return min((at for key, at in self._due.items() if self._can_be_taken(key, free)), default=float("inf"))
 
     def take(self, now: float) -> list[K]:
-        """Return the keys that are due and can be taken (see `next_due`), and mark them as in progress.
+        """Return the keys that are due at the time `now` and can be taken (see `next_due`); they are then in progress.
 
-        Failed keys come after the others, and keys that were added as `last` after these.
+        At most as many keys of a group are returned as the group has free workers. Keys that are marked as failed come
+        after keys that are not, and keys that were added with `last` come at the end. Apart from that, the keys that
+        have been due for longest come first.
         """
         taken: list[K] = []
         free = self._free()
@@ -120,9 +131,9 @@ class WorkQueue(Generic[K]):
         return taken
 
     def done(self, key: K) -> None:
-        """Note that the processing of a key has ended. This frees its worker, and clears its failure mark.
+        """Note that a key is no longer in progress: a worker of its group is free again.
 
-        If the processing failed, call `back_off` afterwards.
+        Removes the key's mark as failed. If the processing has failed, the caller must call `back_off` afterwards.
         """
         self._in_progress.discard(key)
         self._backoff.pop(key, None)
@@ -137,7 +148,7 @@ class WorkQueue(Generic[K]):
 
 
 class Worker(threading.Thread, Generic[R]):
-    """A thread that takes tasks from a queue, calls each with `resource`, and calls `report` with the result."""
+    """A thread that takes tasks from a queue, calls each task with `resource`, and calls `report` with its result."""
 
     def __init__(
         self, name: str, tasks: SimpleQueue[Callable[[R], Any]], resource: R, report: Callable[[Any], None]
@@ -153,12 +164,13 @@ class Worker(threading.Thread, Generic[R]):
 
 
 class WorkerPool(Generic[R]):
-    """The workers of all groups. A task must not raise: that would end its worker."""
+    """The workers of all groups. A task must not raise an exception, which would end the worker that runs it."""
 
     def __init__(self, workers: Mapping[str, int], resource: Callable[[], R], report: Callable[[Any], None]) -> None:
-        """`resource` creates the object that a worker passes to its tasks, such as a client of the store.
+        """`workers` is the number of workers of each group.
 
-        `report` is called with the result of each task, in the worker's thread.
+        `resource` is called once for each worker; it returns the object that the worker passes to its tasks, such as a
+        client of the store. `report` is called with the result of each task, in the worker's thread.
         """
         self._tasks: dict[str, SimpleQueue[Callable[[R], Any]]] = {group: SimpleQueue() for group in workers}
         self._workers = [
@@ -172,5 +184,5 @@ class WorkerPool(Generic[R]):
             worker.start()
 
     def submit(self, group: str, task: Callable[[R], Any]) -> None:
-        """Have the next free worker of a group run a task."""
+        """Put a task into a group's queue. A worker of the group runs it after the tasks that were submitted before."""
         self._tasks[group].put(task)

@@ -1,4 +1,7 @@
-"""Parses, formats and validates the rules of profiles: text on the command line, JSON in files and in the store."""
+"""Parses, formats and validates the rules of profiles.
+
+A rule is text or JSON on the command line, and JSON in files and in the store.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +76,9 @@ def check_tag(name: str) -> str:
 def parse(words: Sequence[str], is_new: bool = True) -> Rule:
     """Parse a rule from the words of a command line, or from a single word that is a JSON object.
 
-    With `is_new=False`, rules that match no packet are accepted, and invalid tag names as well, unless the rule is
-    JSON. Raises UsageError for missing or unexpected words, and CalicoError for invalid values.
+    `is_new` is False for a rule that is to be removed: then a rule that matches no packet is accepted. In a rule that
+    is not JSON, an invalid tag name is accepted, too. Raises UsageError for missing or unexpected words, and
+    CalicoError for invalid values.
     """
     if len(words) == 1 and words[0].startswith("{"):
         try:
@@ -115,9 +119,10 @@ def parse(words: Sequence[str], is_new: bool = True) -> Rule:
 
 
 def _parse_side(rule: Rule, left: deque[str], word: str, side: str, is_new: bool) -> None:
-    """Parse the words at the start of `left` into the fields of `rule` with the prefix `side` ("src" or "dst").
+    """Parse the words at the start of `left`, up to "from" or "to", and remove them from `left`.
 
-    The parsed words are removed from `left`. `word` is the keyword before them: "from" or "to".
+    The values are stored in the fields of `rule` whose names begin with `side` ("src" or "dst"). `word` is the keyword
+    before the words: "from" or "to". For `is_new`, see `parse`.
     """
     seen = False
     while left and left[0] not in ("from", "to"):
@@ -183,9 +188,10 @@ def _ports(text: str) -> list[int | str]:
 
 
 def check_rule(data: Any, must_match: bool = True) -> Rule:
-    """Return the rule in `data`, a decoded JSON value; raise CalicoError for unknown fields or invalid values.
+    """Return the rule in `data`, a decoded JSON value, with canonical values.
 
-    With `must_match`, a rule that matches no packet, since it mixes IPv4 and IPv6, raises CalicoError as well.
+    Raises CalicoError for unknown fields or invalid values. With `must_match`, raises CalicoError also for a rule that
+    matches no packet because it mixes IPv4 and IPv6.
     """
     if not isinstance(data, dict):
         raise CalicoError(f"a rule must be a JSON object, not {json.dumps(data)[:60]}")
@@ -228,7 +234,11 @@ def _text(value: Any, name: str) -> str:
 
 
 def check_rules(profile: str, text: str) -> Rules:
-    """Parse `text`, JSON from the user, as the rules of `profile`; raise CalicoError if the text is invalid."""
+    """Return the rules of the profile `profile` that `text`, JSON from the user, contains.
+
+    Raises CalicoError if `text` is not the JSON of a profile's rules, if it contains the rules of another profile, or
+    if any rule is invalid or matches no packet.
+    """
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -283,7 +293,7 @@ def _has_icmp_type(rule: Rule) -> bool:
 
 
 def versions(rule: Rule) -> Collection[int]:
-    """Return the IP versions (4, 6) of the packets that a rule can match; none if its conditions conflict."""
+    """Return the IP versions (4, 6) of the packets that a rule can match; empty if the rule mixes IPv4 and IPv6."""
     possible = {4, 6}
     if rule.ip_version is not None:
         possible &= {rule.ip_version}
@@ -304,7 +314,8 @@ def _check_versions(rule: Rule) -> None:
 def text(rule: Rule) -> str:
     """Return a rule as the text that users type.
 
-    If the rule is invalid, or matches no packet, the reason follows in brackets. `parse` rejects such a text.
+    If the rule is invalid, or matches no packet, the reason is appended in brackets. `parse` rejects a text with such a
+    reason.
     """
     try:
         sound = check_rule(rule.to_dict(), must_match=False)

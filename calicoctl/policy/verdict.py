@@ -1,6 +1,7 @@
 """Evaluates the rules of profiles for one packet. Does not access the kernel or the store.
 
-`felix/dataplane/ruleset.py` implements the same rules in nftables; tests compare both with real packets.
+`felix/dataplane/ruleset.py` translates the same rules to nftables. Tests send real packets through the nftables rules,
+and compare what happens to the packets with the verdicts of this module.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Verdict:
     """Whether a packet is allowed, and why.
 
     If a rule decided, `profile` is the rule's profile, and `rule` is the rule's number, from 1, among the profile's
-    rules for the direction. If only `profile` is set, that profile is missing or has invalid rules. If neither is set,
-    no rule matched.
+    rules for the packet's direction. If `rule` is None, the packet is denied: if `profile` is set, because that profile
+    is missing or has invalid rules; if `profile` is None, because no rule matched.
     """
 
     allowed: bool
@@ -73,11 +74,12 @@ def decide(
     packet: Packet,
     tag_contains: TagContains,
 ) -> Verdict:
-    """Evaluate `profiles` in order for a packet in one direction; return the verdict.
+    """Return the verdict on a packet that an endpoint with these `profiles` receives, or that it sends.
 
-    `rules` maps each profile to its rules for that direction, validated by `readable`. If a profile is missing in
-    `rules`, or maps to None, it denies the packet unless an earlier profile has decided. Rules with the action "log"
-    are skipped. A packet that matches no rule is denied.
+    `rules` maps each profile to its rules for this direction, validated by `readable`. The first rule that matches the
+    packet decides, in the order of `profiles`; rules with the action "log" are skipped. If a profile is missing in
+    `rules`, or has the value None there, it denies every packet that no earlier profile decided. A packet that matches
+    no rule is denied.
     """
     for profile in profiles:
         of_profile = rules.get(profile)
@@ -113,10 +115,10 @@ def matches(rule: Rule, packet: Packet, tag_contains: TagContains) -> bool:
 
 
 def is_host_service(packet: Packet) -> bool:
-    """Return whether a packet from an endpoint to its host is DHCP, DNS over UDP, or ICMPv6 of certain types.
+    """Return whether a packet from an endpoint to its host is DHCP, DNS over UDP, or in HOST_ICMPV6_TYPES.
 
-    Such packets are allowed regardless of profiles, unless the setting EndpointToHostServices is "drop": callers check
-    the setting. Source: the chain felix-INPUT of Calico's Felix, 2015.
+    Such packets are allowed regardless of profiles, unless the setting EndpointToHostServices is "drop". This function
+    does not check the setting; its callers do. Source: the chain felix-INPUT of Calico's Felix, 2015.
     """
     if packet.protocol == ICMPV6:
         return packet.icmp_type in HOST_ICMPV6_TYPES
@@ -127,16 +129,19 @@ def is_host_service(packet: Packet) -> bool:
 
 
 def is_from_host(packet: Packet, hosts: Container[str], pools: Iterable[str]) -> bool:
-    """Return whether a packet to an endpoint is allowed regardless of inbound rules, because another host sends it.
+    """Return whether a packet to an endpoint is allowed regardless of the inbound rules because a host sends it.
 
-    True if the source is in `hosts`, the addresses of all registered hosts, and the destination is in one of `pools`,
-    the CIDRs of all pools.
+    This is so if the source is in `hosts`, the addresses of all registered hosts, and the destination is in one of
+    `pools`, the CIDRs of all pools.
     """
     return packet.source in hosts and any(_within(packet.destination, cidr) for cidr in pools)
 
 
 def port_ranges(ports: Sequence[int | str]) -> list[tuple[int, int]]:
-    """Return a rule's ports as sorted and merged ranges (first port, last port), both inclusive."""
+    """Return a rule's ports as sorted ranges (first port, last port), both inclusive.
+
+    Ranges that overlap or adjoin are merged.
+    """
     merged: list[tuple[int, int]] = []
     for low, high in sorted(_range(port) for port in ports):
         if merged and low <= merged[-1][1] + 1:

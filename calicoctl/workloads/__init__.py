@@ -1,1 +1,1 @@
-"""Containers and network namespaces of this host: connecting, disconnecting and reconciling them."""
+"""Connects, disconnects and reconciles the workloads of this host: containers and network namespaces."""

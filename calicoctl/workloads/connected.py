@@ -1,12 +1,12 @@
-"""Stores, in files, which workloads are connected on this host. The agent creates interfaces only for these.
+"""Stores, in files, which workloads are connected on this host. The agent creates interfaces only for these workloads.
 
-A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name). It is removed when the
-workload is disconnected or no longer exists. It survives reboots, and the loss of etcd. A namespace's file contains the
-namespace's path; if the path leads through a process, also the id of the boot, and the process's start time. A
-container's file is empty.
+A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name). The file is removed when
+the workload is disconnected or no longer exists. It survives reboots, and the loss of etcd's data. A namespace's file
+contains the namespace's path. If the path leads through a process, as /proc/PID/ns/net does, the file also contains the
+id of the boot and the process's start time. A container's file is empty.
 
 The empty file ORCHESTRATOR.learned, beside the directory ORCHESTRATOR, says that learning.py has already searched for
-workloads that an older version had connected.
+the workloads of this orchestrator that an older version of this program had connected.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Connected:
     """The content of a connected workload's file. `path` is the namespace's path, empty for a container.
 
     `started` is what process_started returned for the path when the file was written: the start time of the process
-    that the path leads through, None if there is none. After a reboot, `started` equals no result of process_started.
+    that the path leads through, or None if it leads through no process. If a start time was written before the last
+    reboot, `started` is a text that process_started never returns.
     """
 
     path: str = ""
@@ -44,7 +45,8 @@ class Connected:
 def get(host: str, orchestrator: str, id: str) -> Connected | None:
     """Return the content of a connected workload's file; None if the workload is not connected on the host.
 
-    Returns None, too, if the orchestrator is not in ORCHESTRATORS. Raises CalicoError.
+    `id` is the workload's id. For an orchestrator that is not in ORCHESTRATORS, None is returned. Raises CalicoError if
+    the file cannot be read.
     """
     if orchestrator not in ORCHESTRATORS:
         return None
@@ -53,7 +55,7 @@ def get(host: str, orchestrator: str, id: str) -> Connected | None:
 
 
 def put(host: str, orchestrator: str, id: str, path: str = "", started: str | None = None) -> None:
-    """Write a workload's file, so that the workload counts as connected. Raises CalicoError.
+    """Write a workload's file: from then on, the workload counts as connected. Raises CalicoError.
 
     For `path` and `started`, see Connected.
     """
@@ -63,13 +65,16 @@ def put(host: str, orchestrator: str, id: str, path: str = "", started: str | No
 
 
 def forget(host: str, orchestrator: str, id: str) -> None:
-    """Remove a workload's file, if any, so that the workload no longer counts as connected. Raises CalicoError."""
+    """Remove a workload's file, if any: from then on, the workload does not count as connected. Raises CalicoError."""
     if orchestrator in ORCHESTRATORS:
         state.remove(host, _FOLDER, orchestrator, file_name(id))
 
 
 def every(host: str, orchestrator: str) -> dict[str, Connected]:
-    """Return the connected workloads of an orchestrator on a host, by the workloads' ids. Raises CalicoError."""
+    """Return the contents of the files of an orchestrator's connected workloads, by the workloads' ids.
+
+    Raises CalicoError.
+    """
     contents = state.read_all(host, _FOLDER, orchestrator)
     found = {name: _parsed(content) for name, content in contents.items()}
     return {id_of(name, known.path): known for name, known in found.items()}
@@ -81,7 +86,10 @@ def is_learned(host: str, orchestrator: str) -> bool:
 
 
 def set_learned(host: str, *orchestrators: str) -> None:
-    """Create the files ORCHESTRATOR.learned of these orchestrators, all by default. Raises CalicoError."""
+    """Create the file ORCHESTRATOR.learned for each of `orchestrators`, or for all if none is given.
+
+    Raises CalicoError.
+    """
     for orchestrator in orchestrators or ORCHESTRATORS:
         state.write(host, _FOLDER, f"{orchestrator}.{_LEARNED}", content=b"")
 
@@ -96,9 +104,9 @@ def forget_all(host: str) -> None:
 
 
 def file_name(id: str) -> str:
-    """Return the file name for a workload: its id, or the SHA-256 of the id in hex.
+    """Return the name of the file of the workload with this id: the id, or the id's SHA-256 as hexadecimal digits.
 
-    The SHA-256 replaces ids that are longer than 190 bytes, begin with a dot, or contain a slash or a NUL.
+    The SHA-256 is used if the id is longer than 190 bytes, begins with a dot, or contains a slash or a NUL.
     """
     if len(os.fsencode(id)) <= 190 and not id.startswith(".") and not set(id) & {"/", "\0"}:
         return id
@@ -106,9 +114,10 @@ def file_name(id: str) -> str:
 
 
 def id_of(name: str, path: str) -> str:
-    """Return the id of the workload with this file name. If the name is a hash, the id is derived from `path`.
+    """Return the id of the workload whose file has this name: the reverse of file_name.
 
-    `path` is the namespace's path, empty for a container, whose file name is always its id.
+    `path` is the namespace's path, empty for a container. If the name is a SHA-256, the id is derived from `path`. A
+    container's file name is always its id.
     """
     return path.replace("/", "-") if path and not name.startswith("-") else name
 

@@ -1,8 +1,9 @@
 """Creates nftables tables that drop all packets of workloads, on a host without the agent's tables.
 
 The tables drop all IP packets from and to `cali…` interfaces, and ARP packets from these. They have the names of the
-agent's tables, `inet calico` and `arp calico`, so the agent replaces them, and `node remove` removes them. A table that
-exists is replaced only if it has no rules. The rules for policy are in felix/dataplane/ruleset.py.
+agent's tables, `inet calico` and `arp calico`, so the agent replaces them, and `node remove` removes them. A table of
+such a name that exists already is replaced only if it has no rules. The agent's rules, which enforce policy, are in
+felix/dataplane/ruleset.py.
 
 Source: include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h.
 """
@@ -68,7 +69,7 @@ _TIMEOUT = 60.0
 
 
 class Guard:
-    """A netlink connection to the kernel's nftables, to find and create the tables. Not thread-safe."""
+    """Finds and creates the two tables through a netlink connection to the kernel's nftables. Not thread-safe."""
 
     def __init__(self) -> None:
         """Open the connection. Raises CalicoError."""
@@ -84,14 +85,17 @@ class Guard:
         self._netlink.close()
 
     def exists(self) -> bool:
-        """Return whether both tables exist, and have rules in their first chain. Raises CalicoError."""
+        """Return whether both tables exist, this module's or the agent's, and have rules. Raises CalicoError.
+
+        A table counts as having rules if its chain _FIRST_CHAIN has any.
+        """
         with _explained():
             return not self._missing()
 
     def create(self) -> None:
-        """Create each table that does not exist, and replace each table without rules.
+        """Create each table that does not exist, and replace each table that has no rules (see `exists`).
 
-        Raises CalicoError; then nothing was changed.
+        If CalicoError is raised, no table was changed.
         """
         with _explained():
             for replace in (False, True):
@@ -135,7 +139,7 @@ def _has_rules(netlink: socket.socket, family: int) -> bool:
 
 
 def _transact(netlink: socket.socket, requests: list[tuple[int, int, bytes]]) -> None:
-    """Send requests (type, flags, body) as one transaction. Raises OSError; then nothing was changed."""
+    """Send requests (type, flags, body) as one transaction. If OSError is raised, nothing was changed."""
     # struct nfgenmsg: family, version, and for the begin and end of a batch the subsystem
     bounds = struct.pack("!BBH", socket.AF_UNSPEC, 0, _SUBSYSTEM >> 8)
     batch = message(_BATCH_BEGIN, REQUEST, 0, bounds)
@@ -156,9 +160,10 @@ def _transact(netlink: socket.socket, requests: list[tuple[int, int, bytes]]) ->
 
 
 def _table(family: int, replace: bool) -> Iterator[tuple[int, int, bytes]]:
-    """Yield the requests that create the table of a family, each as (type, flags, body).
+    """Yield the requests that create the table of an nftables family, each as (type, flags, body).
 
-    If the table exists, the kernel refuses them without `replace`; with it, the table is deleted first.
+    With `replace`, the requests first delete the table if it exists. Without `replace`, the kernel refuses the requests
+    with EEXIST if the table exists.
     """
     table = _header(family) + _text(_NAME, _TABLE)
     if replace:
@@ -190,9 +195,9 @@ def _table(family: int, replace: bool) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _drop_if(interface: int) -> Iterator[bytes]:
-    """Yield the expressions of the rule `iifname "cali*" drop` or `oifname "cali*" drop`.
+    """Yield the expressions of the rule `iifname "cali*" drop` if `interface` is _IIFNAME.
 
-    `interface` is the `meta` key, _IIFNAME or _OIFNAME.
+    If `interface` is _OIFNAME, the rule is `oifname "cali*" drop`.
     """
     # struct nft_data: a value, or a verdict
     prefix = attribute(1, INTERFACE_PREFIX.encode())

@@ -1,6 +1,6 @@
-"""Reads this host's addresses, its gateways, and the networks to which it is connected, from the kernel.
+"""Reads from the kernel this host's addresses, its gateways, and the networks to which it is connected.
 
-datastore/reserved.py derives from them which addresses workloads must not have.
+datastore/reserved.py derives from these which addresses workloads must not have.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ _NOT_SET_BY_OTHERS = (netlink.PROTOCOL_KERNEL, netlink.PROTOCOL_BIRD)
 
 
 def read(others: Collection[str] = (), workloads: Collection[str] = ()) -> HostNetwork:
-    """Read the host's network in this process's network namespace. Raises CalicoError.
+    """Read the addresses, networks and routes in this process's network namespace. Raises CalicoError.
 
     `others` are the addresses of other hosts and BGP peers; `workloads` contains one address of each IPAM block of
-    other hosts. In the result, `reached` and `macs` depend on both, and `routed` depends on `others`.
+    other hosts. Only three fields of the result depend on these arguments: `reached` and `macs` on both, `routed` on
+    `others`.
     """
     with _explained():
         return _read(others, workloads)
@@ -48,12 +49,13 @@ def detect() -> tuple[dict[int, str | None], set[str]]:
     """Choose, for each IP version, an address at which other hosts can probably reach this host. Raises CalicoError.
 
     Returns the chosen addresses by IP version (None if no interface qualifies), and the set of all addresses of this
-    host.
+    host, without broadcast addresses.
 
-    An interface qualifies if it has a global address, and is not loopback, a bridge, or an interface of Docker, libvirt
-    or Calico. The interface of the default route with the lowest metric is preferred, then the interface with the
-    lowest index. The address is the preferred source of that default route, if the interface has this address, else the
-    first global address of the interface.
+    An interface qualifies if it has a global address of the IP version, and is not loopback, a bridge, or an interface
+    of Docker, libvirt or Calico. Of the interfaces that qualify and have a default route, the one whose default route
+    has the lowest metric is chosen; the address is the preferred source of this route or, if the route has none or the
+    interface does not have this address, the first global address of the interface. If none of them has a default
+    route, the first global address of the one with the lowest index is chosen.
     """
     from calicoctl.workloads import netns
 
@@ -148,8 +150,8 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
 def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[str]]:
     """Return, by interface name, the source MACs that this host's packets to other hosts may have.
 
-    `indices` are the interfaces with an address, `reaching` those through which this host reaches other hosts.
-    Workloads' interfaces are left out, and so are bridges that are only in `indices`.
+    `indices` contains the indices of the interfaces with an address, `reaching` those of the interfaces through which
+    this host reaches other hosts. Workloads' interfaces are left out, and so are bridges that are not in `reaching`.
     """
     found = {}
     for index in sorted(indices | reaching):
@@ -167,7 +169,7 @@ def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[st
 
 
 class _Covering:
-    """Decides whether a route covers any of many addresses. Caches the addresses' prefixes, by prefix length."""
+    """Decides whether a route leads to any address of a large set. Caches the addresses' prefixes, by prefix length."""
 
     def __init__(self, addresses: Collection[str]) -> None:
         self._numbers = {
@@ -177,7 +179,10 @@ class _Covering:
         """By IP version and prefix length: the prefixes of the addresses, as integers without the host bits."""
 
     def any(self, version: int, path: netlink.Paths) -> bool:
-        """Return whether the route `path` is a default route, or covers any of the addresses of its IP version."""
+        """Return whether the destination of the route `path` contains any of the addresses of the IP version.
+
+        Returns True for every default route, even if there are no addresses of this IP version.
+        """
         if path.length == 0:
             return True
         spare = BITS[version] - path.length
@@ -189,7 +194,10 @@ class _Covering:
 
 
 class _Names(dict[int, str]):
-    """The names of interfaces by index, looked up on demand; `interface INDEX` for an interface that was deleted."""
+    """Maps the indices of interfaces to their names, which are looked up and cached when they are first needed.
+
+    For an interface that does not exist any more, the value is `interface INDEX`.
+    """
 
     def __missing__(self, index: int) -> str:
         self[index] = f"interface {index}"

@@ -1,8 +1,12 @@
-"""Finds, once, the workloads that an older version connected on this host, and writes their files (connected.py).
+"""Finds the workloads that an older version of this program connected on this host, and writes their files.
 
-A workload is wired if its endpoint's interface exists and leads into the workload's namespace. A workload counts as
-connected if it is wired. A container also counts if it was created with --net=none and IPAM has an address for it on
-this host, since it loses its interface at a reboot. Paths in the store are not trusted.
+The files say which workloads are connected (connected.py); the older version did not write them. The agent uses this
+module once for each orchestrator: until the file ORCHESTRATOR.learned exists.
+
+A workload is wired if it has an endpoint whose interface exists on this host and leads into the workload's namespace.
+A workload that is wired counts as connected. A container need not be wired, since a reboot removes its interface: it
+also counts as connected if it has an endpoint, was created with --net=none, and has an address in IPAM on this host.
+The paths of namespaces are not read from the store, where others may have written them.
 """
 
 from __future__ import annotations
@@ -24,9 +28,9 @@ _NAMED = Path("/run/netns")
 
 
 def learn_namespaces(datastore: DatastoreClient) -> None:
-    """Write the files (connected.py) of the wired namespaces. Raises CalicoError.
+    """Write the files of the namespaces that are wired, and then the file `namespace.learned`. Raises CalicoError.
 
-    Checks the namespaces in /run/netns, and those at paths that an older version stored in lock files.
+    Only the namespaces in /run/netns, and those whose paths an older version stored in lock files, are checked.
     """
     host = datastore.host
     # the tool of 2015 has kept no paths
@@ -40,11 +44,11 @@ def learn_namespaces(datastore: DatastoreClient) -> None:
 
 
 def learn_containers(datastore: DatastoreClient, network_modes: dict[str, str]) -> None:
-    """Write the files (connected.py) of the containers that are wired, or have an address and no other network.
+    """Write the files of the containers that count as connected, and then the file `docker.learned`.
 
     `network_modes` maps the ids of all containers of the engine to their values of `docker run --net`. If the store has
-    endpoints of containers, but none of a container in `network_modes`, the engine may not have loaded its data yet:
-    then is_learned stays False, and the caller must call this function again later. Raises CalicoError.
+    endpoints of containers, but none of a container in `network_modes`, the engine may not have loaded its data yet.
+    Then `docker.learned` is not written, and the caller must call this function again later. Raises CalicoError.
     """
     host = datastore.host
     endpoints = _endpoints(datastore, DOCKER)

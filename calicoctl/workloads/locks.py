@@ -1,8 +1,8 @@
 """Locks workloads, so that only one process, a command or the agent, changes a workload at a time.
 
-A lock is a flock(2) on a file below /run/calico/HOST. During a change, a second file exists beside it: the mark. If the
-mark exists and the lock is free, the change was interrupted, for example by `kill -9`, or its rollback failed. The mark
-contains the workload's id and, if known, the container's name.
+A lock is a flock(2) on a file in /run/calico/HOST. While a workload is being changed, a second file exists beside the
+lock file: the mark. If the mark exists while the lock is free, the change was interrupted, for example by `kill -9`, or
+its rollback failed. The mark contains the workload's id and, for a container whose name is known, the name.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ _MARK = "unfinished."
 class WorkloadLock:
     """The lock of a workload, held inside `with`. The lock file is removed when the lock is released.
 
-    `interrupted` says whether the mark existed when the lock was acquired; `clear_all` sets it to False.
+    `interrupted` says whether an earlier change was interrupted: it is True if the mark existed when the lock was
+    acquired, until `clear_all` is called.
     """
 
     def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
-        """`workload` is the workload's id. `wait` says whether `with` waits for the lock, at most PATIENCE."""
+        """`workload` is the workload's id. If the lock is held, `with` waits for it up to PATIENCE seconds.
+
+        If `wait` is False, it does not wait.
+        """
         self._directory = DIRECTORY / host
         self._workload = workload
         name = f"{orchestrator}.{file_name(workload)}"
@@ -43,7 +47,11 @@ class WorkloadLock:
         self.interrupted = False
 
     def __enter__(self) -> WorkloadLock:
-        """Acquire the lock. Raises Conflict if it stays locked, CalicoError if the lock file cannot be used."""
+        """Acquire the lock. Raises CalicoError if the lock file cannot be used.
+
+        Raises Conflict if the lock is held: without `wait` at once, with `wait` if it is still held after PATIENCE
+        seconds.
+        """
         give_up = time.monotonic() + (PATIENCE if self._wait else 0)
 
         def refuse() -> None:
@@ -72,7 +80,7 @@ class WorkloadLock:
         os.close(self._fd)
 
     def mark_in_progress(self, name: str = "") -> None:
-        """Write the mark; `name` is the name of the container, if any. Raises CalicoError."""
+        """Write the mark. `name` is the container's name, empty if it is not known. Raises CalicoError."""
         try:
             with open(self.mark, "w", opener=_no_link) as mark:
                 mark.write("\0".join([self._workload, name] if name else [self._workload]))
@@ -80,33 +88,33 @@ class WorkloadLock:
             raise CalicoError(f"cannot write {self.mark}: {error.strerror}") from None
 
     def clear_mark(self) -> None:
-        """Remove the mark, unless an earlier change was interrupted."""
+        """Remove the mark, unless `interrupted` is True: then it stays, as the mark of the earlier change."""
         if not self.interrupted:
             self.mark.unlink(missing_ok=True)
 
     def clear_all(self) -> None:
-        """Remove the mark, even if an earlier change was interrupted.
+        """Remove the mark, even if `interrupted` is True, and set `interrupted` to False.
 
-        Must be called only after that earlier change was completed or rolled back, too.
+        If an earlier change was interrupted, the caller must have completed it, or rolled it back.
         """
         self.mark.unlink(missing_ok=True)
         self.interrupted = False
 
 
 def exists(host: str, orchestrator: str, workload: str) -> bool:
-    """Return whether a workload has a lock file, locked or not, or a mark."""
+    """Return whether a workload has a lock file, even if nobody holds the lock, or a mark."""
     lock = WorkloadLock(host, orchestrator, workload)
     return lock.path.exists() or lock.mark.exists()
 
 
 def interrupted(host: str, orchestrator: str) -> list[str]:
-    """Return the ids of the workloads that have a mark."""
+    """Return the ids of an orchestrator's workloads that have a mark."""
     # the content of a mark is the id, unless writing the mark itself was interrupted
     return [content[0] or id for id, content in _marks(host, orchestrator)]
 
 
 def interrupted_named(host: str, orchestrator: str, name: str) -> set[str]:
-    """Return the ids of the containers that have a mark with this name.
+    """Return the ids of the containers whose marks contain the container's name `name`.
 
     Only root can read the marks; for other users, the result is empty.
     """
@@ -116,9 +124,10 @@ def interrupted_named(host: str, orchestrator: str, name: str) -> set[str]:
 
 
 def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]]]:
-    """Return each mark as a pair: the part of its file name that is derived from the id, and its content.
+    """Return, for each mark, the part of its file name that is derived from the workload's id, and its content.
 
-    The content is the workload's id, NUL, and the container's name, if any; all parts are empty if it cannot be read.
+    The content is a tuple: the workload's id, a NUL, and the container's name. If the mark contains no name, the last
+    two are empty; if the mark cannot be read, all three.
     """
     prefix = f"{_MARK}{orchestrator}."
     names = [name for name in _names(host) if name.startswith(prefix)]
@@ -126,7 +135,10 @@ def _marks(host: str, orchestrator: str) -> list[tuple[str, tuple[str, str, str]
 
 
 def remove_stale(host: str, orchestrator: str) -> None:
-    """Remove empty lock files that no process has locked. Killed commands leave such files."""
+    """Remove the lock files of an orchestrator's workloads that are empty, and whose lock no process holds.
+
+    Killed commands leave such files. A lock file that is not empty was written by an older version.
+    """
     empty: list[Path] = []
     with suppress(FileNotFoundError), os.scandir(DIRECTORY / host) as entries:
         empty = [Path(file) for file in entries if file.name.startswith(f"{orchestrator}.") and not file.stat().st_size]
@@ -150,7 +162,7 @@ def _no_link(path: str, flags: int) -> int:
 
 
 def paths_of_older_version(host: str, orchestrator: str) -> dict[str, str]:
-    """Return the paths of namespaces that an older version stored in lock files, by the workloads' ids."""
+    """Return the paths of namespaces that an older version of this program stored in lock files, by workload id."""
     prefix = f"{orchestrator}."
     found = {}
     for name in _names(host):

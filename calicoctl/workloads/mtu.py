@@ -1,7 +1,9 @@
-"""Determines the MTU of workloads' interfaces: the MTU of the underlay, minus the headers of the overlay, if any.
+"""Determines the MTU of workloads' interfaces.
 
-The underlay is the network that carries packets between hosts. Its MTU is the MTU of the interface with this host's
-registered address. The setting `MTU` (datastore/config.py) overrides the result.
+The underlay is the network that carries packets between hosts. Its MTU is the MTU of the interface that has this host's
+registered address. For addresses in pools without VXLAN, a workload's interface has the MTU of the underlay; for
+addresses in pools with VXLAN, the bytes that VXLAN adds to a packet are subtracted. If the setting `MTU`
+(datastore/config.py) is valid, its value is used instead.
 """
 
 from __future__ import annotations
@@ -43,10 +45,10 @@ _SIOCGIFMTU = 0x8921
 class Underlay:
     """The interface through which packets from an address of this host leave to other hosts, and its MTU.
 
-    `is_present` says whether an interface has the address. `interface` is the index of that interface; None if no
-    interface has the address, or if it is the loopback interface. `mtu` is the MTU of the interface or, if `interface`
-    is None, of the default route's interface; DEFAULT if there is no default route, or if the interface was just
-    deleted.
+    `is_present` says whether any interface has the address. `interface` is the index of the interface that has it; None
+    if none has it, or if it is the loopback interface. `mtu` is the MTU of that interface or, if `interface` is None,
+    the MTU of the default route's interface. `mtu` is DEFAULT if there is no default route either, or if the interface
+    was deleted before its MTU was read.
     """
 
     interface: int | None = None
@@ -55,7 +57,7 @@ class Underlay:
 
 
 def underlay(address: str) -> Underlay:
-    """Read the underlay for one of this host's addresses (in canonical form) from the kernel. Raises CalicoError."""
+    """Read from the kernel the underlay of `address`, an address of this host in canonical form. Raises CalicoError."""
     family = FAMILIES[version_of(address)]
     try:
         index = next((one.index for one in netlink.addresses() if one.address == address), None)
@@ -79,12 +81,15 @@ def _mtu(index: int) -> int:
 
 
 def in_overlay(mtu: int, version: int) -> int:
-    """Return the MTU inside a tunnel over an underlay of this MTU and IP version; at least SMALLEST."""
+    """Return the MTU inside a VXLAN tunnel; at least SMALLEST.
+
+    `mtu` is the MTU of the underlay, and `version` the IP version of the tunnel's outer packets.
+    """
     return max(SMALLEST, mtu - HEADER[version])
 
 
 def configured(datastore: DatastoreClient) -> str | None:
-    """Return the setting MTU; None if it is not set."""
+    """Return the value of the setting MTU, which may be invalid; None if it is not set."""
     return datastore.setting(keys.config(config.MTU.name))
 
 
@@ -95,11 +100,14 @@ def of_interface(
     next_hops: Mapping[int, str],
     configured: str | None,
 ) -> int:
-    """Return the MTU of a new interface with these addresses: the setting or, by default, an MTU that fits them all.
+    """Return the MTU for a workload's interface with these `addresses`.
 
-    `pools` must contain the pools of the addresses; an address in no pool counts as not encapsulated. `next_hops` are
-    this host's registered addresses by IP version, at least for the IP versions of the addresses. `configured` is the
-    setting; an invalid one is ignored. Raises CalicoError if the store or the kernel cannot be read.
+    `configured` is the value of the setting MTU. If it is valid, it is returned. If it is None or invalid, the largest
+    MTU is returned that all of the addresses permit (see of_addresses).
+
+    `pools` must contain the pools of the addresses; packets of an address in no pool count as not encapsulated.
+    `next_hops` are this host's registered addresses by IP version, at least for the IP versions of the addresses.
+    Raises CalicoError if the store or the kernel cannot be read.
     """
     with suppress(CalicoError):  # the agent reports an invalid value
         config.MTU.check(configured or "")
@@ -122,12 +130,15 @@ def of_interface(
 
 
 def of_addresses(modes: Iterable[tuple[int, str]], underlays: Mapping[int, int]) -> int:
-    """Return the largest MTU that fits all addresses of an interface.
+    """Return the largest MTU that all addresses of an interface permit.
 
     `modes` contains, for each address, its IP version and the VXLAN mode of its pool. `underlays` maps the IP versions
-    of this host's underlays to their MTUs; tunnels use IPv4 if it is among them. The MTU of a missing underlay is
-    assumed to be DEFAULT. If there are no addresses, the result is the smallest MTU of the underlays; if there are no
-    underlays either, DEFAULT.
+    of this host's underlays to the MTUs of the underlays. If the mode is NEVER, an address permits the MTU of the
+    underlay of its own IP version. With any other mode, it permits the MTU inside a tunnel (see in_overlay), which uses
+    the IPv4 underlay if there is one, and the IPv6 underlay if not. The MTU of an underlay that is needed, but not in
+    `underlays`, is assumed to be DEFAULT.
+
+    If `modes` is empty, the result is the smallest MTU in `underlays`; if both are empty, DEFAULT.
     """
     found = []
     for version, mode in modes:

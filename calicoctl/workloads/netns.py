@@ -1,4 +1,6 @@
-"""Network namespaces, veth pairs, and their addresses, routes and neighbours in the kernel. Does not use the store.
+"""Reads and configures network namespaces and veth pairs, with their addresses, routes and neighbour entries.
+
+Does not use the store.
 
 A namespace is entered only in a short-lived thread that is started for that purpose; the main thread never leaves the
 host's namespace.
@@ -66,9 +68,9 @@ _NODAD = 0x02
 class Interface:
     """An interface, as seen in its own namespace.
 
-    `up` is the administrative state, not the carrier. For a veth, `peer_index` is the index of the other end in the
-    namespace of the other end. `kind` is the kernel's name for the type, such as `veth` or `bridge`; None for hardware
-    and for lo.
+    `up` is the administrative state, not the carrier. For a veth, `peer_index` is the index that the other end has in
+    its own namespace. `kind` is the kernel's name for the interface's type, such as `veth` or `bridge`; None for
+    hardware and for lo.
     """
 
     name: str
@@ -94,17 +96,21 @@ class Loopback:
 
 @dataclass
 class Inspection:
-    """A namespace's default routes by IP version, such as `via ADDRESS dev INTERFACE`, and its loopback state."""
+    """The default routes of a namespace, and the state of its loopback interface.
+
+    `default_routes` maps an IP version to the first default route of this version, as text such as
+    `via ADDRESS dev INTERFACE`. A version without a default route is left out.
+    """
 
     default_routes: dict[int, str] = field(default_factory=dict)
     loopback: Loopback = Loopback(up=True, ipv6=True)
 
 
 class Namespace:
-    """An open network namespace. It stays the same even if the path is deleted, or leads elsewhere later."""
+    """An open network namespace. It stays the same even if its path is later deleted, or leads to another namespace."""
 
     def __init__(self, path: str, name: str) -> None:
-        """Open the namespace at `path`. `name` is its name in messages. Raises NamespaceError."""
+        """Open the namespace at `path`. `name` stands for it in messages. Raises NamespaceError."""
         self.name = name
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -132,9 +138,10 @@ class Namespace:
         return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
     def run(self, work: Callable[[IPRoute], T]) -> T:
-        """Call `work` with a netlink socket of this namespace, in a thread that has entered it; return the result.
+        """Call `work` in a thread that has entered this namespace; return what `work` returns.
 
-        In that thread, /proc/sys/net contains this namespace's sysctls. Raises the exceptions of `work`.
+        The argument of `work` is a netlink socket of this namespace. In the thread, /proc/sys/net contains the sysctls
+        of this namespace. An exception of `work` is raised again in the calling thread.
         """
         from pyroute2.iproute.linux import IPRoute
 
@@ -183,12 +190,15 @@ class Namespace:
             return self.run(inspect)
 
     def interface(self, name: str) -> Interface | None:
-        """Return the interface with this name; None if there is none."""
+        """Return the interface of this namespace with this name; None if there is none."""
         with _explained(f"{self.name}: reading its interface {name}"):
             return self.run(lambda netlink: _named(netlink, name))
 
     def own_end(self, host_end: Interface) -> Interface | None:
-        """Return the other end of `host_end`, a veth of the host, if that other end is in this namespace, else None."""
+        """Return the other end of the veth `host_end`, an interface of the host.
+
+        Returns None if the other end is not in this namespace, if `host_end` is not a veth, or if it was deleted.
+        """
         from pyroute2.iproute.linux import IPRoute
 
         # indices alone prove nothing: processes in the namespace may choose them
@@ -202,7 +212,10 @@ class Namespace:
         return found if found is not None and (found.kind, found.peer_index) == ("veth", host_end.index) else None
 
     def pairs(self) -> list[tuple[Interface, Interface]]:
-        """Return the veth pairs between this namespace and the host, as (end in this namespace, host end)."""
+        """Return the veth pairs with one end in this namespace and the other on the host.
+
+        Each is a pair (end in this namespace, end on the host).
+        """
         from pyroute2.iproute.linux import IPRoute
 
         with _explained("reading this host's interfaces"), IPRoute() as netlink:
@@ -214,7 +227,7 @@ class Namespace:
         return [(own, host_end) for own, host_end in ((self.own_end(end), end) for end in ends) if own is not None]
 
     def ipv6_is_off(self, interface: str) -> bool:
-        """Return whether IPv6 is disabled on an interface."""
+        """Return whether the sysctls of this namespace disable IPv6 on an interface."""
         with _explained(f"{self.name}: reading whether IPv6 is disabled on {interface}"):
             return self.run(lambda _: _read_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6")) == "1"
 
@@ -223,7 +236,7 @@ class Namespace:
             self.run(lambda _: _write_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1"))
 
     def restore_loopback(self, before: Loopback) -> None:
-        """Restore the loopback interface to `before`, its state before `configure` was called."""
+        """Restore the state `before` of the loopback interface: the state that it had before `configure` was called."""
 
         def work(netlink: IPRoute) -> None:
             if not before.ipv6:
@@ -235,11 +248,12 @@ class Namespace:
             self.run(work)
 
     def configure(self, interface: str, nets: list[str], next_hops: dict[int, str], host_mac: str) -> str:
-        """Bring `interface` up, and add addresses and default routes; return the interface's MAC. Idempotent.
+        """Bring `interface` up, and add addresses and default routes to it; return its MAC. Idempotent.
 
-        `nets` are `address/32` or `address/128`. `next_hops` are the gateways of the default routes, by IP version. For
-        each gateway, an on-link route and a permanent neighbour entry with `host_mac` are added. The loopback interface
-        is brought up, too. If `nets` contains an IPv6 address, IPv6 is enabled on both interfaces.
+        `nets` are the addresses, as `address/32` or `address/128`. `next_hops` are the gateways of the default routes,
+        by IP version. For each gateway, an on-link route and a permanent neighbour entry with the MAC `host_mac` are
+        added. The loopback interface is brought up, too. If `nets` contains an IPv6 address, IPv6 is enabled on
+        `interface` and on the loopback interface.
         """
 
         def work(netlink: IPRoute) -> str:
@@ -270,10 +284,11 @@ class Namespace:
             self.run(lambda netlink: netlink.link("set", index=_index(interface), mtu=mtu))
 
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
-        """Set the neighbour entries of the interface's next hops to `host_mac`; return whether any entry was changed.
+        """Add or change neighbour entries, so that each next hop of `interface` has a permanent one with `host_mac`.
 
-        If an entry was changed, the loopback interface is brought up. If an IPv6 entry was changed, IPv6 is enabled on
-        the loopback interface.
+        The next hops are the gateways of the default routes through the interface. Returns whether any entry was added
+        or changed. If so, the loopback interface is brought up, too. If an IPv6 entry was added or changed, IPv6 is
+        enabled on the loopback interface.
         """
 
         def work(netlink: IPRoute) -> bool:
@@ -292,15 +307,18 @@ class Namespace:
             return self.run(work)
 
     def has_next_hops(self, index: int, mac: str) -> bool:
-        """Return whether all next hops of the interface `index` have permanent neighbour entries with this MAC."""
+        """Return whether each next hop of an interface has a permanent neighbour entry with this MAC.
+
+        `index` is the interface's index. The next hops are the gateways of the default routes through the interface.
+        """
         with _explained(f"{self.name}: reading its next hops"):
             return not self._within(lambda: _missing_next_hops(index, mac))
 
     def unconfigure(self, interface: str, nets: list[str], versions: Collection[int]) -> None:
-        """Remove the addresses `nets` from `interface`, and the routes of the IP `versions`. Idempotent.
+        """Remove the addresses `nets` from `interface`, and its routes of the IP versions `versions`. Idempotent.
 
-        The routes are the static default routes and host routes through the interface. The neighbour entries of the
-        default routes' gateways are removed, too. The interface stays up.
+        The routes that are removed are the static default routes and host routes through the interface. The neighbour
+        entries of the routes' gateways are removed, too. The interface stays up.
         """
 
         def work(netlink: IPRoute) -> None:
@@ -323,10 +341,10 @@ class Namespace:
 
 
 def create_veth(name: str, namespace: Namespace, interface: str, mtu: int, mac: str | None = None) -> None:
-    """Create a veth pair, both ends down: `name` on the host, and `interface`, directly inside `namespace`.
+    """Create a veth pair: one end, `name`, on the host, and the other, `interface`, in `namespace`. Both ends are down.
 
-    `mac` is the MAC of the end inside the namespace; None lets the kernel choose one. Raises NamespaceError if no pair
-    was created.
+    `mac` is the MAC of the end in the namespace; None lets the kernel choose one. The MAC of the end on the host is
+    HOST_MAC. If NamespaceError is raised, no pair was created.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -373,11 +391,12 @@ def interfaces() -> list[Interface]:
 
 
 def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> dict[str, bool]:
-    """Check that interfaces of the host lead into the right namespaces; return the results by interface name.
+    """Return, by interface name, whether interfaces of the host lead into the right namespaces.
 
-    `namespaces` maps the names of the interfaces to the paths of the namespaces. A result is True if the other end of
-    the veth pair is in that namespace and, with `next_hops`, the next hops there have permanent neighbour entries with
-    the MAC of the host end. Interfaces that do not exist are left out, and so are paths that lead to no namespace.
+    `namespaces` maps the name of each interface to the path of its namespace. The result for an interface is True if
+    the other end of the veth pair is in this namespace and, with `next_hops`, each next hop of the other end has a
+    permanent neighbour entry with the MAC of the host end. An interface is left out if it does not exist, or if its
+    namespace does not exist or cannot be read.
     """
     from pyroute2.iproute.linux import IPRoute
 
@@ -394,7 +413,7 @@ def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> 
 
 
 def delete_interface(name: str) -> bool:
-    """Delete an interface of the host, and with it the other end of a veth pair; return whether it existed."""
+    """Delete an interface of the host; return whether it existed. The other end of a veth is deleted with it."""
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"deleting interface {name}"), IPRoute() as netlink:
@@ -407,10 +426,10 @@ def delete_interface(name: str) -> bool:
 
 
 def inspect(netlink: IPRoute) -> Inspection:
-    """Return the default routes of the namespace of the socket `netlink`, and the state of its loopback interface.
+    """Return the default routes of a namespace, and the state of its loopback interface.
 
-    Must be called in a thread that is in this namespace. The text for a default route with neither a gateway nor an
-    interface is `of another kind`.
+    `netlink` is a socket of the namespace, and the calling thread must have entered the namespace. If a default route
+    has neither a gateway nor an interface, its text is `of another kind`.
     """
     found = Inspection()
     for version, family in FAMILIES.items():
@@ -431,7 +450,8 @@ def inspect(netlink: IPRoute) -> Inspection:
 def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
     """Return whether the other end of an interface of the host is in a namespace.
 
-    `link` is pyroute2's message about the interface, `namespace` an open file descriptor.
+    `netlink` is a socket of the host, `link` is pyroute2's message about the interface, and `namespace` is an open file
+    descriptor of the namespace.
     """
     id = link.get_attr("IFLA_LINK_NETNSID")
     return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
@@ -488,7 +508,10 @@ def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
 
 
 def _missing_next_hops(index: int, mac: str) -> set[str]:
-    """Return the gateways of an interface's default routes that have no permanent neighbour entry with this MAC."""
+    """Return the gateways of an interface's default routes that have no permanent neighbour entry with this MAC.
+
+    A gateway of another IP version than its route is left out.
+    """
     found: set[str] = set()
     for version, family in FAMILIES.items():
         hops = {route.gateway for route in routes(family, lengths=(0,), index=index, most=MOST)} - {None}
@@ -499,7 +522,10 @@ def _missing_next_hops(index: int, mac: str) -> set[str]:
 
 
 def _add_neighbours(netlink: IPRoute, index: int, mac: str) -> None:
-    """Add the missing permanent neighbour entries for the gateways of an interface's default routes."""
+    """Add or change the neighbour entries of the gateways of an interface's default routes.
+
+    Then each gateway has a permanent entry with this MAC.
+    """
     for hop in _missing_next_hops(index, mac):
         family = FAMILIES[version_of(hop)]
         netlink.neigh("replace", family=family, dst=hop, lladdr=mac, ifindex=index, state=NUD_PERMANENT)
@@ -517,7 +543,7 @@ def _write_sysctl(path: str, value: str) -> None:
 
 @contextmanager
 def _ignoring(*codes: int) -> Iterator[None]:
-    """Suppress kernel errors with these codes in the body of `with`."""
+    """Suppress NetlinkErrors with one of these errno codes in the body of `with`."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
@@ -529,7 +555,10 @@ def _ignoring(*codes: int) -> Iterator[None]:
 
 @contextmanager
 def _explained(doing: str) -> Iterator[None]:
-    """Convert kernel errors and CalicoErrors from the body of `with` into a NamespaceError that begins with `doing`."""
+    """Convert kernel errors and CalicoErrors from the body of `with` into NamespaceErrors.
+
+    The text of a NamespaceError begins with `doing`, which says what failed.
+    """
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

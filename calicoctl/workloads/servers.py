@@ -18,10 +18,10 @@ RESOLV_CONF = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
 
 
 def current(members: Iterable[str]) -> Servers:
-    """Return the current servers; `members` are the names, or addresses, of etcd's members.
+    """Return the servers that this host depends on now; `members` are the names, or addresses, of etcd's members.
 
-    If a name cannot be resolved, its last known addresses are used (last_known.py). If none are known, the name is in
-    `unknown`. The call blocks until the resolver answers or gives up.
+    If a member's name cannot be resolved, the result contains its last known addresses (last_known.py). If none are
+    known, the name is in the field `unknown` of the result. The call blocks until the resolver answers or gives up.
     """
     found = {member: resolved(member) or last_known.addresses(member) for member in members}
     unknown = frozenset(member for member, addresses in found.items() if not addresses)
@@ -29,9 +29,9 @@ def current(members: Iterable[str]) -> Servers:
 
 
 def resolved(name: str) -> frozenset[str]:
-    """Return the canonical addresses of a host name; an empty set if it cannot be resolved.
+    """Return the canonical addresses of a host name; an empty set if the name cannot be resolved.
 
-    `name` may also be an address, an IPv6 address with or without brackets.
+    `name` may also be an IP address, which the result then contains. An IPv6 address may be in brackets.
     """
     with suppress(OSError, UnicodeError):  # of an invalid or unknown name
         found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
@@ -40,9 +40,10 @@ def resolved(name: str) -> frozenset[str]:
 
 
 def dns_servers(paths: Iterable[str] = RESOLV_CONF) -> frozenset[str]:
-    """Return the canonical addresses of the DNS servers in these files. Files that cannot be read are skipped.
+    """Return the canonical addresses of the DNS servers that are named in the files at `paths`.
 
-    Sources: resolv.conf(5), and systemd-resolved.service(8) for the second file.
+    The files have the format of resolv.conf(5). Files that cannot be read are skipped. Source, for the second file of
+    RESOLV_CONF: systemd-resolved.service(8).
     """
     lines = []
     for path in paths:

@@ -1,6 +1,6 @@
-"""Reconciles the state of a workload of this host after restarts, removals, crashes and interrupted commands.
+"""Reconciles a workload of this host with its state after restarts, removals, crashes and interrupted commands.
 
-Used by the agent, and by `ipam check --fix`. Public functions that change something hold the workload's lock.
+The agent and `ipam check --fix` use this module. Public functions that change something hold the workload's lock.
 """
 
 from __future__ import annotations
@@ -50,21 +50,24 @@ REATTACHED, COLLECTED, CHANGED = "reattached", "collected", "changed"
 
 @dataclass(frozen=True)
 class Action:
-    """A completed action: `kind` is REATTACHED, COLLECTED or CHANGED; `text` is a sentence for the log."""
+    """A change that was made to a workload. `kind` is REATTACHED, COLLECTED or CHANGED; `text` is for the log."""
 
     kind: str
     text: str
 
 
 class NotConnectedHere(CalicoError):
-    """A workload has an endpoint in the store, but was not connected on this host (connected.py)."""
+    """A workload has an endpoint in the store, but no file that says that it was connected here (connected.py)."""
 
     def __init__(self, id: str) -> None:
         super().__init__(f"nobody has connected {id} on this host")
 
 
 def is_managed(orchestrator: str, workload: str) -> bool:
-    """Return whether a workload can be reconciled: a container with a full id, or a namespace whose id is a path."""
+    """Return whether a workload can be reconciled; `workload` is its id.
+
+    This is so for a container with a full id, and for a namespace whose id is derived from a path, with `-` for `/`.
+    """
     if orchestrator == DOCKER:
         return re.fullmatch("[0-9a-f]{64}", workload) is not None
     return orchestrator == NAMESPACE and workload.startswith("-") and "\0" not in workload
@@ -77,16 +80,26 @@ def reconcile(
     may_collect: Callable[[WorkloadState], bool],
     removed: bool = False,
 ) -> Iterator[Action]:
-    """Reconcile a workload's endpoints, interfaces and addresses with its state; yield each completed action.
+    """Reconcile a workload's endpoints, interfaces and addresses with its state; yield each action after it is done.
 
-    Does nothing if the workload is not managed. `may_collect` is called with the workload's state. A workload that is
-    MISSING or GONE is garbage-collected if `may_collect` returns True; otherwise, its endpoints become inactive.
-    `removed` says that the engine has reported the container's removal.
+    Does nothing for a workload that is not managed (see is_managed). What is done depends on the workload's state:
 
-    Raises Conflict if another process holds the workload's lock; DockerUnavailable or NamespaceError if the workload's
-    state cannot be determined; NotConnectedHere for a namespace with an endpoint, or a running container without its
-    interface, that was not connected on this host; and CalicoError if a change fails, or if a container that the engine
-    does not know runs under another engine (not checked if `removed`).
+    * RUNNING: its interface is recreated if it is missing, and its endpoint becomes active.
+    * STOPPED: its interfaces are deleted, and its endpoints become inactive.
+    * MISSING or GONE: if `may_collect` returns True, the workload is garbage-collected, that is, its endpoints,
+      interfaces and addresses are removed. If `may_collect` returns False, its endpoints become inactive.
+
+    `may_collect` is called with the state; its result has no effect if the workload is RUNNING or STOPPED. Addresses
+    that no endpoint lists, which an interrupted command has left, are released if the workload is RUNNING or STOPPED,
+    or has no endpoint.
+
+    `removed` says that the engine has reported the removal of the container. If `removed` is False, and the container
+    is GONE, but runs under another engine, CalicoError is raised.
+
+    Raises NotConnectedHere for a namespace with an endpoint, and for a running container without its interface, if the
+    workload has no file that says that it was connected here (connected.py). Raises Conflict if another process holds
+    the workload's lock, DockerUnavailable or NamespaceError if the workload's state cannot be determined, and
+    CalicoError if a change fails.
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
@@ -151,15 +164,15 @@ def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[Endpoint
 
 
 def _is_over(orchestrator: str, id: str, known: Connected, may_collect: Callable[[WorkloadState], bool]) -> bool:
-    """Return whether a connected workload is MISSING or GONE, and `may_collect` returns True for its state."""
+    """Return whether a connected workload is MISSING or GONE, and `may_collect` returns True for this state."""
     state, _ = find_state(orchestrator, id, known.path, known.started)
     return may_collect(state) and state in (WorkloadState.MISSING, WorkloadState.GONE)
 
 
 def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
-    """Raise CalicoError if the workload is a container that Docker does not know, but that runs under another engine.
+    """Raise CalicoError if `workload`, which Docker does not know, is a container that runs under another engine.
 
-    This is checked only if the interface of one of the workload's endpoints (`ids`) exists.
+    Whether it runs is checked only if the interface of any of its endpoints exists. `ids` are the endpoints' ids.
     """
     if (
         workload.orchestrator == DOCKER
@@ -173,10 +186,11 @@ def _refuse_other_engines(workload: Workload, ids: list[EndpointId]) -> None:
 
 
 def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
-    """Return the endpoints whose interface does not lead into the namespace at the endpoint's path (in `paths`).
+    """Return the ids of the endpoints whose interface exists, but does not lead into the right namespace.
 
-    Endpoints whose workload lacks the neighbour entry of a next hop are returned, too. Endpoints without an interface,
-    and endpoints whose path leads to no namespace, are not returned.
+    `paths` maps the ids of endpoints of this host to the paths of the right namespaces. An endpoint whose workload
+    lacks a next hop's neighbour entry is returned, too (see netns.check_attachments). An endpoint is not returned if
+    its interface does not exist, or if there is no namespace at its path.
     """
     # a namespace exists as long as a process is in it, even if its path was deleted or leads elsewhere
     sound = netns.check_attachments({id.interface: path for id, path in paths.items()})
@@ -186,9 +200,9 @@ def misattached(paths: dict[EndpointId, str]) -> list[EndpointId]:
 def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -> Iterator[Action]:
     """Reconcile a running workload: its interface, its endpoint's state and its neighbour entries; yield each action.
 
-    Also releases the addresses in `held`, the workload's addresses on this host, that its endpoint does not list.
-    Raises NotConnectedHere if the interface is missing and the workload was not connected on this host. Raises
-    CalicoError if a change fails.
+    `held` are the workload's addresses on this host. Those that the endpoint does not list are released. Raises
+    NotConnectedHere if the interface is missing and the workload has no file (connected.py). Raises CalicoError if a
+    change fails.
     """
     datastore, workload, endpoint = session.datastore, session.workload, session.only_endpoint()
     if session.namespace.is_own():
@@ -221,7 +235,10 @@ def _reconcile_running(session: WorkloadSession, held: dict[IPAddress, Owner]) -
 def _update_name(
     datastore: DatastoreClient, workload: Workload, endpoints: list[Endpoint], held: dict[IPAddress, Owner]
 ) -> Iterator[Action]:
-    """Write a container's current name into its endpoints and its addresses' attributes, if they contain another."""
+    """Write a container's current name into those of its endpoints and addresses' attributes that lack it.
+
+    `endpoints` are the container's endpoints, `held` its addresses. Does nothing for a namespace.
+    """
     name = workload.docker_name
     if not name:
         return
@@ -249,7 +266,7 @@ def _active(endpoint: Endpoint) -> bool:
 def _set_inactive(
     datastore: DatastoreClient, workload: Workload, endpoints: list[Endpoint], state: WorkloadState
 ) -> Iterator[Action]:
-    """Set the active endpoints of a workload to inactive. The workload's `state` appears in the action's text."""
+    """Set the active ones of a workload's `endpoints` to inactive. The action's text names the workload's `state`."""
     since = now()
 
     def change(endpoint: Endpoint) -> bool:
@@ -270,9 +287,10 @@ def _garbage_collect(
     ids: list[EndpointId],
     held: dict[IPAddress, Owner],
 ) -> Action:
-    """Remove the endpoints (`ids`), interfaces and addresses (`held`) of a workload that no longer exists.
+    """Remove the endpoints, interfaces and addresses of a workload that no longer exists.
 
-    Addresses without a handle are not released. The caller holds the workload's `lock`.
+    `ids` are the ids of its endpoints, `held` the addresses of its handle on this host. Addresses without a handle that
+    an endpoint lists are not released; the action's text names them. The caller holds `lock`, the workload's lock.
     """
     datastore.check_endpoints_writable(ids, workload.handle)
     lock.mark_in_progress()
@@ -301,10 +319,11 @@ def _release_leaked(
     endpoints: list[Endpoint],
     held: dict[IPAddress, Owner],
 ) -> Iterator[Action]:
-    """Release the addresses in `held` that no endpoint lists, and delete the veth pairs that their attributes identify.
+    """Release the addresses in `held` that no endpoint lists, and delete the veth pairs that were created for them.
 
-    `endpoints` are all endpoints of the workload; their veth pairs are not deleted. The caller holds the workload's
-    lock.
+    `endpoints` are all endpoints of the workload, and `held` the addresses of its handle on this host, with the owners
+    from whose attributes the pairs' names are derived. The veth pairs of `endpoints` are not deleted. The caller holds
+    the workload's lock.
     """
     left = _unlisted(endpoints, held)
     pairs = interfaces_of(left) - {endpoint.id.interface for endpoint in endpoints}
@@ -332,9 +351,9 @@ def _called(workload: Workload) -> str:
 
 
 def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Action]:
-    """Release a workload's addresses on this host that no endpoint lists, and delete their veth pairs.
+    """Release a workload's addresses on this host that no endpoint lists, and delete the veth pairs created for them.
 
-    Returns the completed actions. Raises CalicoError.
+    Returns the actions that were done. Raises CalicoError.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id):
         return list(
@@ -343,10 +362,11 @@ def release_leaked(datastore: DatastoreClient, workload: Workload) -> list[Actio
 
 
 def restore_address(datastore: DatastoreClient, id: EndpointId, address: str) -> bool:
-    """Assign a free address to the workload of the endpoint `id`, which lists it; return whether it was assigned.
+    """Assign a free address to the workload whose endpoint lists it; return whether the address was assigned.
 
-    The endpoint must be on this host. False means that the address is assigned already, or that the endpoint no longer
-    lists it. Raises CalicoError, also if the address is in use (Reserved.user).
+    `id` is the id of the endpoint, which must be on this host. Returns False if the address is assigned already, or if
+    the endpoint does not list it any more. Raises CalicoError, in particular if the address is used by something else,
+    such as this host or one of its gateways (Reserved.user).
     """
     from calicoctl.datastore.blocks import Owner
 

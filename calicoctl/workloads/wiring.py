@@ -1,14 +1,15 @@
 """Connects workloads to the network, and disconnects them: address, veth pair and endpoint, as one transaction.
 
-If connecting a workload or adding an address fails, the completed steps are undone in reverse order. Removals are not
-undone: they can be repeated. A killed process cannot undo its steps, so their order lets the next command for the same
-workload find all of them:
+If connecting a workload or adding an address fails, the completed steps are undone in reverse order. The steps of a
+removal are not undone: the removal can be repeated. A process that is killed cannot undo its steps. So that the next
+command for the same workload finds what the killed process has left, the steps have this order:
 
 * The address is assigned first. Its attributes contain the endpoint id, from which the name of the veth pair is
   derived.
-* The host end of the veth pair is brought up last: while it is down, the pair is incomplete.
-* The endpoint is written to etcd last. On disconnecting, it is removed before its addresses are released, except
-  addresses without a handle, whose owner is known only from the endpoint.
+* The veth pair is created next. Its host end is brought up when everything else of the pair is configured: while the
+  host end is down, the pair is incomplete.
+* The endpoint is written to etcd last. On disconnecting, the endpoint is removed before its addresses are released.
+  Addresses without a handle are released before that, since their owner is known only from the endpoint.
 
 A function that changes a workload holds the workload's lock from its first read until it returns.
 """
@@ -52,7 +53,10 @@ DEFAULT_INTERFACE = "eth1"
 
 @dataclass(frozen=True)
 class AddressRequest:
-    """The requested address: `address` if set, else any of the pool `cidr` if set, else any of `version`."""
+    """A request for an address: for `address` if it is set, or for any address of the pool `cidr` if that is set.
+
+    If neither is set, any address of the IP version `version` is requested. `version` is always set.
+    """
 
     version: int
     address: IPAddress | None = None
@@ -60,7 +64,10 @@ class AddressRequest:
 
     @classmethod
     def parse(cls, text: str) -> AddressRequest:
-        """Parse an address, `ipv4`, `ipv6`, or the CIDR of a pool. Raises CalicoError if the text is none of these."""
+        """Parse `text`: an address, `ipv4`, `ipv6`, or a CIDR. Raises CalicoError if the text is none of these.
+
+        Whether there is a pool with this CIDR is not checked.
+        """
         if text.lower() in ("ipv4", "ipv6"):
             return cls(int(text[-1]))
         if "/" in text:
@@ -75,9 +82,10 @@ class AddressRequest:
         return cls(address.version, address=address)
 
     def pools(self, datastore: DatastoreClient, entries: list[Entry] | None = None) -> list[Pool]:
-        """Return the pools from which the address may be assigned; raise CalicoError if there is none.
+        """Return the pools from which an address may be assigned for this request; raise CalicoError if there is none.
 
-        `entries` are the store's entries of the pools of this IP version, if they were just read.
+        `entries` are the store's entries of the pools of this IP version, if the caller has just read them. If
+        `entries` is None, they are read.
         """
         from netaddr.ip import IPNetwork
 
@@ -111,10 +119,11 @@ class AddressRequest:
 
 @dataclass(frozen=True)
 class Terms:
-    """The data on which the choice of a new address depends.
+    """The data that is needed to assign a new address for a request, and to configure it.
 
-    The address may be from any of `pools`. `mtu` is the setting MTU. `affine` are the names of the blocks with affinity
-    to this host; None if a certain address is requested.
+    `next_hop` is the gateway of the workload's default route. `reserved` are the addresses that workloads on this host
+    must not have. The address may be from any of `pools`. `mtu` is the value of the setting MTU, None if it is not set.
+    `affine` are the names of the blocks with affinity to this host; None if a certain address is requested.
     """
 
     next_hop: str
@@ -125,9 +134,10 @@ class Terms:
 
     @classmethod
     def read(cls, datastore: DatastoreClient, request: AddressRequest, next_hop: str | None = None) -> Terms:
-        """Read the terms for a request. `next_hop` replaces the next hop in the store.
+        """Read the terms for a request from the store and the kernel.
 
-        Raises CalicoError if there is no next hop or no pool, or if no workload may have the requested address.
+        `next_hop` is the next hop, if the caller knows it; None means that it is read from the store. Raises
+        CalicoError if there is no next hop or no pool, or if no workload may have the requested address.
         """
         facts = datastore.read_for_address(request.version, automatic=request.address is None)
         next_hop = next_hop or datastore.hosts.next_hop(request.version, facts.hosts)
@@ -139,7 +149,8 @@ class Terms:
 def is_interface_name(name: object) -> bool:
     """Return whether `name` is a string that the kernel accepts as the name of an interface.
 
-    A name with '%' is not accepted: it would be a pattern. Source: dev_valid_name() in the kernel's net/core/dev.c.
+    Returns False also for a name with '%', from which the kernel would make another name, and for a name with
+    characters that are not printable. Source: dev_valid_name() in the kernel's net/core/dev.c.
     """
     if not isinstance(name, str) or not name.isprintable() or name in (".", ".."):
         return False
@@ -147,7 +158,7 @@ def is_interface_name(name: object) -> bool:
 
 
 def check_interface_name(name: str) -> None:
-    """Raise CalicoError if the kernel does not accept `name` as the name of an interface."""
+    """Raise CalicoError if is_interface_name returns False for `name`."""
     if not is_interface_name(name):
         raise CalicoError(
             f"'{name}' is not a valid interface name: it must have 1 to 15 bytes, and no '/', ':', '%' or blanks"
@@ -156,10 +167,11 @@ def check_interface_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Attachment:
-    """A workload's connection: endpoint id, an address, and the name and MAC of the interface inside the workload.
+    """The result of connecting a workload: the endpoint's id, an address, and the interface inside the workload.
 
-    `mac` is None if the endpoint has none. `existed` says that the workload was connected already, and nothing was
-    changed.
+    `address` is the address of the endpoint that satisfies the request. `interface` and `mac` are the name and the MAC
+    of the interface; `mac` is None if the endpoint contains none. `existed` says that the workload was connected
+    already, and that nothing was changed.
     """
 
     id: EndpointId
@@ -178,10 +190,14 @@ def connect(
 ) -> Attachment:
     """Connect a workload, or re-attach a workload that has lost its interface. Raises CalicoError, after a rollback.
 
-    `interface` is the interface's name inside the workload; None means its previous name or, for a new workload,
-    DEFAULT_INTERFACE. With `exist_ok`, a workload that is already connected with an address that satisfies the request,
-    and with this interface, is not an error. If the path is that of a process, such as /proc/PID/ns/net, and its id
-    was reused since the workload was connected, what was connected under the path is removed first.
+    `interface` is the name that the interface gets inside the workload; None means its previous name or, if that is not
+    known, DEFAULT_INTERFACE.
+
+    If the workload is connected already, CalicoError is raised. With `exist_ok`, its Attachment is returned instead if
+    it has an address that satisfies the request, and its interface has the name `interface` (None: any name).
+
+    If the workload's path is that of a process, such as /proc/PID/ns/net, and another process has the process id now,
+    the endpoint of the earlier process is removed first, with its interface and addresses.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
@@ -237,12 +253,15 @@ def reattach(
 ) -> Attachment | None:
     """Recreate the interface of a workload whose endpoint is in etcd, with the same addresses, MAC and name.
 
-    If the interface's name in the workload is not known any more, it is `interface`, or DEFAULT_INTERFACE. Returns an
-    Attachment with the endpoint's first address that satisfies `request` (None: any). If the endpoint has no addresses,
-    one is assigned as `request` says; if `request` is None, none is assigned, and None is returned.
+    The interface's name inside the workload is the one in the attributes of the workload's addresses. If they contain
+    none, the name is `interface` or, if that is None, DEFAULT_INTERFACE.
 
-    Raises CalicoError if the endpoint has addresses, but none satisfies `request`; if `interface` is not the known
-    name; or if a step fails, after a rollback.
+    Returns an Attachment with the endpoint's first address that satisfies `request` (None: any address). If the
+    endpoint has no addresses, one that satisfies `request` is assigned to it. If it has none and `request` is None, the
+    interface is recreated without an address, and None is returned.
+
+    Raises CalicoError if the endpoint has addresses, but none satisfies `request`; if `interface` is not the name in
+    the attributes; or if a step fails, after a rollback.
     """
     datastore, workload = session.datastore, session.workload
     addresses = [parse_address(address) for address in endpoint.addresses]
@@ -310,11 +329,12 @@ def reattach(
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     """Remove a workload's endpoints, interfaces and addresses. Raises NotFound if there is nothing to remove.
 
-    The container and its namespace need not exist. Raises CalicoError if a step fails, or if a namespace with another
-    path has the same id. What was removed before a failure stays removed: a further call removes the rest.
+    The container or namespace need not exist any more. Raises CalicoError if a step fails: then what was removed before
+    stays removed, and a further call removes the rest. Raises CalicoError also, and removes nothing, if the workload is
+    a namespace, and what is connected under its id belongs to a namespace with another path.
 
-    An invalid block is left as it is, with the workload's handle, which names it. Then everything else is removed, and
-    CalicoError raised.
+    If a block that the workload's handle names is invalid, the block is not changed, and the handle is kept. Everything
+    else is removed, and then CalicoError is raised.
     """
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
         stored = datastore.read_workload(workload.handle, workload.stored_as)
@@ -342,9 +362,10 @@ def _clear(
     endpoints: dict[EndpointId, Entry],
     holding: Holding | None,
 ) -> None:
-    """Remove a workload's `endpoints`, their interfaces and addresses, and all addresses of its handle.
+    """Remove a workload's `endpoints`, their interfaces and addresses, and the addresses of its handle, `holding`.
 
-    The caller holds the workload's `lock`, and has read `endpoints` and `holding` while it held the lock.
+    `holding` is None if the handle holds no addresses on this host. The caller holds `lock`, the workload's lock, and
+    has read `endpoints` and `holding` since it acquired the lock.
     """
     held = {} if holding is None else holding.owners
     invalid = {} if holding is None else holding.invalid
@@ -376,13 +397,14 @@ def _forget(datastore: DatastoreClient, workload: Workload, lock: WorkloadLock) 
 def add_address(
     datastore: DatastoreClient, workload: Workload, request: AddressRequest, interface: str | None
 ) -> tuple[IPAddress, bool]:
-    """Add an address to a connected workload; return the address, and whether it is new to the workload.
+    """Add an address to a connected workload; return the address, and whether it was added.
 
-    If it is the first address of an IP version, the next hop and the default route of that version are added, too. If
-    the endpoint already lists the requested address, the address is only configured in the kernel again. The MTU of the
-    interface is lowered if necessary.
+    If the endpoint lists the requested address already, the address is not added, but only configured in the kernel
+    again. If the added address is the workload's first of its IP version, the next hop and the default route of this
+    version are added, too. If the MTU of the interface is too large for the address, it is lowered.
 
-    Raises CalicoError, after a rollback; also if the workload's interface is not `interface` (None: any).
+    Raises CalicoError, after a rollback. Raises CalicoError also if the name of the workload's interface is not
+    `interface` (None: any name).
     """
     with WorkloadSession.enter(datastore, workload) as session:
         workload = session.workload
@@ -434,8 +456,9 @@ def add_address(
 def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAddress, interface: str | None) -> None:
     """Remove an address from a workload, which need not run. Raises NotFound if the workload does not have the address.
 
-    If it is the last address of an IP version, the next hop and the default route of that version are removed, too.
-    Raises CalicoError, without a rollback; also if the workload's interface is not `interface` (None: any).
+    If the address is the workload's last of its IP version, the next hop and the default route of this version are
+    removed, too. Raises CalicoError if a step fails: then the steps before are not undone, and the call can be
+    repeated. Raises CalicoError also if the name of the workload's interface is not `interface` (None: any name).
     """
     with WorkloadSession.enter(datastore, workload, must_run=False) as session:
         endpoint = session.only_endpoint()
@@ -461,9 +484,9 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
 
 
 def _without(net: str) -> Callable[[Endpoint], bool]:
-    """Return a function for modify_endpoint that removes `net`.
+    """Return a function for modify_endpoint that removes `net`, such as `address/32`, from an endpoint.
 
-    If no net of the same IP version is left, the function also removes the next hop of that version.
+    If the endpoint has no other net of the same IP version, the function also removes the next hop of this version.
     """
 
     def change(endpoint: Endpoint) -> bool:
@@ -479,12 +502,13 @@ def _without(net: str) -> Callable[[Endpoint], bool]:
 
 
 class WorkloadSession:
-    """A locked workload with its open namespace, if any, and its state in the store and in the kernel.
+    """A locked workload with its open namespace, if it has one, and its state in the store and in the kernel.
 
-    `known` is the result of connected.get. `held` maps the addresses of the workload's handle on this host to their
-    owners; `holding` is the ipam.Holding that contains them, or None. `handle` is the handle's entry, or None.
-    `endpoint` is the workload's endpoint, or None. `host_mac` is the MAC of the host end of the veth pair: HOST_MAC
-    until `attached_interface` has read it.
+    `endpoint` is the workload's endpoint, None if it has none. `held` maps the addresses of the workload's handle on
+    this host to their owners, and `holding` is the result of Ipam.holding that contains them, which may be None.
+    `handle` is the entry of the handle, None if there is no such handle. `known` is the result of connected.get.
+    `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface` has read it from the
+    kernel.
     """
 
     def __init__(
@@ -528,8 +552,8 @@ class WorkloadSession:
     def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[WorkloadSession]:
         """Lock the workload, open its namespace, and read its state from the store and the kernel. Raises CalicoError.
 
-        Without `must_run`, the namespace may be missing. If the endpoint is stored under the other spelling of the
-        namespace's path (Workload.other_spelling), the session is for that workload.
+        If `must_run` is False, the workload need not have a namespace. If a namespace's endpoint is stored under the
+        other spelling of its path, the session is for the workload Workload.other_spelling.
         """
         with ExitStack() as stack:
             lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id))
@@ -566,9 +590,9 @@ class WorkloadSession:
         self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
 
     def attached_interface(self, also_down: bool = False) -> str | None:
-        """Return the name of the Calico interface inside the workload; None if there is none.
+        """Return the name of the interface inside the workload that is the endpoint's veth; None if there is none.
 
-        An interface whose host end is down does not count, unless `also_down` is set.
+        With `also_down`, an interface whose host end is down counts, too. `host_mac` is set to the MAC of the host end.
         """
         host_end = netns.find_interface(self.endpoint.id.interface) if self.endpoint is not None else None
         if host_end is None or not (host_end.up or also_down):
@@ -578,12 +602,12 @@ class WorkloadSession:
         return None if own is None else own.name
 
     def mtu(self, attached: str) -> int:
-        """Return the MTU of the workload's interface with this name; 0 if there is none."""
+        """Return the MTU of the interface inside the workload with the name `attached`; 0 if there is none."""
         interface = self.namespace.interface(attached)
         return interface.mtu if interface is not None else 0
 
     def set_mtu(self, attached: str, size: int) -> None:
-        """Set the MTU of both ends of the workload's veth pair; `attached` is the name of the workload's end."""
+        """Set the MTU of both ends of the workload's veth pair. `attached` is the name of the end in the workload."""
         self.namespace.set_mtu(attached, size)
         netns.set_mtu(self.only_endpoint().id.interface, size)
 
@@ -599,7 +623,8 @@ class WorkloadSession:
     def connected(self, interface: str | None) -> tuple[Endpoint, str]:
         """Return the endpoint, and the name of its interface inside the workload.
 
-        Raises CalicoError if either is missing, or if the name is not `interface` (None: any).
+        Raises CalicoError if the endpoint or the interface is missing, or if the name is not `interface` (None: any
+        name).
         """
         endpoint, attached = self.only_endpoint(), self.attached_interface()
         if attached is None:
@@ -611,12 +636,18 @@ class WorkloadSession:
         return endpoint, attached
 
     def remove_incomplete_pairs(self) -> None:
-        """Delete the veth pairs that an interrupted command has created for this workload."""
+        """Delete the veth pairs that an interrupted command has created for this workload, which has no endpoint.
+
+        Their names are derived from the attributes of the addresses in `held`.
+        """
         for name in interfaces_of(self.held):
             self._delete(name)
 
     def remove_orphans(self) -> None:
-        """Delete veth pairs whose endpoints are no longer in the store, for example because the store was restored."""
+        """Delete the workload's veth pairs whose endpoints are no longer in the store, for example after a restore.
+
+        A pair whose host end is down is not deleted.
+        """
         for _, host_end in self._pairs():
             # a pair whose host end is down may belong to another command in progress
             if (
@@ -627,9 +658,9 @@ class WorkloadSession:
                 self._delete(host_end.name)
 
     def remove_remains(self, endpoint: Endpoint) -> None:
-        """Delete the remains of an endpoint's veth pair: an incomplete pair, or a pair whose host end was renamed.
+        """Delete what is left of the veth pair of an endpoint: an incomplete pair, or one whose host end was renamed.
 
-        Raises Conflict if the pair is complete now.
+        Raises Conflict if `attached_interface` finds a complete pair now.
         """
         if self.attached_interface() is not None:  # its old name was restored just now
             raise Conflict(f"{self.workload.name} has its interface back; retry")
@@ -641,7 +672,7 @@ class WorkloadSession:
     def _delete(self, name: str) -> None:
         """Delete an interface of the host, if it exists.
 
-        Raises CalicoError if the store cannot be written; then the interface is not deleted.
+        If the store cannot be written, CalicoError is raised, and the interface is not deleted.
         """
         if netns.find_interface(name) is not None:
             ids = [self.endpoint.id] if self.endpoint is not None else []
@@ -650,9 +681,10 @@ class WorkloadSession:
             self.refresh()
 
     def clear_after_another_process(self) -> None:
-        """Disconnect the workload of an earlier process if the namespace's path now leads to another process.
+        """Disconnect the workload if its path leads through another process now than when the workload was connected.
 
-        The workload stays connected if its veth pair still leads into the namespace at the path.
+        If the earlier process is not known, the process of now counts as another one. In both cases, the workload stays
+        connected if its veth pair still leads into the namespace at the path.
         """
         now = process_started(self.workload.path or "")
         if (
@@ -665,9 +697,9 @@ class WorkloadSession:
             self.held, self.holding, self.handle = {}, None, None
 
     def remember(self, undo: Callable[..., object] | None = None) -> None:
-        """Store that the workload is connected on this host (connected.py). Raises CalicoError.
+        """Write the workload's file, which says that it is connected on this host (connected.py). Raises CalicoError.
 
-        With `undo`, from _rollback_on_failure, a rollback reverts this, unless the workload was connected before.
+        If `undo`, from _rollback_on_failure, is given, a rollback removes the file, unless it existed before.
         """
         key, path = (self.datastore.host, self.workload.orchestrator, self.workload.id), self.workload.path or ""
         if undo is not None and self.known is None:
@@ -675,7 +707,10 @@ class WorkloadSession:
         connected.put(*key, path, process_started(path))
 
     def refuse_other_endpoint(self) -> None:
-        """Raise CalicoError if the namespace is connected as another workload, for example under another path."""
+        """Raise CalicoError if a veth pair with a host end `cali…` leads into the workload's namespace.
+
+        The namespace is then connected as another workload, for example under another path.
+        """
         for interface, host_end in self._pairs():
             if host_end.name.startswith(INTERFACE_PREFIX):
                 raise CalicoError(
@@ -706,9 +741,11 @@ class WorkloadSession:
 def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., object]]:
     """Yield a function that registers an undo: a function and its arguments, called if the body of `with` fails.
 
-    Undos run in reverse order. An undo must be harmless if its step was not done. If an undo raises CalicoError, the
-    others still run, and the final error describes the failure. Inside `with`, the workload has the mark of a change in
-    progress (locks.py); the mark stays if an undo has failed.
+    Undos are called in reverse order. An undo may be registered before its step: it must be harmless if the step was
+    not done. If an undo raises CalicoError, the others are still called; if the body failed with a CalicoError, the
+    error that is raised at the end names the failures of the undos, too.
+
+    Inside `with`, the workload has the mark of a change in progress (locks.py). The mark stays if an undo has failed.
     """
     failures: list[str] = []
 
@@ -747,14 +784,16 @@ def _attach(
     size: int,
     undo: Callable[..., object],
 ) -> str:
-    """Create a veth pair and configure both ends, the host's last; return the MAC of the workload's end.
+    """Create a veth pair and configure both ends, the end on the host last; return the MAC of the workload's end.
 
-    If there are neither the agent's nftables tables nor those of guard.py, those of guard.py are created first. They
-    drop the workload's packets until the agent programs its policy. They are not created if Felix of 2015, the agent of
-    an old Calico with rules of its own, runs on this host.
+    If there are neither the agent's nftables tables nor those of guard.py, the tables of guard.py are created first.
+    They drop the workload's packets until the agent programs its policy. They are not created if Felix of 2015, which
+    has rules of its own, runs on this host.
 
-    `name` is the name of the host end, `interface` that of the workload's end. `next_hops` are addresses by IP version.
-    `mac` is the MAC of the workload's end, None for any. `size` is the MTU. `undo` is from _rollback_on_failure.
+    `name` is the name of the host end, `interface` that of the workload's end. `nets` are the addresses of the
+    workload's end, as `address/32` or `address/128`, and `next_hops` the gateways by IP version. `mac` is the MAC of
+    the workload's end; if it is None, the kernel chooses one. `size` is the MTU of both ends. `undo` is from
+    _rollback_on_failure.
     """
     if netns.find_interface(name) is not None:
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
@@ -781,10 +820,11 @@ def _has_old_felix(datastore: DatastoreClient) -> bool:
 def _adopt(
     session: WorkloadSession, request: AddressRequest, interface: str, reserved: Reserved
 ) -> tuple[IPAddress | None, EndpointId]:
-    """Adopt one address that an interrupted command has assigned, and release the others.
+    """Keep one of the addresses that an interrupted command has assigned to the workload, and release the others.
 
-    Returns the adopted address, and the endpoint id in its attributes. If no address can be adopted, returns None and a
-    new id.
+    An address can be kept if it can be used for `request` (see _usable), and if its attributes are those that a new
+    address would get: among others, the interface's name `interface`. Returns the address that is kept, and the
+    endpoint id in its attributes. If no address can be kept, returns None and a new endpoint id.
     """
     workload = session.workload
     kept, kept_id = None, EndpointId(session.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
@@ -827,7 +867,10 @@ def _assign(session: WorkloadSession, owner: Owner, request: AddressRequest, ter
 
 
 def _except_text(networks: Collection[Network]) -> str:
-    """Return the part of a message that names networks excluded from automatic assignment; empty if there are none."""
+    """Return the end of a message, which names the networks from which no address is assigned automatically.
+
+    Returns an empty string if `networks` is empty.
+    """
     named = ", ".join(sorted(f"{network.cidr} (on {network.interface})" for network in networks))
     return f", but for the networks that this host is connected to: {named}" if named else ""
 
@@ -835,16 +878,17 @@ def _except_text(networks: Collection[Network]) -> str:
 def reserved_addresses(datastore: DatastoreClient, version: int, hosts: list[Entry] | None = None) -> Reserved:
     """Return the addresses of an IP version that this host's workloads must not have. Raises CalicoError.
 
-    `hosts` are the entries below keys.BGP_HOSTS, if they were just read.
+    `hosts` are the store's entries below keys.BGP_HOSTS, if the caller has just read them; if None, they are read.
     """
     network = host_network.read().with_servers(servers.current(datastore.members))
     return Reserved(network, datastore.hosts.addresses(version, hosts), datastore.host)
 
 
 def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:
-    """Return whether an address of a workload's handle satisfies a request.
+    """Return whether an address that the workload's handle holds already can be used for a request.
 
-    An address that is excluded from automatic assignment satisfies only a request for exactly this address.
+    It must satisfy the request. If the request is for any address, it must also be one that may be assigned without an
+    explicit request (Reserved.is_free_for_any).
     """
     if request.address is not None:
         return request.fits(address)
@@ -858,7 +902,10 @@ def _refuse_reserved(request: AddressRequest, reserved: Reserved) -> None:
 
 
 def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
-    """Raise AddressTaken if `address`, which the workload's endpoint lists, is in use otherwise now (Reserved.user)."""
+    """Raise AddressTaken if an address that the workload's endpoint lists is now used by something else.
+
+    This may be this host, one of its gateways, or another host, for example (Reserved.user).
+    """
     why = reserved_addresses(session.datastore, address.version).user(str(address))
     if why is not None:
         raise AddressTaken(
@@ -873,7 +920,7 @@ def _release_unlisted(datastore: DatastoreClient, workload: Workload, endpoint: 
 
 
 def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> str:
-    """Return this host's next hop for workloads or, if none is registered, the next hop in the endpoint.
+    """Return the next hop of an IP version: this host's registered address or, if there is none, that in the endpoint.
 
     Raises CalicoError if the endpoint has none either.
     """
@@ -887,10 +934,10 @@ def _next_hop(datastore: DatastoreClient, endpoint: Endpoint, version: int) -> s
 
 
 def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: Callable[..., object]) -> None:
-    """Assign `address`, which the workload's endpoint lists, to `owner` again, if the address is free.
+    """Assign an address that the workload's endpoint lists to `owner` again, if the address is free.
 
-    Raises AddressTaken if the address is assigned to another workload, or is in use otherwise (Reserved.user). If it is
-    assigned without a handle, nothing is changed.
+    Does nothing if the address is assigned without a handle. Raises AddressTaken if it is assigned to another handle,
+    or if it is free in IPAM, but used by something else (see _refuse_in_use). `undo` is from _rollback_on_failure.
     """
     ipam = session.datastore.ipam
     holder = ipam.owner(address)
@@ -912,10 +959,11 @@ def _owner_text(owner: Owner | None) -> str:
 
 
 def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
-    """Return the owner for an address; its attributes identify the endpoint, and suffice to re-attach it.
+    """Return the Owner with which an address of the endpoint `id` is assigned.
 
-    `interface` is the interface's name inside the workload. If is_interface_name rejects it, DEFAULT_INTERFACE is
-    stored instead.
+    Its attributes identify the endpoint, and contain what is needed to re-attach the workload. `interface` is the
+    interface's name inside the workload. If is_interface_name returns False for it, DEFAULT_INTERFACE is stored
+    instead.
     """
     from calicoctl.datastore.blocks import Owner
 
@@ -944,11 +992,17 @@ def _endpoint_of(owner: Owner) -> str | None:
 
 
 def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
-    """Return the names of the host ends of veth pairs, derived from the endpoint ids in these addresses' attributes."""
+    """Return the names of the host ends of the veth pairs that were created for the addresses in `held`.
+
+    The names are derived from the endpoint ids in the addresses' attributes.
+    """
     ids = {_endpoint_of(owner) for owner in held.values()} - {None}
     return {EndpointId("", "", "", str(id)).interface for id in ids}
 
 
 def paths_of(held: dict[IPAddress, Owner]) -> list[object]:
-    """Return the namespace paths in these addresses' attributes, as they are stored; None for a container's address."""
+    """Return, for each address in `held`, the namespace's path in its attributes; None for a container's address.
+
+    The values are returned as they are stored, even if they are not strings.
+    """
     return [owner.secondary.get("namespace") for owner in held.values()]

@@ -37,10 +37,12 @@ _RUN, _VAR_RUN = "/run/", "/var/run/"
 class Workload:
     """A container or a namespace that is connected to the network, or is to be connected.
 
-    `name` is its name in messages, usually as the user typed it. `id` identifies the workload in the store. `path` is
-    the namespace's path, None for a Docker container. For a container, `docker_name` is its name in Docker, `pid` the
-    id of its first process (None if it does not run), and `network_mode` the value of `docker run --net`, such as
-    `none` or `container:NAME`.
+    `orchestrator` is DOCKER for a container, and NAMESPACE for a namespace. `id` identifies the workload in the store:
+    the container's id, or the namespace's path with `-` for `/`. `name` stands for the workload in messages, usually as
+    the user typed it. `path` is the namespace's path, None for a container.
+
+    For a container, `docker_name` is its name in Docker, `pid` the id of its first process (None if it does not run),
+    and `network_mode` the value of `docker run --net`, such as `none` or `container:NAME`.
     """
 
     orchestrator: str
@@ -57,20 +59,27 @@ class Workload:
 
     @property
     def stored_as(self) -> list[tuple[str, str]]:
-        """The places of the workload's endpoints in the store, as (orchestrator, id)."""
+        """The places where the workload's endpoints may be in the store, as (orchestrator, id), the likeliest first.
+
+        An old tool has stored the endpoints of namespaces under DOCKER.
+        """
         orchestrators = [self.orchestrator, DOCKER] if self.orchestrator == NAMESPACE else [self.orchestrator]
         return [(orchestrator, self.id) for orchestrator in orchestrators]
 
     @property
     def other_spelling(self) -> Workload | None:
-        """The workload of the same namespace with /run instead of /var/run in its path, or the reverse; else None."""
+        """The same namespace as a workload with the other spelling of its path: /run for /var/run, or the reverse.
+
+        None for a container, for a path that begins with neither, or if /run and /var/run are different directories.
+        """
         other = None if self.path is None else _other_spelling(self.path)
         return None if other is None else replace(self, id=other.replace("/", "-"), path=other)
 
     def namespace_path(self) -> str:
         """Return the path of the workload's network namespace.
 
-        Raises CalicoError for a container that does not run, or that shares the network of the host or of a container.
+        Raises CalicoError for a container that does not run, or that shares the network of the host or of another
+        container.
         """
         if self.path is not None:
             return self.path
@@ -99,11 +108,11 @@ class WorkloadState(Enum):
 
 
 def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tuple[WorkloadState, Workload]:
-    """Return the state of a workload of this host, and the workload as it is now.
+    """Return the state of a workload of this host, and a Workload with its current name and process.
 
-    For a namespace, `path` is its path, and `started` the result of process_started when the workload was connected,
-    None if that is not known. For a container, both are unused. Raises DockerUnavailable or NamespaceError if the state
-    cannot be determined.
+    For a namespace, `path` is its path, and `started` is what process_started returned for the path when the workload
+    was connected; None if that is not known. For a container, `path` and `started` are not used. Raises
+    DockerUnavailable or NamespaceError if the state cannot be determined.
     """
     if orchestrator == DOCKER:
         try:
@@ -120,9 +129,9 @@ def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tu
 
 
 def namespace_at(path: str) -> tuple[int, int] | None:
-    """Return the identity (device and inode) of the network namespace at a path; None if there is none.
+    """Return the identity of the network namespace at a path: its device number and its inode number.
 
-    Raises NamespaceError if the path cannot be read.
+    Returns None if there is no network namespace at the path. Raises NamespaceError if the path cannot be read.
     """
     try:
         here, there = os.stat("/proc/self/ns/net"), os.stat(path)
@@ -136,9 +145,10 @@ def namespace_at(path: str) -> tuple[int, int] | None:
 def process_started(path: str) -> str | None:
     """Return the start time of the process or thread through which a path leads: clock ticks since boot, as text.
 
-    Such a path may lead to another process later, since process ids are reused. Returns None if the path leads through
-    no process, through /proc/1, /proc/self or /proc/thread-self, or through more than 40 symbolic links, and if it does
-    not exist. Raises NamespaceError if the path cannot be read. Source: namespaces(7).
+    A path such as /proc/PID/ns/net leads through a process; later, it may lead through another process, since process
+    ids are reused. Symbolic links are followed. Returns None if the path does not exist; if it leads through no
+    process; if it leads through /proc/1, /proc/self or /proc/thread-self; or if it leads through more than 40 symbolic
+    links. Raises NamespaceError if the path cannot be read. Source: namespaces(7).
     """
     place, left, links = Path("/"), [*reversed(Path(path).parts[1:])], 0
     try:
@@ -170,8 +180,9 @@ def process_started(path: str) -> str | None:
 def find(name: str) -> Workload:
     """Return the workload that a user calls `name`.
 
-    An absolute path names a namespace; it is not checked whether the path exists. Any other name is looked up in
-    Docker. Raises NoSuchContainer, DockerUnavailable, or CalicoError for an invalid name.
+    If `name` is an absolute path, the workload is the namespace at this path, even if the path does not exist. Any
+    other name is looked up in Docker as a container's name or id. Raises NoSuchContainer or DockerUnavailable if this
+    fails, and CalicoError if the name is invalid.
     """
     check_workload_name(name)
     if name.startswith("/"):
@@ -195,7 +206,7 @@ def find(name: str) -> Workload:
 
 
 def check_workload_name(name: str) -> None:
-    """Raise CalicoError if `name` is neither a valid name or id of a container, nor a valid absolute path."""
+    """Raise CalicoError if `name` can be neither the name or id of a container, nor an absolute path of a namespace."""
     if name.startswith("/"):
         if _normal_path(name) == "/":
             raise CalicoError(f"'{name}' is not the path of a network namespace")
@@ -210,9 +221,9 @@ def _normal_path(path: str) -> str:
 
 
 def _other_spelling(path: str) -> str | None:
-    """Return a path below /run as one below /var/run, or the reverse.
+    """Return, for a path below /run, the same path below /var/run, and the reverse.
 
-    Returns None for any other path, or if /run and /var/run are different directories.
+    Returns None for a path that is below neither, or if /run and /var/run are different directories.
     """
     for prefix, other in ((_RUN, _VAR_RUN), (_VAR_RUN, _RUN)):
         if path.startswith(prefix):
@@ -221,7 +232,7 @@ def _other_spelling(path: str) -> str | None:
 
 
 def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
-    """Return the workload `workload.other_spelling` if it has an endpoint, else None."""
+    """Return `workload.other_spelling` if that workload has an endpoint; None if it has none, or does not exist."""
     twin = workload.other_spelling
     return twin if twin is not None and endpoint_ids_of(datastore, twin) else None
 
@@ -229,11 +240,14 @@ def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     """Return the workload that a user calls `name`, even if Docker does not know it any more, or does not answer.
 
-    If `find` raises NoSuchContainer or DockerUnavailable, the store, and the marks of interrupted changes on this host,
-    are searched for a container whose id begins with `name`, or whose name is `name`. Raises the exception of `find` if
-    none matches, and CalicoError if several match.
+    If `find` returns a workload, this is the result, with one exception: if a namespace has no endpoint, but has one
+    under the other spelling of its path, the result is the workload with the other spelling (see stored_otherwise).
 
-    A namespace without an endpoint is also searched under the other spelling of its path (see stored_otherwise).
+    If `find` raises NoSuchContainer or DockerUnavailable, containers whose ids begin with `name` are searched in the
+    store. If there are none, containers whose name is `name` are searched in the store and in the marks of interrupted
+    changes on this host. After NoSuchContainer, those that Docker knows by their id are left out of this search: they
+    have another name now. If no container is found, the exception of `find` is raised. If several are found,
+    CalicoError is raised.
     """
     try:
         workload = find(name)
@@ -255,7 +269,7 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
 
 
 def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
-    """Return the error for a name that matches several `containers`, which are pairs (id, host)."""
+    """Return the error for a name that matches several containers. `containers` are pairs (id, host)."""
     lengths = (length for length in range(12, 65) if len({id[:length] for id, _ in containers}) == len(containers))
     length = next(lengths, 64)
     some = ", ".join(f"{id[:length]} on {host}" for id, host in sorted(containers, key=lambda one: one[::-1]))
@@ -263,10 +277,10 @@ def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:
 
 
 def _stored_by_id(prefix: str, datastore: DatastoreClient) -> set[str]:
-    """Return the ids, beginning with `prefix`, of the containers that have an endpoint on this host.
+    """Return the ids that begin with `prefix` of containers that have an endpoint on this host.
 
-    If there are none, returns such ids of the containers that have an IPAM handle, on any host. The prefix must have 4
-    to 64 hexadecimal digits; otherwise, the result is empty.
+    If there are none, returns the ids that begin with `prefix` of containers on any host that have an IPAM handle.
+    Returns an empty set if `prefix` does not consist of 4 to 64 hexadecimal digits.
     """
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         return set()
@@ -289,9 +303,10 @@ def not_connected(name: str) -> NotFound:
 
 
 def refuse_other_path(workload: Workload, *paths: object) -> None:
-    """Raise CalicoError if one of `paths`, stored under the id of `workload`, is not the path of `workload`.
+    """Raise CalicoError if `workload` is a namespace, and any of `paths` is not its path.
 
-    Different paths may have the same id, such as `/a-b` and `/a/b`. None and empty strings in `paths` are ignored.
+    `paths` are the paths that are stored for the workload's id; None and empty strings in `paths` are ignored. Two
+    namespaces may have the same id, for example those at the paths `/a-b` and `/a/b`.
     """
     for path in paths:
         if workload.path is not None and path not in (None, "", workload.path):
@@ -299,9 +314,9 @@ def refuse_other_path(workload: Workload, *paths: object) -> None:
 
 
 def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpoint: Endpoint) -> None:
-    """Raise CalicoError if an endpoint belongs to a namespace with the same id but another path.
+    """Raise CalicoError if `workload` is a namespace, and `endpoint` belongs to another namespace with the same id.
 
-    The path is in the attributes of the endpoint's first address.
+    This is so if the attributes of the endpoint's first address contain another path.
     """
     if workload.path is not None and endpoint.addresses:
         owner = datastore.ipam.owner(parse_address(endpoint.addresses[0]))
@@ -310,9 +325,9 @@ def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpo
 
 
 def workload_of(id: EndpointId) -> tuple[str, str]:
-    """Return the orchestrator and the id of an endpoint's workload.
+    """Return the orchestrator and the id of the workload of the endpoint with this id.
 
-    For a namespace, the orchestrator is NAMESPACE, even if an old tool stored `docker`.
+    For a namespace, the orchestrator is NAMESPACE, even if an old tool has stored the endpoint under DOCKER.
     """
     is_path = id.orchestrator == DOCKER and id.workload.startswith("-")
     return (NAMESPACE if is_path else id.orchestrator), id.workload
@@ -321,7 +336,8 @@ def workload_of(id: EndpointId) -> tuple[str, str]:
 def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[EndpointId]:
     """Return the ids of a workload's endpoints on this host, including invalid endpoints.
 
-    If a namespace has none, returns the ids that an old tool stored under `docker`.
+    If a namespace has no endpoints under NAMESPACE, the ids of those that an old tool has stored under DOCKER are
+    returned.
     """
     found = datastore.workload_endpoint_ids(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
@@ -332,7 +348,7 @@ def endpoint_ids_of(datastore: DatastoreClient, workload: Workload) -> list[Endp
 def endpoints_of(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
     """Return a workload's endpoints on this host. Raises InvalidValue if one of them is invalid.
 
-    If a namespace has none, returns the endpoints that an old tool stored under `docker`.
+    If a namespace has no endpoints under NAMESPACE, those that an old tool has stored under DOCKER are returned.
     """
     found = datastore.workload_endpoints(workload.orchestrator, workload.id)
     if not found and workload.orchestrator == NAMESPACE:
@@ -348,9 +364,10 @@ def _name_of(id: str) -> str:
 
 
 def _inspect(name: str) -> dict[str, Any]:
-    """Return the Docker Engine's description of a container, as engine.inspect does.
+    """Return the result of engine.inspect, the Docker Engine's description of a container.
 
-    Raises NoSuchContainer or DockerUnavailable. If /var/run/netns contains `name`, the error suggests that path.
+    Raises NoSuchContainer or DockerUnavailable. If there is a namespace /var/run/netns/`name`, the text of the error
+    suggests this path.
     """
     try:
         return engine.inspect(name)
@@ -363,14 +380,15 @@ def _inspect(name: str) -> dict[str, Any]:
 
 
 def short_id(id: str) -> str:
-    """Return the first 12 characters of a hexadecimal id, such as a container's; return any other id unchanged."""
+    """Return the first 12 digits of a hexadecimal id, such as a container's; return an id of another kind unchanged."""
     return id[:12] if re.fullmatch("[0-9a-f]+", id) else id
 
 
 def has_processes(id: str) -> bool:
-    """Return whether a container of any engine runs: whether any process's control group contains the id in its name.
+    """Return whether the container with this id runs under any engine.
 
-    Docker, podman and Kubernetes name a container's control group after its id. Source: cgroups(7), /proc/PID/cgroup.
+    This is so if the name of any process's control group contains the id: Docker, podman and Kubernetes name a
+    container's control group after the id. Source: cgroups(7), /proc/PID/cgroup.
     """
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
@@ -380,9 +398,10 @@ def has_processes(id: str) -> bool:
 
 
 def container_pids(ids: Iterable[str]) -> dict[str, int]:
-    """Return the process id of each running container's first process, by container id.
+    """Return the process ids of the first processes of containers, by container id.
 
-    A container for which the engine does not answer is skipped; raises DockerUnavailable if there is a second one.
+    Containers that do not run, or do not exist, are left out. So is a container for which the engine does not answer;
+    if this happens for a second container, DockerUnavailable is raised.
     """
     found: dict[str, int] = {}
     failures = 0

@@ -162,15 +162,12 @@ def test_status_says_that_there_is_no_majority(bare_host: Host, members: list[Et
     assert all(before[what]["works"] for what in ("reads", "writes", "watch"))
     for server in members[1:]:
         server.stop(9)
-    since = time.monotonic()
 
     def works(*whats: str) -> list[bool]:
         return [host.status()["etcd"][what]["works"] for what in whats]
 
-    wait_for(lambda: not any(works("reads", "watch")), host.log())
-    took = time.monotonic() - since
-    assert took < 15, f"{took:.1f} s"
-    wait_for(lambda: not any(works("writes")), host.log(), 15)
+    # where the watch's member was killed, the agent reads all again, and tries that for 20 s before it calls it failed
+    wait_for(lambda: not any(works("reads", "watch", "writes")), host.log(), 40)
     shown = host.ctl("status", status=1)
     for what in ("reading", "writing", "following changes"):
         assert f" {what} fails since 20" in shown.out

@@ -33,14 +33,15 @@ def test_what_agents_report_and_what_expires_is_not_copied() -> None:
         Entry(keys.COPIED_REVISION, "1", 1),
         Entry(keys.felix_status("host1"), "{}", 1),
         Entry("/calico/v1/b", "1", 1, expires=True),
+        Entry(keys.FELIX_HOSTS + "/host1/x", "", 1, problem="it is not UTF-8"),
     ]
-    assert copied([lasting, *others]) == entries(lasting)
+    assert copied([lasting, *others], "v2") == entries(lasting)
 
 
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        (Entry("/calico/v1/a", "", 0, problem="it is too large"), "/calico/v1/a cannot be copied: it is too large"),
+        (Entry("/calico/v1/a", "", 0, problem="it is too large"), "/calico/v1/a in etcd's v2 API .*: it is too large"),
         (Entry("/calico/v1/a", "x" * 1_500_000, 1), "/calico/v1/a cannot be copied: it has 1500012 bytes"),
         (Entry("/calico/v1/a", "ä" * 750_000, 1), "/calico/v1/a cannot be copied: it has 1500012 bytes"),
         (Entry("/calico/v1/a", "\ud800", 1), "/calico/v1/a cannot be copied: it is not valid Unicode"),
@@ -48,7 +49,7 @@ def test_what_agents_report_and_what_expires_is_not_copied() -> None:
 )
 def test_what_v3_does_not_take_is_named(entry: Entry, says: str) -> None:
     with pytest.raises(CalicoError, match=says):
-        check_fits(copied([entry]))
+        check_fits(copied([entry], "v2"))
     check_fits(entries(Entry("/calico/v1/a", "x" * 1_499_988, 1)))
 
 
@@ -106,12 +107,12 @@ def test_a_plan_leads_to_the_source(source: dict[str, str], target: dict[str, st
         two.put(key, value)
     for key, value in target.items():
         three.put(key, value)
-    wanted = copied(two.tree("/calico"))
+    wanted = copied(two.tree("/calico"), "v2")
     before = wanted if is_known else {}
-    for commit in plan(wanted, before, copied(three.tree("/calico"))):
+    for commit in plan(wanted, before, copied(three.tree("/calico"), "v3")):
         three.commit(commit)
-    assert not difference(wanted, copied(three.tree("/calico")))
+    assert not difference(wanted, copied(three.tree("/calico"), "v3"))
     if not is_known:
         order = sorted(wanted, key=lambda key: (two.entries[key].created, key))
         assert order == sorted(wanted, key=lambda key: (three.entries[key].created, order.index(key)))
-    assert not list(plan(wanted, wanted, copied(three.tree("/calico"))))
+    assert not list(plan(wanted, wanted, copied(three.tree("/calico"), "v3")))

@@ -96,6 +96,9 @@ def test_all_data_moves_but_for_what_agents_report(world: World) -> None:
 def test_a_target_that_is_not_our_own_copy_is_refused(world: World) -> None:
     world.v3.put("/calico/v1/policy/profile/other/tags", "[]")
     world.refuses("v3 API has data already, which is not from here .for example /calico/v1/policy/profile/other/tags")
+    world.v3.remove_tree(keys.PROFILES)
+    world.v3.put(TAGS, "[]", 30)
+    world.refuses(f"v3 API has data already, which is not from here .for example {TAGS}")
     world.v3.put(READY, "false")
     world.refuses("v3 API has data already, which is not from here ./calico/v1/Ready is false")
     world.v3.put(keys.OTHER_CALICO + "/node", "{}")
@@ -319,15 +322,29 @@ def test_a_note_without_the_revision_is_accepted(world: World, note: str) -> Non
 
 
 @pytest.mark.parametrize("value", [None, "", "x"])
-def test_without_the_revision_ready_in_v2_says_when_it_was_frozen(world: World, value: str | None) -> None:
-    """An earlier version has moved the data, or somebody has changed the key."""
-    world.move()
-    world.v3.remove_tree(keys.COPIED_REVISION)
+def test_without_the_revision_nothing_in_v2_counts_as_moved(world: World, value: str | None) -> None:
+    """Both APIs were used beside each other, and somebody has set Ready to false in v2; or has changed the revision."""
+    world.v3.put(READY, "true")
+    world.v2.put(READY, "false")
+    world.v3.put(TAGS, "[]")
     if value is not None:
         world.v3.put(keys.COPIED_REVISION, value)
+    (problem,) = world.move().problems
+    assert "was not moved by this command" in problem and problem.endswith(f"1 new ({RULES})")
+    world.refuses("was not moved by this command.* Nothing is deleted", lambda: world.migration().finish(False))
+    world.v3.put(RULES, "{}")
     assert world.move().problems == ()
-    world.v2.put("/calico/v1/late", "1")
-    assert LATE in written_late(world)
+    world.migration().finish(False)
+    assert world.v2.entries == {}
+
+
+def test_what_cannot_be_read_in_v3_prevents_a_move_and_no_way_back(world: World) -> None:
+    world.move()
+    world.v3.entries["/calico/v1/x"] = Entry("/calico/v1/x", "", 99, 99, problem="its value is not UTF-8")
+    world.refuses(r"would be lost: 1 new ./calico/v1/x", lambda: world.migration().roll_back(False))
+    world.migration().roll_back(True)
+    assert world.used() == ("v2", False)
+    world.refuses("/calico/v1/x in etcd's v3 API cannot be copied or compared: its value is not UTF-8. Delete it first")
 
 
 def test_the_revision_is_kept_as_long_as_v2_has_the_data(world: World) -> None:

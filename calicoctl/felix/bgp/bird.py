@@ -48,11 +48,12 @@ class Refused(CalicoError):
 class Session:
     """A BGP session, as BIRD reports it.
 
-    `name` is the name of BIRD's protocol. `kind` is "mesh", "node" or "global", `peer` the peer's address, `as_num` the
-    peer's AS number as decimal text. `state` is a state of RFC 4271, such as "Established" or "Connect", or "Down" if
-    BIRD has not started the session. `since` is when BIRD's protocol last changed its state (ISO 8601). `imported`
-    counts the routes accepted from the peer, `exported` those announced to it. `error` is the last error, None if there
-    was none. `suspicion` says what may keep the session down, None if nothing is known.
+    `name` is the name of the session's protocol in BIRD. `kind` is "mesh", "node" or "global" (see config.py). `peer`
+    is the peer's address, and `as_num` the peer's AS number as decimal text. `state` is a state of RFC 4271, such as
+    "Established" or "Connect", or "Down" if BIRD has not started the session. `since` is when BIRD's protocol last
+    changed its state (ISO 8601). `imported` counts the routes accepted from the peer, `exported` the routes announced
+    to the peer. `error` is the last error, None if there was none. `suspicion` says what may keep the session down,
+    None if nothing is known.
     """
 
     name: str
@@ -82,7 +83,10 @@ class Control:
         self._rest = b""
 
     def command(self, command: str) -> list[tuple[str, str]]:
-        """Send a command. Return the lines of the answer, as (code, text). An error is returned in the same form."""
+        """Send a command. Return the lines of the answer, each as (code, text).
+
+        An error that BIRD reports is returned in the same form, not raised.
+        """
         deadline = time.monotonic() + PATIENCE
         self._send(command)
         return self._answer(deadline)
@@ -154,9 +158,9 @@ class Control:
 
 @contextmanager
 def control(path: Path, may_change: bool = False) -> Iterator[Control]:
-    """Connect to BIRD's control socket, and close the connection at the end of `with`.
+    """Connect to BIRD's control socket `path`, and yield a Control. The connection is closed at the end of `with`.
 
-    Without `may_change`, only commands that read are allowed. Raises CalicoError if BIRD does not serve or answer.
+    If `may_change` is false, BIRD accepts only commands that read. Raises CalicoError if BIRD does not serve or answer.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         with _explained():

@@ -1,8 +1,8 @@
 """The configuration of BIRD: derived from the snapshot as plain data, then rendered in BIRD's language.
 
-The name of a BGP protocol in the configuration consists of the kind of the peer, the IP version, and the peer's
-address. It does not depend on other peers, so a change of another peer resets no session. Values from etcd are rendered
-only as numbers, or as addresses and networks in canonical form.
+In the configuration, each BGP session is a protocol, as BIRD calls it. Its name consists of the kind of the peer, the
+IP version, and the peer's address. The name does not depend on other peers, so a change of another peer resets no
+session. Values from etcd are rendered only as numbers, or as addresses and networks in canonical form.
 
 Source of the language: the BIRD User's Guide, version 2.0.
 """
@@ -48,7 +48,7 @@ _DEBUG = {"debug": "all", "info": "{ states, events }", "none": "{ states }"}
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A BGP peer: its kind, its canonical address, and its AS number (decimal text)."""
+    """A BGP peer. `kind` is MESH, NODE or GLOBAL. `address` is canonical, and `as_num` is decimal text."""
 
     kind: str
     address: str
@@ -67,11 +67,11 @@ _NAME = str.maketrans(".:", "__")
 class Family:
     """The part of the configuration about one IP version.
 
-    `own` is this host's registered address, None if it has none. `is_here` says whether an interface has that address,
-    or had it since the agent started. `pools` are CIDRs: routes to destinations inside them are accepted from peers.
-    `blocks` and `addresses` are announced by this host. Learned routes must not override `guarded_networks` and
-    `guarded_addresses`. `neighbours` are the BGP peers. `split` is as in Announced (desired/routes.py); it is only
-    logged, and ignored when two configurations are compared.
+    `own` is this host's registered address, None if it has none. `is_here` says whether an interface of this host has
+    that address, or had it since the agent started. `pools` are CIDRs: a route from a peer is accepted only if its
+    destination is inside one of them. `blocks` and `addresses` are what this host announces. Routes from peers must not
+    override `guarded_networks` and `guarded_addresses`. `neighbours` are the BGP peers. `split` is as in Announced
+    (desired/routes.py); it is only logged, and ignored when two configurations are compared.
     """
 
     version: int
@@ -107,7 +107,8 @@ class Config:
 def derive(snapshot: Snapshot, here: Collection[str]) -> Config:
     """Derive the configuration from the snapshot.
 
-    `here` contains this host's registered addresses that its interfaces have, or had since the agent started.
+    `here` contains those of this host's registered addresses that an interface of this host has, or had since the agent
+    started.
     """
     topology = snapshot.topology
     return Config(
@@ -143,10 +144,10 @@ def _family(snapshot: Snapshot, version: int, here: Collection[str]) -> Family:
 
 
 def _neighbours(snapshot: Snapshot, version: int) -> Iterable[Neighbour]:
-    """Return the peers of an IP version, in ascending order of their addresses, without this host's own addresses.
+    """Return the peers of an IP version, sorted by address. Addresses of this host itself are left out.
 
-    If an address is configured several times, a host of the mesh takes precedence, then a peer of this host, then a
-    global peer.
+    If an address is configured several times, a host of the mesh takes precedence over a peer of this host, and a peer
+    of this host over a global peer.
     """
     topology = snapshot.topology
     # by address: of several sessions to an address, BIRD would keep only one up
@@ -166,9 +167,9 @@ def _neighbours(snapshot: Snapshot, version: int) -> Iterable[Neighbour]:
 
 
 def text(config: Config, passwords: Passwords, directory: Path) -> str:
-    """Render the configuration in BIRD's language. Raises CalicoError if a text cannot be quoted.
+    """Render the configuration in BIRD's language. Raises CalicoError if a text in it cannot be quoted.
 
-    `passwords` contains the passwords of the sessions, `directory` is the folder of BIRD's log.
+    `passwords` contains the passwords of the sessions. `directory` is the folder of BIRD's log.
     """
     log = directory / "log"
     lines = [

@@ -47,7 +47,7 @@ _LISTENING = "0A"
 
 
 class Instance:
-    """The BIRD of the agent of `host`. Most methods may raise CalicoError or OSError."""
+    """The BIRD of the agent of `host`. Methods may raise CalicoError or OSError."""
 
     def __init__(self, host: str) -> None:
         self._host = host
@@ -86,14 +86,14 @@ class Instance:
     # Starting
 
     def start(self, text: str | None) -> bool:
-        """Start BIRD with the configuration `text` or, if it is None, with that of BIRD's last run in this boot.
+        """Start BIRD with the configuration `text`. Return whether BIRD recovers from a crash (graceful restart).
 
-        If BIRD may run here, the BIRDs of this host's former names are removed first. Returns whether BIRD recovers
-        from a crash (graceful restart).
+        If `text` is None, or if BIRD refuses it, BIRD is started with the configuration of its last run in this boot.
+        After a refusal, Refused is raised, although BIRD runs then. If there is no configuration of a last run, BIRD is
+        not started, and NotReady (if `text` is None) or Refused is raised.
 
-        If BIRD refuses `text`, it is started with the configuration of its last run in this boot, and then Refused is
-        raised. Without such a configuration, Refused is raised and BIRD is not started; if `text` is None, NotReady is
-        raised instead. Raises CalicoError if BIRD may not run here or does not start.
+        Before the start, the BIRDs of this host's former names are removed. Raises CalicoError if BIRD may not run here
+        (see refuse_missing and refuse_foreign), or if it does not start.
         """
         ran = self.ran_here()
         program = refuse_missing()
@@ -176,7 +176,10 @@ class Instance:
             return None
 
     def configure(self, text: str) -> None:
-        """Have the running BIRD use a configuration. Raise Refused if BIRD refuses it and keeps the previous one."""
+        """Have the running BIRD use the configuration `text`.
+
+        Raise Refused if BIRD refuses it. BIRD keeps the previous configuration then.
+        """
         new = self._write(text)
         with bird.control(self._control, may_change=True) as control:
             control.check(new)
@@ -215,8 +218,9 @@ class Instance:
     def refuse_foreign(self) -> None:
         """Raise CalicoError if BIRD must not be started here.
 
-        That is so if a foreign BIRD runs, another process listens on the port of BGP, or foreign routes exist. Routes
-        with BIRD's protocol number are foreign if no BIRD of ours runs here or has run here in this boot.
+        That is so if a foreign BIRD runs here, if another process listens on the port of BGP, or if there are foreign
+        routes. Routes with BIRD's protocol number are foreign if no BIRD of ours runs here or has run here in this
+        boot.
         """
         self.refuse_other_bird()
         if _listeners().difference(*(proc.sockets(pid) for pid, host in birds().items() if host)):
@@ -246,7 +250,7 @@ class Instance:
         """End BIRD, then delete its routes in the kernel, and its files. Do the same for this host's former names.
 
         If a foreign BIRD runs here, no routes are deleted, and `warn` is called with a sentence that says so. Returns
-        whether a BIRD of ours was running, or had run here in this boot.
+        whether any of these BIRDs was running, or had run here in this boot.
         """
         removed = [one._remove(warn) for one in (*self._former(), self)]
         return any(removed)
@@ -279,7 +283,7 @@ class Instance:
 
 
 class NotReady(CalicoError):
-    """BIRD cannot be started yet, because there is no configuration."""
+    """BIRD cannot be started yet: no configuration was passed, and there is none of a last run."""
 
 
 def refuse_missing() -> str:
@@ -326,7 +330,7 @@ def _end(pid: int) -> None:
 
 
 def _foreign_bird() -> int | None:
-    """Return the process ID of a foreign BIRD in this network namespace, or None."""
+    """Return the process ID of a foreign BIRD in this network namespace, or None if there is none."""
     return next((pid for pid, host in birds().items() if not host), None)
 
 

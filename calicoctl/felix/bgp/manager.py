@@ -109,7 +109,7 @@ class BgpManager(Manager):
 
     @property
     def is_settled(self) -> bool:
-        """Whether the agent's start need not wait for BIRD any more.
+        """Whether the agent's start no longer waits for BIRD.
 
         That is so if BIRD is settled (see BgpChanged), or if SETTLING has passed since the first `apply`.
         """
@@ -148,7 +148,10 @@ class BgpManager(Manager):
 
 @dataclass
 class _Beside:
-    """The search for a foreign BIRD beside ours. `error` is a sentence about the foreign BIRD; None if none runs."""
+    """The search for a foreign BIRD that runs beside ours.
+
+    `error` is a sentence about the foreign BIRD that the last search found; None if it found none.
+    """
 
     error: str | None = None
     look_at: float = 0.0
@@ -170,7 +173,7 @@ class BgpThread(threading.Thread):
     """Runs BIRD with the latest configuration passed to `want`. Emits BgpChanged and Failure."""
 
     def __init__(self, instance: Instance, enabled: bool, put: Callable[[Any], None]) -> None:
-        """`put` is called with events.
+        """`put` is called with each event that the thread emits.
 
         If `enabled` is False, the thread only ends BIRD, and removes BIRD's routes and files.
         """
@@ -194,12 +197,12 @@ class BgpThread(threading.Thread):
         self._refused: str | None = None
         """The text of the configuration that BIRD has refused; None if BIRD has accepted the last one."""
         self._began: float | None = None
-        """When BIRD was started (monotonic). For an adopted BIRD: SHORT_LIFE before its adoption. None before both."""
+        """When BIRD was started (monotonic) or, if BIRD was adopted, SHORT_LIFE before that. None before either."""
         self._start_at = self._poll_at = 0.0
         """When to start BIRD next, and when to poll its sessions next (monotonic)."""
         self._not_running: str | None = None
-        """Why BIRD does not run until `_start_at`; None if only its configuration is unknown. Not updated while BIRD
-        runs.
+        """Why BIRD is not started before `_start_at`. None if the only reason is that its configuration is unknown. Not
+        updated while BIRD runs.
         """
         self._tried: str | None = None
         """The text of the configuration with which the last start of BIRD was attempted, None if it was unknown. With
@@ -249,7 +252,10 @@ class BgpThread(threading.Thread):
         self._put(BgpChanged(settled=True))
 
     def _fail(self, subject: str, why: str | None) -> None:
-        """Emit a Failure unless the last one about the subject was the same. `why` is None if the failure has ended."""
+        """Emit a Failure about `subject`, unless the last Failure about `subject` had the same reason.
+
+        `why` is the reason, None if the failure has ended.
+        """
         if self._failures.get(subject) != why:
             self._failures[subject] = why
             self._put(Failure(why, subject))
@@ -257,8 +263,8 @@ class BgpThread(threading.Thread):
     def _wait(self, failed: bool) -> None:
         """Wait until BIRD ends, its log changes, `want` or `rescan` is called, or the next action is due.
 
-        After a failed round, no action is due before SHORT_POLL if BIRD runs. If the log has changed, wake BIRD, and
-        schedule a poll of its sessions.
+        `failed` says whether the last round has failed. If it has, and BIRD runs, the next action is due after
+        SHORT_POLL at the earliest. If the log has changed, wake BIRD, and schedule a poll of its sessions.
         """
         now, pid = time.monotonic(), self._state.pid
         due = now + PASSWORDS_POLL
@@ -312,9 +318,9 @@ class BgpThread(threading.Thread):
                 raise CalicoError(self._beside.error)
 
     def _text(self, wanted: Config | None) -> str | None:
-        """Return the text of the configuration; None while the configuration or the passwords are unknown.
+        """Return the text of the configuration for `wanted`; None while the configuration or the passwords are unknown.
 
-        Read the file with the passwords if it has changed, and report whether the file is refused.
+        Before that, read the file with the passwords if it has changed, and report a failure while the file is refused.
         """
         self._passwords = passwords.read(before=self._passwords)
         self._fail(BGP_PASSWORDS, self._passwords.problem)
@@ -326,7 +332,10 @@ class BgpThread(threading.Thread):
         return self._rendered[2]
 
     def _follow_process(self, pid: int | None) -> None:
-        """Update the state if BIRD has ended, or if a new BIRD process runs. `pid` is None if BIRD does not run."""
+        """Update the state if BIRD has ended, or if a new BIRD process runs.
+
+        `pid` is BIRD's current process ID, None if BIRD does not run.
+        """
         before, now = self._state.pid, time.monotonic()
         if pid == before:
             return
@@ -344,7 +353,7 @@ class BgpThread(threading.Thread):
             self._start_at, self._pause = now, FIRST_PAUSE
 
     def _after_pause(self) -> float:
-        """Return the end of the pause until BIRD's next start (monotonic), and double the next pause."""
+        """Return the time (monotonic) at which the current pause ends, and double the next pause."""
         pause, self._pause = self._pause, min(LONGEST_PAUSE, self._pause * 2)
         return time.monotonic() + pause
 

@@ -50,7 +50,7 @@ class Passwords:
     """Identifies the version of the file; None if the file is missing, or could not be read."""
 
     def of(self, peer: str, in_mesh: bool) -> str | None:
-        """Return the password of the session with a peer (its canonical address), or None if there is no password.
+        """Return the password of the session with `peer`, a canonical address; None if the session has no password.
 
         `in_mesh` says whether the peer is a host of the full mesh.
         """
@@ -58,10 +58,11 @@ class Passwords:
 
 
 def read(path: Path = PATH, before: Passwords | None = None) -> Passwords:
-    """Return the passwords in a file. `before` is the previous result, None in the first call.
+    """Return the passwords in a file. `before` is the result of the previous call, None in the first call.
 
-    If the file has not changed, return `before`. A missing file contains no passwords. An invalid file raises no
-    exception: see Passwords.problem.
+    If the file has not changed, return `before`. If the file is missing, the result contains no passwords. If the file
+    is invalid or cannot be read, the result contains the passwords in `before`, and `problem` says what is wrong; no
+    exception is raised.
     """
     try:
         found = os.stat(path)
@@ -117,9 +118,9 @@ def _check(path: Path, found: os.stat_result) -> None:
 
 
 def parse(content: bytes, name: str) -> Passwords:
-    """Return the passwords in a file's content. Errors contain the file's name `name`, but none of its content.
+    """Return the passwords in a file's content. Raises CalicoError for the first invalid line.
 
-    Raises CalicoError for the first invalid line.
+    The error's text contains `name`, the file's name, but nothing of the content.
     """
     peers: dict[str, str] = {}
     mesh: str | None = None

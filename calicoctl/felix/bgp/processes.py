@@ -30,7 +30,10 @@ _CAP_NET_ADMIN = 12
 
 
 def birds() -> dict[int, str]:
-    """Return the host of each BIRD of this network namespace, by process ID; "" if the BIRD is foreign."""
+    """Return, for each BIRD of this network namespace, its process ID and the host whose agent has started it.
+
+    The host is "" if the BIRD is foreign.
+    """
     found, users = {}, _users()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -42,9 +45,10 @@ def birds() -> dict[int, str]:
 
 
 def is_bird(process: Path) -> bool:
-    """Return whether a process is a BIRD that may change routes here. Raises OSError, ValueError.
+    """Return whether a process is a BIRD that may change routes in this network namespace.
 
-    `process` is the directory /proc/PID.
+    `process` is the directory /proc/PID. Raises OSError or ValueError if its files cannot be read, for example because
+    the process has ended.
     """
     # through a link, every user can start a setuid program, such as su, under the name `bird`, and its process has all
     # capabilities; so the program's file must have BIRD's name as well, and must not be setuid. If the package is
@@ -61,9 +65,9 @@ def is_bird(process: Path) -> bool:
 
 
 def host_of(arguments: list[str]) -> str:
-    """Return the host whose agent starts BIRD with these arguments.
+    """Return the name of the host whose agent starts BIRD with these arguments.
 
-    Return "" if there is no such host, or if it has no folder here that belongs to root.
+    Return "" if the arguments name no host's folder, or if there is no such folder that belongs to root.
     """
     for option, path in zip(arguments, arguments[1:]):
         match = re.fullmatch(f"{re.escape(str(DIRECTORY))}/([^/]+)/bird/conf", path)

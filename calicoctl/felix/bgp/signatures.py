@@ -1,7 +1,7 @@
 """Detects packets that the kernel drops because of their TCP MD5 signature: a password is wrong, or one end has none.
 
-BIRD is not notified of them. The kernel counts them for the whole network namespace, and not by sender, so they only
-raise a suspicion about a session that is down.
+BIRD is not notified of such packets. The kernel counts them for the whole network namespace, not for each sender, so
+they only raise a suspicion about a session that is down.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Signatures:
         """Counter -> when `update` last found that it had increased."""
 
     def update(self) -> None:
-        """Compare the counters with those of the last call. Must be called every few seconds.
+        """Read the counters, and record which have increased since the last call. Must be called every few seconds.
 
         If the counters cannot be read, this does nothing.
         """
@@ -50,7 +50,7 @@ class Signatures:
         self._before = found
 
     def suspicion(self, has_password: bool) -> str | None:
-        """Return what may be wrong with the password of a session that is down, or None.
+        """Return what may be wrong with the password of a session that is down; None if nothing is suspected.
 
         `has_password` says whether this host has a password for the session.
         """

@@ -3,8 +3,8 @@
 BIRD logs each change of a session's state, so the thread need not poll BIRD often.
 
 After a change of the log, the thread must wake BIRD by connecting to its control socket. BIRD's main loop (version
-2.0.12, sysdep/unix/io.c) checks for pending work before it runs timers and long tasks. Work that these add, such as
-sending the routes to a new peer, would otherwise wait for up to three seconds.
+2.0.12, sysdep/unix/io.c) checks for pending work before it runs timers and long tasks. If a timer or a long task adds
+work, such as sending the routes to a new peer, that work would wait for up to three seconds if BIRD were not woken.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Wakeups:
         self._inotify: int = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def request(self) -> None:
-        """End the running `wait` or, if none is running, the next one. Another thread may call this."""
+        """End the current `wait` or, if none is in progress, the next one. Another thread may call this."""
         with suppress(BlockingIOError):  # the pipe is full of requests
             os.write(self._writer, b"x")
 
@@ -41,9 +41,10 @@ class Wakeups:
             self._libc.inotify_add_watch(self._inotify, os.fsencode(folder), _IN_MODIFY)
 
     def wait(self, pid: int | None, seconds: float) -> bool:
-        """Wait until `request` is called, a file in the watched folder changes, or the process `pid` (if any) ends.
+        """Wait until `request` is called, a file in the watched folder changes, or the process `pid` ends.
 
-        Waits for `seconds` at most. Returns whether a file has changed.
+        Waits for `seconds` at most. With None as `pid`, no process is waited for. Returns True if a file in the folder
+        has changed, and False in all other cases.
         """
         poll = select.poll()  # select(2) does not support descriptors above 1023
         poll.register(self._reader, select.POLLIN)

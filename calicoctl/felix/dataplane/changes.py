@@ -33,11 +33,11 @@ class Change:
         chains: dict[str, tuple[str, ...]],
         base_chains: Mapping[str, str],
     ) -> None:
-        """`elements` and `chains` are the contents of the tables. The methods update them in place.
+        """`elements` and `chains` are the contents of the tables. The methods of this object update them in place.
 
-        `elements` maps a set or map, as (family, name), to its elements with their reference counts. `chains` maps the
-        names of chains to their rules. `base_chains` maps the names of base chains to their definitions (type, hook,
-        priority).
+        `elements` maps each set or map, as (family, name), to its elements with their reference counts. `chains` maps
+        the names of chains to their rules. `base_chains` maps the names of base chains to their definitions (type,
+        hook, priority).
         """
         self._elements = elements
         self._chains = chains
@@ -49,9 +49,9 @@ class Change:
         self._deleted: set[str] = set()
 
     def add(self, where: tuple[str, str], element: str) -> None:
-        """Add an element to the set or map `where`, a tuple (family, name).
+        """Add one reference to an element of the set or map `where`, which is (family, name).
 
-        Elements are counted: an element that was added several times stays until it has been removed as many times.
+        The element is added to the tables with its first reference, and `remove` removes it with its last.
         """
         self._elements[where][element] += 1
         if self._elements[where][element] > 1:
@@ -72,7 +72,7 @@ class Change:
             self._removed[where][element] = None
 
     def replace(self, where: tuple[str, str], elements: Iterable[str]) -> None:
-        """Replace the elements of the set `where`, a tuple (family, name)."""
+        """Make `elements` the only elements of the set `where`, which is (family, name)."""
         desired = set(elements)
         for element in sorted(self._elements[where].keys() - desired):
             self.remove(where, element)
@@ -137,8 +137,9 @@ class Change:
 
 
 def spelled(name: str) -> str:
-    """Return a name as it is used in names of chains and sets: unchanged or, if it may be invalid there, as a digest.
+    """Return the text that stands for a name in the names of chains and sets.
 
-    A digest begins with a slash, which no name that is used unchanged contains.
+    It is the name itself if that is valid there, or else a digest of the name. A digest begins with a slash, which no
+    valid name contains.
     """
     return name if _SAFE.fullmatch(name) else "/" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]

@@ -81,9 +81,9 @@ REMOVE = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
 
 
 def commands(largest: int) -> str:
-    """Return the commands that create the table or, if it exists, change its rules. The counts do not change.
+    """Return the commands that create the table or, if it exists, replace its rules. The kernel's counts do not change.
 
-    `largest` is the maximum number of connections of an endpoint, LIST or more.
+    `largest` is the maximum number of connections of an endpoint: at least LIST.
     """
     text = _LISTS.replace("FULL", "ct count over LIST } goto pause").replace("LIST", str(LIST))
     text = text.replace("COUNT", str(largest // LIST)).replace("PROTOCOLS", _PROTOCOLS)
@@ -92,7 +92,7 @@ def commands(largest: int) -> str:
 
 
 def rate(largest: int) -> int:
-    """Return how many connections per second an endpoint may start that may have `largest` at a time."""
+    """Return how many connections an endpoint may start per second if it may have `largest` connections at a time."""
     return largest // RATE
 
 
@@ -123,9 +123,9 @@ class ConnectionLimit(Manager):
         return self._due or self._loaded is None
 
     def apply(self) -> None:
-        """Load the table if necessary. After a Tick, also report the endpoints that have reached the limit.
+        """Load the table if necessary. After a Tick, also report the endpoints that have reached a limit.
 
-        If the kernel refuses the table, a failure is reported, and the table is loaded again at the next Tick.
+        If the kernel refuses the table, a failure is reported, and the table is loaded again after the next Tick.
         """
         if self._loaded is None and (self._due or "connection limit" not in self._context.health.failures):
             self._load()

@@ -58,10 +58,11 @@ class Connection:
 
 @dataclass
 class Listing:
-    """The connections from or to some addresses. If they could not be listed, `error` says why.
+    """The answer to one or more requests for the connections from or to some addresses.
 
-    `host_addresses` are this host's own addresses, empty if there are no connections. `number` is the number of the
-    last request that the listing answers, 0 for a listing without a request.
+    If the connections could not be listed, `error` says why, and `connections` is empty. `host_addresses` are this
+    host's own addresses; they are left out if there are no connections. `number` is the number of the last request that
+    this listing answers. It is 0 if `Conntrack.list` was called directly, without a request.
     """
 
     addresses: Collection[str]
@@ -75,16 +76,17 @@ class Conntrack(threading.Thread):
     """The kernel's connection tracking table, and the thread that lists connections on request."""
 
     def __init__(self, put: Callable[[Listing], None]) -> None:
-        """`put` is called with each Listing, even if it has no connections. A Listing may answer several requests."""
+        """`put` is called with each Listing, even if the Listing has no connections."""
         super().__init__(name="listing connections", daemon=True)
         self._put = put
         self._requests: SimpleQueue[tuple[int, frozenset[str]]] = SimpleQueue()
         self._count = 0
 
     def request(self, addresses: Collection[str]) -> int:
-        """Request a listing of the connections from or to these addresses. Return the request's number.
+        """Request a listing of the connections from or to these addresses. Return the number of the request.
 
-        If `addresses` is empty, nothing is requested, and the number of the last request is returned.
+        The Listing is passed to `put`. If `addresses` is empty, nothing is requested, and the number of the previous
+        request is returned.
         """
         if addresses:
             self._count += 1
@@ -110,7 +112,7 @@ class Conntrack(threading.Thread):
     def list(self, addresses: Collection[str]) -> Listing:
         """Return the connections from or to these addresses. Blocks the calling thread.
 
-        If they cannot be listed, Listing.error says why.
+        If the connections cannot be listed, `error` of the result says why.
         """
         try:
             found = _connections_of(addresses) if addresses and not _is_empty() else []
@@ -119,10 +121,10 @@ class Conntrack(threading.Thread):
             return Listing(addresses, [], (), str(error))
 
     def delete(self, connections: Sequence[Connection]) -> None:
-        """Delete the entries of these connections. Connections that have ended meanwhile are ignored.
+        """Delete the entries of these connections. A connection that has ended meanwhile is not an error.
 
-        If the kernel refuses to delete some of them, the others are deleted, and then CalicoError is raised. If the
-        socket fails, CalicoError is raised at once.
+        If the kernel refuses to delete some of the entries, the others are deleted, and then CalicoError is raised. If
+        the socket fails, CalicoError is raised at once.
         """
         failed: list[str] = []
         try:
@@ -149,7 +151,7 @@ def _is_empty() -> bool:
 
 
 def _connections_of(addresses: Collection[str]) -> list[Connection]:
-    """List the connections whose first packet, or whose replies, come from these addresses. Raises CalicoError."""
+    """Return the connections whose first packet, or whose replies, come from these addresses. Raises CalicoError."""
     found = []
     for version, family in FAMILIES.items():
         desired = {pack(address) for address in addresses if version_of(address) == version}
@@ -170,9 +172,10 @@ def _connections_of(addresses: Collection[str]) -> list[Connection]:
 
 
 def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
-    """Parse the netlink attributes of an entry. Return None if they cannot be parsed.
+    """Return the connection that the netlink attributes in `message` describe.
 
-    Also return None if neither the connection's first packet nor its replies come from one of `addresses` (packed).
+    Return None if neither the connection's first packet nor its replies come from one of `addresses` (packed), or if
+    the attributes cannot be parsed.
     """
     try:
         entry = netlink.attributes(message)
@@ -225,9 +228,9 @@ def _header(family: int) -> bytes:
 
 
 def _refusals(kernel: socket.socket) -> Iterator[tuple[int, int]]:
-    """Yield (sequence number, errno) for each message that the kernel has refused, without waiting for answers.
+    """Yield (sequence number, errno) for each message that the kernel has refused. Does not wait for answers.
 
-    The kernel puts its answers into the socket's buffer before send() returns.
+    The kernel has put all answers into the socket's buffer before send() returns.
     """
     with suppress(BlockingIOError):
         while True:

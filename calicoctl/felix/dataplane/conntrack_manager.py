@@ -1,9 +1,9 @@
-"""Ends connections that policy denies; keeps an endpoint's new address pending until its connections are verified.
+"""Ends connections that policy denies, and keeps an endpoint's new address pending until that is done for the address.
 
 Packets of an established connection pass without evaluation of the rules (the established fast path). So after a change
-of policy, the addresses that it affects are *unverified*: until all addresses are verified, the tables evaluate the
-rules for all packets in a connection's first direction (ruleset.py). Meanwhile, the connections of the unverified
-addresses are listed (conntrack.py, in a thread of its own), and those that policy denies now are deleted.
+of policy, the addresses that the change affects are *unverified*. Their connections are listed (conntrack.py, in a
+thread of its own) and *verified*: those that policy denies now are deleted. Until all addresses are verified, the
+tables evaluate the rules for all packets in a connection's first direction (ruleset.py).
 """
 
 from __future__ import annotations
@@ -60,11 +60,16 @@ class ConntrackManager(Manager):
             self._failed = set()
 
     def defer_new_addresses(self, dirty: Dirty) -> None:
-        """Make addresses that are new to their endpoint pending. Add endpoints with verified addresses to `dirty`.
+        """Make the addresses that are new to this host's endpoints pending, and request a listing of their connections.
 
-        Another endpoint may have had such an address before, and its connections would pass on the fast path. An
-        endpoint that is not in the tables yet is removed from `dirty`, unless the tables are reloaded anyway. For other
-        endpoints, everything but the new addresses is programmed. Before the first update, nothing is made pending.
+        Another endpoint may have had such an address before, and its connections would pass on the established fast
+        path. The method changes `dirty`, so that the managers program no pending address:
+
+        * An endpoint that is not in the tables yet is removed from `dirty`, unless the tables are reloaded anyway.
+        * An endpoint that is in the tables stays in `dirty`, and everything but its new addresses is programmed.
+        * An endpoint whose pending addresses have been verified is added to `dirty`.
+
+        Before the agent's first update of the kernel, this method does nothing.
         """
         if not self._context.health.first_update:  # at the start, all connections are verified before any route is set
             return
@@ -81,9 +86,10 @@ class ConntrackManager(Manager):
         self._admitted.clear()
 
     def mark_unverified(self) -> None:
-        """Mark as unverified the addresses whose open connections may be denied since the PolicyManager's last `apply`.
+        """Mark as unverified the addresses that the PolicyManager's last `apply` has affected.
 
-        If that `apply` has reloaded the tables, all addresses that are unverified or pending must be verified again.
+        Policy may deny open connections of these addresses now. If that `apply` has reloaded the tables, all addresses
+        that are unverified or pending must be verified again, so they are marked, too.
         """
         affected = set(self._policy.affected)
         if self._policy.reloaded:  # what was being verified is verified again
@@ -97,26 +103,32 @@ class ConntrackManager(Manager):
         return bool(self._affected)
 
     def apply(self) -> None:
-        """Request a listing of the connections of the unverified addresses. The Listing arrives as an event."""
+        """Request a listing of the connections of the addresses marked as unverified since the last request.
+
+        The Listing arrives as an event.
+        """
         affected, self._affected = self._affected, set()
         self._unverified.update(dict.fromkeys(affected, self._conntrack.request(affected)))
 
     def verify_now(self) -> None:
-        """List and verify connections synchronously. Called at the agent's start, before the host forwards."""
+        """List and verify the connections of the unverified addresses at once, in this thread.
+
+        Called at the agent's start, before the host forwards packets.
+        """
         affected, self._affected = self._affected, set()
         self._end_denied_connections(self._conntrack.list(affected))
 
     def verify_listings(self) -> bool:
-        """Verify the listings that have arrived. Return whether there were any."""
+        """Verify the connections in the listings that have arrived. Return whether any listing had arrived."""
         listings, self._listings = self._listings, []
         for listing in listings:
             self._on_conntrack_listing(listing)
         return bool(listings)
 
     def discard_listings(self) -> None:
-        """Discard the listings that have arrived: they cannot be verified while the snapshot must not be applied.
+        """Discard the listings that have arrived. Called while the snapshot must not be applied.
 
-        The connections of their addresses are listed again after the next Tick.
+        They cannot be verified then. The connections of their addresses are listed again at the next Tick.
         """
         for listing in self._listings:
             self._failed.update(listing.addresses)
@@ -140,9 +152,9 @@ class ConntrackManager(Manager):
                 self._context.statuses.set(id, Status("error", self._snapshot.local[id].revision, why))
 
     def _end_denied_connections(self, listing: Listing) -> str | None:
-        """Delete the listed connections that policy denies. Return None or, on failure, the reason.
+        """Delete the listed connections that policy denies. Return None if that succeeds, or the reason if it fails.
 
-        After a failure, the connections are listed again at the next Tick.
+        After a failure, the connections of the same addresses are listed again at the next Tick.
         """
         try:
             if listing.error is not None:
@@ -176,10 +188,13 @@ class ConntrackManager(Manager):
 def allowed(packet: Packet, snapshot: Snapshot, tag_contains: TagContains, host_addresses: Collection[str]) -> bool:
     """Return whether this host's policy allows a packet. `host_addresses` are this host's own addresses.
 
-    The packet must be allowed out of each endpoint of this host that may send from its source address, and into the
-    endpoint of this host that has its destination address. Without such an endpoint, policy does not restrict the
-    direction. There are three exceptions, as in the tables. Endpoints always reach open services of the host. With the
-    host action DROP, endpoints reach nothing else of the host. Packets of a host itself are allowed into endpoints.
+    Each endpoint of this host that may send from the packet's source must allow the packet out. The endpoint of this
+    host that has the packet's destination must allow the packet in. If there is no such endpoint, policy does not
+    restrict that direction. As in the tables, there are three exceptions:
+
+    * A packet to a service of this host (verdict.is_host_service) is allowed while Snapshot.host_services is true.
+    * Any other packet from an endpoint to this host is denied if the host action is DROP.
+    * A packet from this host, or from another host to an address in a pool, is allowed into every endpoint.
     """
     destination = snapshot.owner(packet.destination)
     to_host = packet.destination in host_addresses

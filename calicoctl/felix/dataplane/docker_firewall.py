@@ -1,9 +1,10 @@
-"""The driver of the host's own iptables firewall: adds rules that accept endpoints' packets, if it would drop them.
+"""The driver of the host's own iptables firewall: adds rules that accept endpoints' packets where it may drop them.
 
 The Docker Engine sets the policy of the chain FORWARD to DROP, and an accept in our tables does not override a drop in
-another table. Our tables are evaluated earlier, so they have already dropped what policy denies. Our rules are added to
-the chain DOCKER-USER, if FORWARD jumps to it, since Docker does not change that chain; otherwise, to FORWARD. Source:
-Docker's documentation, "Packet filtering and firewalls".
+another table. Our tables are evaluated earlier, so they have already dropped what policy denies. If FORWARD jumps to
+the chain DOCKER-USER, our rules are added to DOCKER-USER, since Docker does not change that chain. If it does not, they
+are added to FORWARD, but only if FORWARD may drop packets. Source: Docker's documentation, "Packet filtering and
+firewalls".
 
 The host's `iptables` command is used, so that our rules are added to the backend of the host's own rules: nf_tables or
 legacy. A host without that command may still have such a firewall.
@@ -31,9 +32,10 @@ _CHAINS = ("DOCKER-USER", "FORWARD")
 
 
 class Filter:
-    """The table `filter`: policies and rules by chain, parsed from `text`, which is the output of `iptables-save`.
+    """The table `filter`: the policies of its chains, and their rules. `text` is the output of `iptables-save`.
 
-    A rule is a tuple of the words that follow "-A CHAIN". `from_nft` parses the output of nft.
+    `policies` and `rules` are by chain. A rule is a tuple of the words that follow "-A CHAIN". See `from_nft` about the
+    output of nft.
     """
 
     def __init__(self, text: str) -> None:
@@ -49,7 +51,7 @@ class Filter:
 
     @classmethod
     def from_nft(cls, text: str) -> Filter:
-        """Parse nft's listing of the table `filter` of iptables-nft.
+        """Return the table `filter` of iptables-nft, parsed from nft's listing of the table.
 
         The result contains all policies, but only the rules that jump, drop or reject, each as ("-j", target).
         """
@@ -68,10 +70,10 @@ class Filter:
         return found
 
     def desired_chain(self) -> str | None:
-        """Return the chain that our rules belong to, or None if they are not needed.
+        """Return the chain to which our rules are added, or None if they are not needed.
 
-        If FORWARD jumps to DOCKER-USER, return DOCKER-USER, even if no packets would be dropped. Otherwise, return
-        FORWARD if it may drop packets.
+        This is DOCKER-USER if FORWARD jumps to it, even if nothing would drop packets. If FORWARD does not jump to it,
+        this is FORWARD if FORWARD may drop packets, and None if it may not.
         """
         # after `iptables -F`, DOCKER-USER exists, but FORWARD does not jump to it
         if any(("-j", "DOCKER-USER") in zip(rule, rule[1:]) for rule in self.rules.get("FORWARD", ())):
@@ -83,7 +85,10 @@ class Filter:
         return self.policies.get("FORWARD") == "DROP" or self._drops("FORWARD", set())
 
     def _drops(self, chain: str, seen: set[str]) -> bool:
-        """Return whether a rule of `chain`, or of a chain that it jumps to, drops packets. Skip chains in `seen`."""
+        """Return whether a rule of `chain`, or of a chain that it jumps to, drops packets.
+
+        Chains in `seen` are skipped, and the chains that were searched are added to `seen`.
+        """
         seen.add(chain)
         for rule in self.rules.get(chain, ()):
             for flag, target in zip(rule, rule[1:]):
@@ -95,25 +100,29 @@ class Filter:
 
 
 def ensure() -> list[str]:
-    """Add our rules to the chains that need them, and remove them elsewhere. Return a line for each change.
+    """Add our rules to the chains that need them, and remove them from other chains, for IPv4 and IPv6.
 
-    Raises CalicoError if iptables fails, or is missing while a firewall may drop forwarded packets.
+    Return a line of text for each change. Raises CalicoError if iptables fails, or is missing while a firewall may drop
+    forwarded packets.
     """
     return [line for command in iptables.COMMANDS for line in _bring(command, remove=False)]
 
 
 def remove() -> None:
-    """Remove our rules. If the iptables command is missing, they stay: they only accept. Raises CalicoError."""
+    """Remove our rules. Raises CalicoError if iptables fails.
+
+    If an iptables command is missing, its rules stay. They do no harm, since they only accept packets.
+    """
     for command in iptables.COMMANDS:
         if iptables.is_there(command):
             _bring(command, remove=True)
 
 
 def missing() -> list[str]:
-    """Return the chains that would drop endpoints' packets because our rules are missing.
+    """Return a text for each firewall that would drop endpoints' packets because our rules are missing.
 
-    Each is a text: "iptables chain FORWARD" or "ip6tables chain FORWARD". Raises CalicoError if that cannot be
-    determined.
+    The texts are "iptables chain FORWARD" and "ip6tables chain FORWARD". Raises CalicoError if it cannot be determined
+    whether the rules are missing.
     """
     found = []
     for command in iptables.COMMANDS:
@@ -128,7 +137,7 @@ def missing() -> list[str]:
 def saved() -> str:
     """Return the rules of iptables and ip6tables in the table `filter`, ours included, as iptables-save prints them.
 
-    A command that is missing is skipped. Raises CalicoError.
+    If a command is missing, its rules are left out. Raises CalicoError if a command fails.
     """
     return "".join(
         iptables.run(f"{command}-save", "-t", "filter") for command in iptables.COMMANDS if iptables.is_there(command)
@@ -136,10 +145,10 @@ def saved() -> str:
 
 
 def sends_events() -> bool:
-    """Return whether changes to the host's iptables rules cause nftables events.
+    """Return whether the kernel emits nftables events when the host's iptables rules change.
 
-    Changes by iptables-legacy cause none. Returns False if the command `iptables` is missing. Raises CalicoError if the
-    command fails.
+    It emits none if iptables-legacy changes them. Return False if the command `iptables` is missing, too. Raises
+    CalicoError if the command fails.
     """
     return iptables.is_there("iptables") and "nf_tables" in iptables.run("iptables", "--version")
 
@@ -172,9 +181,10 @@ def _bring(command: str, remove: bool) -> list[str]:
 
 
 def _current(command: str) -> Filter | None:
-    """Return the table `filter`, or None if `command` is missing and no firewall may drop forwarded packets.
+    """Return the current table `filter` of `command`, which is iptables or ip6tables.
 
-    Raises CalicoError if the command fails, or if it is missing and a firewall may drop forwarded packets.
+    Return None if `command` is missing and no firewall may drop forwarded packets. Raises CalicoError if `command`
+    fails, or if it is missing and a firewall may drop forwarded packets.
     """
     if iptables.is_there(command):
         return Filter(iptables.run(f"{command}-save", "-t", "filter"))
@@ -188,9 +198,9 @@ def _current(command: str) -> Filter | None:
 
 
 def _may_drop(command: str) -> str | None:
-    """Return a clause that says which firewall may drop forwarded packets, or None if there is no such firewall.
+    """Return a clause that says which firewall may drop forwarded packets; None if there is no such firewall.
 
-    Does not run `command`.
+    `command` is iptables or ip6tables. It is not run, so it need not be installed.
     """
     if "filter" in iptables.legacy_tables(command):
         return f"this host has an {command}-legacy firewall, which may drop what is forwarded"

@@ -31,10 +31,16 @@ log = logging.getLogger("calico.felix")
 
 
 class EndpointManager(Manager):
-    """Programs the endpoints of this host, except those with pending addresses."""
+    """Programs routes, neighbour entries and sysctls for this host's endpoints.
+
+    An endpoint is left as it is in the kernel while it has pending addresses: see PendingAddresses.
+    """
 
     def __init__(self, context: Context, routes: Routes, check_workload: Callable[[EndpointId], None]) -> None:
-        """`check_workload` asks the WorkloadKeeper to check an endpoint's workload. It returns at once."""
+        """`check_workload` requests that the WorkloadKeeper reconciles an endpoint's workload.
+
+        It returns at once, without waiting for that.
+        """
         self._context = context
         self._snapshot = context.snapshot
         self._routes = routes
@@ -79,10 +85,11 @@ class EndpointManager(Manager):
                 self._report_unknown_interfaces(self._unknown)
 
     def resync(self) -> None:
-        """Read routes and neighbour entries. Read interfaces at the first call, and after KernelEventsLost.
+        """Have the driver read the agent's routes and neighbour entries from the kernel.
 
-        Before the first update, mark as admitted the addresses that endpoints used under an earlier agent (see
-        admission.py). Raises CalicoError and pyroute2's exceptions.
+        The `cali…` interfaces themselves are read only by the first call, and by the first call after KernelEventsLost.
+        Before the first update of the kernel, also mark as admitted the addresses that endpoints have used under an
+        earlier agent: see Admission.adopt. Raises CalicoError and pyroute2's exceptions.
         """
         if self._links_stale:
             before, self._links = self._links, {link.name: link for link in self._routes.list_links()}
@@ -100,7 +107,10 @@ class EndpointManager(Manager):
                 self._context.health.error(str(error))
 
     def restore(self) -> None:
-        """Remove each of the agent's routes to an address that this host needs itself: see lifeline.py."""
+        """Remove each of the agent's routes to endpoints if its destination is an address that this host itself needs.
+
+        For details, see lifeline.take_back_routes. Each removal, and each failure, is reported as an error.
+        """
         for said in take_back_routes(self._snapshot.network, self._routes):
             self._context.health.error(said)
 
@@ -122,7 +132,10 @@ class EndpointManager(Manager):
             self._keep()
 
     def _keep(self) -> None:
-        """Write the addresses of Admission.exceptions to the file of kept_addresses.py. Report whether that fails."""
+        """Write the addresses that Admission.exceptions returns to the file of kept_addresses.py.
+
+        Report a Failure if the file cannot be written, and the end of the Failure if it can be written again.
+        """
         kept = self._snapshot.admission.exceptions()
         why = None
         try:
@@ -183,9 +196,11 @@ class EndpointManager(Manager):
                     self._mark_owner(link.name)
 
     def _follow_mac(self, before: Link | None, now: Link) -> None:
-        """Request a check of an interface's workload if the MAC in `now` differs from that in `before`.
+        """If the MAC of an endpoint's interface has changed, have the endpoint's workload reconciled.
 
-        The workload's neighbour entry for its next hop must contain the new MAC.
+        The workload has a neighbour entry for its next hop, and the entry must contain the new MAC. `before` and `now`
+        are the former and the present state of the interface. `before` is None if the interface was not known before.
+        If the index has changed, too, the interface was created again, and nothing is done.
         """
         endpoint = self._snapshot.owner(now.name)
         if endpoint and before and before.index == now.index and before.mac != now.mac:
@@ -201,7 +216,7 @@ class EndpointManager(Manager):
     # Applying
 
     def _collect_unowned(self) -> None:
-        """Garbage-collect routes and neighbour entries of interfaces that belong to no endpoint.
+        """Remove the agent's routes and neighbour entries from interfaces that belong to no endpoint.
 
         If `_everything` is False, only the interfaces in `_released` are examined.
         """
@@ -257,7 +272,10 @@ class EndpointManager(Manager):
         return Status("up", endpoint.revision)
 
     def _report_unknown_interfaces(self, before: set[str] | None = None) -> None:
-        """Report `cali…` interfaces that belong to no endpoint; if `before` is not None, only those in `before`."""
+        """Report the `cali…` interfaces that belong to no endpoint, not even to an unusable one (Snapshot.unusable).
+
+        If `before` is not None, interfaces that are not in `before` are not reported.
+        """
         known = set()
         for id in self._snapshot.unusable:
             known |= {id.interface, self._snapshot.endpoints[id].name if id in self._snapshot.endpoints else ""}

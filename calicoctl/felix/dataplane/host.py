@@ -1,7 +1,7 @@
 """Enables IP forwarding on the host, and makes the host's own iptables firewall accept endpoints' packets.
 
-A thread does this, so that it does not delay policy: iptables may wait for another process that holds its lock, and the
-Docker Engine may be slow to answer.
+This is done in a thread of its own, so that the agent's loop does not wait: the iptables command waits while another
+process holds the lock of iptables, and the Docker Engine may be slow to answer.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ END_PATIENCE = 5.0
 
 
 class HostReconciler(threading.Thread):
-    """The thread that keeps IP forwarding enabled, and our rules in the host's firewall.
+    """The thread that keeps IP forwarding enabled, and keeps the agent's rules in the host's firewall.
 
-    Until the thread is started, its owner may call `forward` and `check_firewall`; afterwards, only the thread may.
-    These methods do not raise: `put` is called with each Failure, and they are retried after INTERVAL.
+    Before `start` is called, the owner of the object may call `forward` and `check_firewall`. After that, only the
+    thread itself may call them. Neither raises an exception: if it fails, `put` is called with a Failure, and the
+    thread tries again after INTERVAL.
     """
 
     def __init__(self, settings: HostSettings, put: Callable[[Failure], None]) -> None:
@@ -55,15 +56,18 @@ class HostReconciler(threading.Thread):
         self._alive = True
 
     def set_ipv6(self, ipv6: bool) -> None:
-        """Request that the host forwards IPv6, too, or that it no longer does."""
+        """Set whether the host must forward IPv6 besides IPv4. Returns at once; the thread then changes the sysctls."""
         self._requests.put(ipv6)
 
     def firewall_changed(self) -> None:
-        """Request a check of the host's firewall, which another process has changed."""
+        """Request a check of the host's firewall, after another process has changed it. Returns at once."""
         self._requests.put(None)
 
     def end(self) -> None:
-        """End the thread after the running check. Wait for END_PATIENCE at most."""
+        """End the thread. If the thread is in the middle of a check, wait for the end of the check.
+
+        The wait takes END_PATIENCE at most.
+        """
         self._alive = False
         self._requests.put(None)
         if self.is_alive():
@@ -86,13 +90,13 @@ class HostReconciler(threading.Thread):
                 self.check_firewall()
 
     def forward(self, ipv6: bool) -> None:
-        """Make the host forward IPv4 and, with `ipv6`, IPv6: see HostSettings.forward."""
+        """Make the host forward IPv4 and, if `ipv6` is True, IPv6. For details, see HostSettings.forward."""
         self._ipv6 = ipv6
         self._try("what the host forwards", lambda: self._settings.forward(ipv6))
         self._forward_at = time.monotonic() + INTERVAL
 
     def check_firewall(self) -> None:
-        """Make the host's firewall accept the endpoints' packets, if it would drop them."""
+        """Add the agent's rules to the host's firewall if they are needed but missing: see docker_firewall.ensure."""
         done = self._try("the host's firewall", self._ensure)
         pause = (FIREWALL_INTERVAL if self._polls else float("inf")) if done else INTERVAL
         self._firewall_at = time.monotonic() + pause
@@ -103,7 +107,11 @@ class HostReconciler(threading.Thread):
             log.info("%s", line)
 
     def _try(self, subject: str, work: Callable[[], None]) -> bool:
-        """Run `work`, and return whether it succeeded. Emit a Failure if the result has changed since the last call."""
+        """Run `work`, and return whether it succeeded.
+
+        If the outcome differs from that of the last call for `subject`, emit a Failure. Its `why` is None if `work`
+        succeeded.
+        """
         why = None
         try:
             work()

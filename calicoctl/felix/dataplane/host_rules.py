@@ -1,21 +1,22 @@
 """Renders the nftables rules about other hosts: who may send from which address, and who may reach BGP and VXLAN.
 
-* **Senders.** The maps `owners4` and `owners6` map the addresses of endpoints and hosts to verdicts for packets from
-  outside. A packet from an address of an endpoint of this host is dropped. A packet from an address of another host, or
-  of one of its endpoints, is checked in the chain of that host: see `_sender_chain`. If endpoints of several hosts have
-  the address, only the interface is checked: see `_by_interface`. Packets from this host's own addresses are dropped:
-  by the kernel in IPv4, by the last rule of `from-outside` in IPv6. Packets from all other addresses pass.
+* **Senders.** The maps `owners4` and `owners6` map the addresses of endpoints and hosts to verdicts for packets that
+  this host receives from outside. A packet from an address of an endpoint of this host is dropped. A packet from an
+  address of another host, or of one of its endpoints, is checked in the chain of that host: see `_sender_chain`. If
+  endpoints of several hosts have the address, only the incoming interface is checked: see `_by_interface`. Packets from
+  this host's own addresses are dropped: by the kernel in IPv4, by the last rule of `from-outside` in IPv6. Packets from
+  all other addresses pass.
 * **Ports.** While our BIRD listens, only BGP peers can reach TCP port 179 of this host. Only registered hosts can reach
-  our VXLAN.
-* **Translated packets.** If this host translates the source of a packet to its own address (for example, of a packet of
-  a container on Docker's bridge), the packet cannot reach a workload of another host: that host would treat it like a
-  packet of this host itself.
+  our VXLAN device: see Ports.
+* **Translated packets.** This host may translate the source of a packet to its own address, for example the source of a
+  packet from a container on Docker's bridge. Such a packet is dropped if its destination is a workload of another host:
+  that host would treat it like a packet of this host itself.
 
-A wrong rule could cut off a whole network, so a check is only rendered if it is certain to be right. The MACs of a host
-are only checked on interfaces on which one of them has been seen (the sets `proven/…`). Interfaces are only checked if
-the routes to all other hosts are known.
+A wrong rule could cut off a whole network, so a check is rendered only if it is certain to be right. The MACs of
+another host are checked only on interfaces on which a packet with one of these MACs has arrived; the set `proven/…` of
+that host contains these interfaces. The incoming interface is checked only if the routes to all other hosts are known.
 
-Like ruleset.py, this module renders only the difference, and does not access the kernel.
+Like ruleset.py, this module renders only what has changed since the last call, and does not access the kernel.
 """
 
 from __future__ import annotations
@@ -149,14 +150,18 @@ Moved = tuple[str, tuple[str, ...], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Ports:
-    """Which ports of this host are ours, and therefore protected.
+    """The state of BGP and VXLAN on this host, which determines whether the rules protect their ports.
 
-    `bgp` says whether BIRD listens on the port of BGP. `vxlan` are the IP versions for which a VXLAN device of ours
-    exists, `up` those for which it is up. `blocked` means that a device is needed, but cannot be created.
+    Only BGP peers can reach the port of BGP while it is protected, and only registered hosts the port of VXLAN.
 
-    Our VXLAN is protected while a device exists. It is also protected while a pool has an overlay and this host is
-    registered, unless `blocked` is set: then VXLAN with our VNI may be another program's. Until the device is up, any
-    user's process may hold its port, so all VXLAN with our VNI is dropped.
+    `bgp` says whether BIRD listens on the port of BGP, which is protected then. `vxlan` are the IP versions of the
+    underlay for which the agent's VXLAN device exists, and `up` are those for which the device is up. `blocked` says
+    that devices are needed, but none could be created.
+
+    The port of VXLAN is protected while a device exists. Without a device, it is protected if a pool has an overlay,
+    this host is registered, and `blocked` is False: if `blocked` is True, VXLAN packets with our VNI may belong to
+    another program. While a device is not up, a process of any user may hold the port. So while the port is protected,
+    all VXLAN packets with our VNI are dropped over each IP version whose device is not up.
     """
 
     bgp: bool = False
@@ -166,7 +171,7 @@ class Ports:
 
 
 class HostRules:
-    """The part of our tables that is about other hosts."""
+    """The contents of the agent's tables that are about other hosts, with the data from which they are computed."""
 
     def __init__(self) -> None:
         self._claims: dict[str, tuple[str, ...]] = {}
@@ -188,9 +193,10 @@ class HostRules:
     def update(
         self, snapshot: Snapshot, dirty: Dirty, moved: Iterable[Moved], ports: Ports, change: Change
     ) -> set[str]:
-        """Add the changes of the rules to `change`. Return the addresses whose connections the rules may now deny.
+        """Add to `change` what differs in the rules since the last call.
 
-        `moved` contains the endpoints, of all hosts, whose addresses have changed.
+        `dirty` says what has changed in `snapshot`. `moved` contains the endpoints, of all hosts, whose addresses have
+        changed. Returns the addresses whose open connections may be denied by the new rules.
         """
         doubtful, unsure_hosts = self._update_claims(moved)
         affected: set[str] = set()
@@ -223,15 +229,16 @@ class HostRules:
         return affected
 
     def create_sets(self, change: Change) -> None:
-        """Create the sets to which packets add elements, as a part of `change`."""
+        """Add to `change` the creation of the sets `proven/…`. Packets, not this program, add their elements."""
         for name, type in self._dynamic.items():
             change.create_set(name, type)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
-        """Return the commands that copy the elements that packets have added to sets into newly loaded tables.
+        """Return commands that add the elements of the sets `proven/…` to newly loaded tables.
 
-        `keys` is called with the name of each of these sets. It returns the keys of the elements, or raises OSError if
-        the kernel has no such set; such a set is skipped.
+        Packets have added these elements to the old tables, and would have to add them again after a reload. `keys` is
+        called with the name of each set. It returns the keys of the elements in the old table, or raises OSError if the
+        old table has no such set; then the set is skipped.
         """
         commands = []
         for name in self._dynamic:
@@ -242,7 +249,10 @@ class HostRules:
         return "".join(commands)
 
     def _update_claims(self, moved: Iterable[Moved]) -> tuple[set[str], set[str]]:
-        """Update `_claims` and `_named`. Return the addresses and the hosts in `moved`."""
+        """Update `_claims` and `_named` for the endpoints in `moved`.
+
+        Returns the former and the new addresses of these endpoints, and the names of their hosts.
+        """
         addresses: set[str] = set()
         hosts: set[str] = set()
         for host, before, now in moved:
@@ -262,11 +272,11 @@ class HostRules:
         return addresses, hosts
 
     def _update_owner(self, address: str, snapshot: Snapshot, change: Change) -> None:
-        """Update the verdict for packets from an address.
+        """Update the verdict for packets whose source is `address`.
 
-        The verdict depends on the host that has the address itself or, if there is none, on the hosts of the endpoints
-        that have it. If the address is in no pool, endpoints of other hosts are ignored, since a container on a bridge
-        of this host may have it.
+        If a host has the address itself, the verdict depends on that host. If no host has it, the verdict depends on
+        the hosts whose endpoints have the address. Endpoints of other hosts are ignored if the address is in no pool,
+        since a container on a bridge of this host may have the address.
         """
         own = snapshot.host
         hosts = sorted(set(self._claims.get(address, ())))
@@ -315,11 +325,12 @@ def _proven(host: str) -> str:
 
 
 def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
-    """Return the rules for packets from an address of another host, or of one of its endpoints.
+    """Return the rules for packets from the addresses of `host`, which is another host, and of its endpoints.
 
-    The source MAC is checked if this host and the other host are connected to the same network, on interfaces on which
-    one of the other host's MACs has been seen. Otherwise, for example behind routers, only the interface is checked.
-    The same holds if `snapshot.check_senders` is not "mac", or if routes may come from a BGP peer that is no host.
+    If this host and `host` are connected to the same network, the rules check the source MAC, but only on interfaces on
+    which a packet with a MAC of `host` has arrived before. In all other cases, for example if there are routers between
+    the two hosts, the rules check only the incoming interface. They also check only the interface if
+    `snapshot.check_senders` is not "mac", or if routes may come from a BGP peer that is no host.
     """
     network, topology = snapshot.network, snapshot.topology
     rules = []
@@ -348,11 +359,14 @@ def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
 
 
 def _by_interface(snapshot: Snapshot) -> tuple[str, ...]:
-    """Return the rules that accept packets of other hosts from the interfaces in `_fabric`.
+    """Return the rules that check the incoming interface of packets from addresses of other hosts and their endpoints.
 
-    From other interfaces, packets with a MAC of another host are accepted, except on bridges, to which containers are
-    connected. An IP version is only checked if this host has a route to each other host with an address of that
-    version. If no version is checked, or checks are off, there are no rules.
+    Packets that arrive on an interface in `_fabric` are accepted. On any other interface, packets with a source MAC of
+    another host are accepted, unless the interface is a bridge, since containers are connected to bridges. All other
+    packets go to the chain `not-its-host`.
+
+    Packets of an IP version are checked only if this host has a route to each other host that has an address of that
+    version. Returns () if that holds for neither version, or if `snapshot.check_senders` is "off".
     """
     network = snapshot.network
     others = {address for address, host in snapshot.topology.users.items() if host != snapshot.host}
@@ -384,11 +398,12 @@ def _update_sets(snapshot: Snapshot, change: Change) -> None:
 
 
 def _fabric(snapshot: Snapshot) -> set[str]:
-    """Return the interfaces on which packets of other hosts may arrive.
+    """Return the names of the interfaces on which packets of other hosts may arrive.
 
-    These are the devices of the overlay, and the interfaces with an address, since packets may arrive on another
-    interface than that of the route back. A bridge is left out, since it connects containers, unless it leads to a
-    router or another host, or has the registered address.
+    These are the overlay's devices, the interfaces of the routes to other hosts and to routers, and all other
+    interfaces with an address, since a packet may arrive on another interface than that of the route back to its
+    sender. A bridge connects containers, so it is left out, unless a route to another host or to a router leads through
+    it, or its network contains this host's registered address.
     """
     network = snapshot.network
     own = [(version, number_of(address)) for version in BITS if (address := snapshot.topology.own(version)) is not None]
@@ -436,9 +451,10 @@ def _update_base_chains(snapshot: Snapshot, held: Ports, change: Change) -> None
 
 
 def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> list[str]:
-    """Return the rules of an IP version for packets whose source was translated to the address of a host.
+    """Return the rules that drop packets of an IP version whose source was translated to the address of a host.
 
-    `vxlan` says whether our VXLAN is protected: see Ports.
+    Packets to pools are dropped and, if `vxlan` is True, VXLAN packets with our VNI. `vxlan` says whether the port of
+    VXLAN is protected: see Ports. `family` is the IP version in nftables' syntax, "ip" or "ip6".
     """
     # packets of the host itself have no incoming interface; packets to endpoints of this host were checked before
     match = f'ct status snat ct direction original iif != 0 oifname != "{INTERFACE_PREFIX}*"'
@@ -461,11 +477,11 @@ def _translated(version: int, family: str, vxlan: bool, snapshot: Snapshot) -> l
 
 
 def _counting(counted: dict[str, tuple[str, str]], hook: str, other: str, passed: bool) -> list[str]:
-    """Return the rules that count packets at a hook.
+    """Return the rules that count packets at the hook `hook`, "input" or "output".
 
-    `counted` maps a protocol to a pair: the match of its packets, and the name (without IP version) of the set with the
-    addresses of the other ends. `other` is the field with the other end's address, "saddr" or "daddr". `passed` selects
-    the counter of packets that have passed the firewall: see COUNTERS.
+    `counted` maps a protocol of COUNTERS to a pair: the match for the protocol's packets, and the name (without IP
+    version) of a set of addresses. A packet is counted if its field `other`, "saddr" or "daddr", is an address in that
+    set. If `passed` is False, the rules use the first of the two counters in COUNTERS; if it is True, the second.
     """
     return [
         f"{match} {family} {other} @{hosts}{version} counter name {COUNTERS[protocol, hook, version][passed]}"

@@ -1,8 +1,9 @@
 """Removes routes and map elements of an earlier agent that keep this host from reaching its store.
 
-A running agent refuses endpoints the addresses that this host needs (desired/admission.py). But if an earlier agent has
-programmed such an address, above all one of a member of etcd, the agent may be unable to read the store. So this module
-does not need the store: it compares the state of the kernel with the addresses that this host needs.
+A running agent does not let endpoints use an address that this host needs (desired/admission.py). But an earlier agent
+may have programmed such an address. If it is the address of a member of etcd, the present agent may be unable to read
+the store. So this module does not need the store: it compares the state of the kernel with the addresses that this host
+needs.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
-    """Remove the agent's route to an endpoint if its destination is an address that this host needs.
+    """Remove each of the agent's routes to endpoints if its destination is an address that this host itself needs.
 
-    Yields a sentence for each such route: that it was removed, or why it could not be removed. The driver `routes` must
-    have read the routes before.
+    Yields a sentence for each such route: that the route was removed, or why it could not be removed. `routes.read`
+    must have been called before.
     """
     for index, address in list(routes.routed()):
         why = network.has(address) or (DNS_SERVER if address in network.servers.vital else None)
@@ -39,8 +40,8 @@ def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
 def take_back_blocks(network: HostNetwork, vxlan: Vxlan) -> Iterator[str]:
     """Remove the overlay's routes to networks that contain an address that this host needs to reach etcd.
 
-    Yields a sentence for each removed route, and a sentence if the kernel has refused to remove a route. The driver
-    `vxlan` must have read the routes before.
+    Yields a sentence for each removed route, and a sentence with the kernel's error if the kernel refuses to remove a
+    route. `vxlan.read` must have been called before.
     """
     covering = {}
     for route in vxlan.routes:
@@ -60,10 +61,10 @@ def take_back_blocks(network: HostNetwork, vxlan: Vxlan) -> Iterator[str]:
 
 
 def let_members_pass(network: HostNetwork, nft: Nft) -> Iterator[str]:
-    """Remove the addresses that this host needs to reach etcd from the maps `owners4` and `owners6` (host_rules.py).
+    """Delete the addresses that this host needs to reach etcd from the maps `owners4` and `owners6`.
 
-    Our tables drop or check packets from the addresses in these maps. Yields a sentence for each address that was in a
-    map: that it was removed, or why it could not be removed.
+    If such an address is in a map, our tables drop or check all packets from it (host_rules.py). Yields a sentence for
+    each address that was in a map: that it was deleted, or why it could not be deleted.
     """
     for name, size in (("owners4", 4), ("owners6", 16)):
         members = {pack(address): address for address in network.servers.vital if len(pack(address)) == size}

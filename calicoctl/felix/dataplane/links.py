@@ -1,4 +1,4 @@
-"""Reads the interfaces of this host from the kernel, above all the host ends of endpoints' veth pairs."""
+"""Reads network interfaces of this host from the kernel, above all the host ends of endpoints' veth pairs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The interface between the agent and its managers. Each manager drives one part of the kernel to the desired state.
 
 A manager computes what must be in the kernel. Its drivers (nft.py, routes.py, conntrack.py …) read and change the
-kernel. A new manager needs one file, and one line in the agent's list.
+kernel. A new manager needs one file, and one line in the list of managers in agent.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 class Manager(ABC):
     """Drives one part of the kernel to the desired state. All methods are called by the agent's thread.
 
-    In each round of its loop, the agent calls `on_event` for each event, and then `apply`, in the order of
-    docs/agent.md. While the snapshot must not be applied, it calls `restore` instead of `apply`.
+    In each round of its loop, the agent calls `on_event` for each event. Then it calls `apply` of all managers, in the
+    order of docs/agent.md, if `needs_apply` of any manager is True. While the snapshot must not be applied, the agent
+    calls `restore` in each round, and never `apply`.
     """
 
     def on_event(self, event: Any) -> None:  # noqa: B027 not every manager needs it
-        """Mark what an event makes dirty. Must be cheap, and must not change the kernel.
+        """Mark what must be programmed again because of an event. Must be fast, and must not change the kernel.
 
         An event is a Dirty (a change of the desired state), a conntrack.Listing, or an event of events.py.
         """
@@ -34,24 +35,25 @@ class Manager(ABC):
     def resync(self) -> None:  # noqa: B027
         """Read the state of the kernel, and mark dirty whatever may differ from the desired state.
 
-        May raise any exception. Then the agent repeats the resync at the next tick or, at its start, ends.
+        May raise any exception. After an exception, the agent calls `resync` again at the next Tick; at the agent's
+        start, an exception ends the agent instead.
         """
 
     @property
     @abstractmethod
     def needs_apply(self) -> bool:
-        """Whether `apply` has anything to do. If this is True for any manager, `apply` of all managers is called."""
+        """Whether `apply` has anything to do. If it is True for any manager, `apply` of all managers is called."""
 
     @property
     def due_at(self) -> float | None:
-        """When `apply` will have something to do even without an event (monotonic); None for never."""
+        """When `apply` will have something to do even without an event (monotonic); None if there is no such time."""
         return None
 
     @abstractmethod
     def apply(self) -> None:
         """Program what is dirty, so that the kernel matches the snapshot.
 
-        Report failures through the context, and retry them at the next Tick. An exception is an internal error: the
+        Report failures through the Context, and retry them at the next Tick. An exception is an internal error: the
         agent then resyncs all managers and reloads the tables.
         """
 
@@ -64,8 +66,9 @@ class Manager(ABC):
 
 @dataclass(frozen=True)
 class PendingAddresses:
-    """Addresses that an endpoint must not use until a listing of their connections has been verified.
+    """Addresses that are new to an endpoint, and that the endpoint must not use yet.
 
+    They stay pending until their open connections have been listed, and those that policy denies have been ended.
     `requested` is the number of the request for that listing: see Conntrack.request.
     """
 

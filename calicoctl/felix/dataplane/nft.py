@@ -1,6 +1,7 @@
-"""The driver of nftables: runs transactions in this process, with libnftables, and receives changes of the tables.
+"""The driver of nftables: runs transactions in this process, with libnftables, and waits for changes of tables.
 
-Contains nothing specific to Calico. Source: libnftables(3); include/uapi/linux/netfilter/nf_tables.h for the events.
+Contains nothing specific to Calico. Source: libnftables(3); include/uapi/linux/netfilter/nf_tables.h for the kernel's
+notifications.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _OBJECT_COUNTER, _COUNTER_PACKETS = 1, 2
 
 
 class NftError(CalicoError):
-    """The kernel or libnftables refused a transaction, and nothing of it was applied; or libnftables cannot be used."""
+    """The kernel or libnftables refused a transaction, and no part of it was applied; or libnftables cannot be used."""
 
 
 class Nft:
@@ -77,7 +78,7 @@ class Nft:
         return str((self._library.nft_ctx_get_output_buffer(self._context) or b"").decode(errors="replace"))
 
     def counters(self, table: str) -> dict[str, int]:
-        """Return the number of packets of each named counter of a table of the family inet. Raises OSError."""
+        """Return the named counters of a table of the family inet: name -> number of packets. Raises OSError."""
         # by netlink: libnftables lists a counter only together with all elements of all sets, which may take long
         request = struct.pack("=BBH", _NFPROTO_INET, 0, 0)
         request += netlink.attribute(_OBJ_TABLE, table.encode() + b"\0")
@@ -112,10 +113,11 @@ class Nft:
 
 @contextmanager
 def _low_descriptor() -> Iterator[None]:
-    """Ensure that the next file descriptor is below 1024. Raise NftError if that is impossible.
+    """Ensure that the first file descriptor that is opened inside `with` is below 1024.
 
-    libnftables calls select(2), and aborts the process if the descriptor is higher. If no lower descriptor is free, one
-    that this process has inherited is moved to a higher number.
+    libnftables passes the descriptor of its socket to select(2), which aborts the process if the descriptor is 1024 or
+    higher. If no lower number is free, a descriptor that this process has inherited is moved to a higher number. Raises
+    NftError if there is no such descriptor, and in place of an OSError.
     """
     try:
         free = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -132,7 +134,11 @@ def _low_descriptor() -> Iterator[None]:
 
 
 def _is_inherited(fd: int) -> bool:
-    """Return whether a descriptor was inherited: descriptors that Python opens are not inheritable (PEP 446)."""
+    """Return whether this process has inherited a descriptor from its parent. False if the descriptor is not open.
+
+    An inherited descriptor is recognised by being inheritable: descriptors that Python opens are not (PEP 446). The
+    netlink sockets of libnftables are inheritable, too, so netlink sockets do not count as inherited.
+    """
     try:
         # the library's netlink sockets are inheritable, too
         return os.get_inheritable(fd) and str(Path(f"/proc/self/fd/{fd}").readlink()) not in _netlink_sockets()
@@ -147,9 +153,10 @@ def _netlink_sockets() -> set[str]:
 
 
 def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
-    """Return the netlink ports of this process's sockets of a netlink protocol.
+    """Return the netlink ports of the sockets of the netlink protocol `protocol` that this process has open.
 
-    The kernel's notification of a change contains the port of the socket that requested the change.
+    The kernel's notification of a change contains the port of the socket that requested the change. So the ports tell
+    whether this process itself has requested it.
     """
     sockets = set()
     for file in Path("/proc/self/fd").iterdir():
@@ -166,11 +173,11 @@ def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
 
 
 class TableEvents:
-    """The kernel's notifications of changes of nftables tables, including those of iptables-nft.
+    """Receives the kernel's notifications of changes of nftables tables, including the tables of iptables-nft.
 
-    `urgent` is called at a transaction's first notification about the table `table`, when the transaction has already
-    taken effect. It is also called if notifications were lost. `wait` returns later, at the transaction's last
-    notification.
+    The kernel sends a series of notifications for each transaction, when the transaction has already taken effect.
+    `wait` returns at the last notification of a series. Before that, it calls `urgent` at the first notification about
+    the table `table`. It also calls `urgent` if the kernel has dropped notifications.
     """
 
     def __init__(self, table: str, urgent: Callable[[], None]) -> None:
@@ -184,9 +191,10 @@ class TableEvents:
         self._unread = b""
 
     def wait(self) -> tuple[set[str], int]:
-        """Wait for the end of a transaction. Return the names of the changed tables, and the sender's netlink port.
+        """Wait for the last notification of a transaction.
 
-        If the kernel has dropped notifications, return ({""}, 0). Raises OSError.
+        Returns the names of the tables that the transaction has changed, and the netlink port of the socket that
+        requested it. If the kernel has dropped notifications, returns ({""}, 0). Raises OSError.
         """
         while True:
             while len(self._unread) >= 20:
@@ -210,9 +218,9 @@ class TableEvents:
 
 
 def _table(attributes: bytes) -> str:
-    """Return the name of the table that a message is about, "" if the message contains none.
+    """Return the name of the table that a notification is about; "" if the notification contains none.
 
-    The name is attribute 1 in all kinds of messages.
+    `attributes` are the notification's netlink attributes. In all kinds of notifications, the name is attribute 1.
     """
     # other attributes are not decoded: one change of the ruleset may bring thousands of messages
     at = 0

@@ -33,10 +33,13 @@ BACKOFF = 5.0
 
 
 class PolicyManager(Manager):
-    """Drives the tables to the snapshot or, while the snapshot must not be applied, restores their last contents."""
+    """Programs our tables from the snapshot, or restores them while the snapshot must not be applied."""
 
     def __init__(self, context: Context, nft: Nft, devices: Callable[[], Mapping[int, bool]] = dict) -> None:
-        """`devices` returns which devices of the overlay exist: by IP version, whether each is up."""
+        """`devices` returns the overlay's devices: the IP version of the underlay -> whether the device is up.
+
+        A device that does not exist is left out. `devices` may raise CalicoError.
+        """
         self._context = context
         self._nft = nft
         self._devices = devices
@@ -91,17 +94,20 @@ class PolicyManager(Manager):
             self._ports, self._dirty.topology = ports, True
 
     def invalidate(self, backoff: float) -> None:
-        """Mark the contents of the tables as unknown, so that the tables are reloaded in `backoff` seconds."""
+        """Mark the contents of the tables as unknown, so that the tables are reloaded after `backoff` seconds."""
         self.in_sync, self._retry_at = False, time.monotonic() + backoff
 
     @property
     def retry_at(self) -> float | None:
-        """When to reload the tables after a failure or `invalidate` (monotonic); None if no reload is scheduled."""
+        """When `apply` must reload the tables (monotonic), after its last reload failed or `invalidate` was called.
+
+        None if no reload is scheduled.
+        """
         return None if self.in_sync or not self._retry_at else self._retry_at
 
     @property
     def is_backing_off(self) -> bool:
-        """Whether `retry_at` has not been reached yet. Until then, the other managers must not program anything."""
+        """Whether `retry_at` is in the future. While it is, the other managers must not program anything."""
         return self.retry_at is not None and time.monotonic() < self._retry_at
 
     @property
@@ -151,11 +157,14 @@ class PolicyManager(Manager):
         self._context.health.record(Failure(None, "tables"))
 
     def restore(self) -> None:
-        """If the tables have been modified, or a change failed, reload them with their last contents.
+        """Reload the tables with the contents of `ruleset` if the tables in the kernel may have other contents.
 
-        The established fast path is left out. A failed reload is retried at each Tick. Before the first update, the
-        tables are those of an earlier agent: they are not reloaded, but changed so that packets from the servers that
-        this host needs to reach etcd pass (see lifeline.py).
+        That is so if another process has modified the tables, or if the last change or reload has failed. A failed
+        reload is retried at each Tick. The reloaded tables lack the established fast path: see Ruleset.recreate.
+
+        Before the agent's first update of the kernel, the tables are those of an earlier agent, and this agent does not
+        know their contents. So they are not reloaded. Instead, packets from the servers that this host needs to reach
+        etcd are let pass: see lifeline.let_members_pass.
         """
         if self.in_sync or not self._restore_due:
             return
@@ -173,7 +182,8 @@ class PolicyManager(Manager):
     def restore_established_fast_path(self) -> None:
         """Let packets of established connections pass again without an evaluation of the rules.
 
-        Called when all connections have been verified. If this fails, the tables are reloaded.
+        Called when the connections of all affected addresses have been verified. If this fails, the next `apply`
+        reloads the tables.
         """
         try:
             self._nft.run(self.ruleset.restore_established_fast_path())

@@ -1,8 +1,9 @@
-"""Detects that the host's own firewall drops BGP or VXLAN, so that other hosts do not reach this host.
+"""Detects that the host's own firewall drops packets of BGP or VXLAN from or to other hosts.
 
-Our tables count the packets of BGP peers and other hosts that arrive at these ports, those that this host sends to
-them, and those that the firewall has let pass (host_rules.py). This module compares the counters. It does not change
-the firewall.
+Our tables count the packets that arrive from BGP peers and other hosts at the ports of BGP and VXLAN, and the packets
+that this host sends to these ports of BGP peers and other hosts. Each packet is counted before the host's own firewall
+and, if the firewall lets it pass, again after it (host_rules.COUNTERS). This module compares the counters. It does not
+change the firewall.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ _COMMANDS = {4: "iptables", 6: "ip6tables"}
 
 
 class PortMonitor(Manager):
-    """Compares the counters from time to time, and reports a failure for each protocol and direction with drops."""
+    """Compares the counters at each Tick, and more often while packets seem to be dropped (see PAUSE).
+
+    Reports a Failure for each protocol and each direction in which the host's firewall drops packets.
+    """
 
     def __init__(self, context: Context, policy: PolicyManager, nft: Nft) -> None:
         self._context = context

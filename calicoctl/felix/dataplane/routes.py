@@ -1,6 +1,7 @@
 """The driver of endpoints' routes, neighbour entries and interface sysctls: programs only what is missing or wrong.
 
-The agent's routes have its protocol number. Its neighbour entries are the permanent ones on `cali…` interfaces.
+A route is the agent's if it has the agent's protocol number. All permanent neighbour entries on `cali…` interfaces are
+the agent's, and so are all proxy entries on these interfaces (`ip -6 neigh show proxy`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ Item = tuple[str, ...]
 
 
 class Routes:
-    """The agent's routes and neighbour entries in the kernel, cached by interface index."""
+    """The agent's routes and neighbour entries in the kernel, cached by interface index.
+
+    `read` fills the cache. Neighbour entries include proxy entries.
+    """
 
     def __init__(self, netlink: IPRoute) -> None:
         self._netlink = netlink
@@ -47,7 +51,7 @@ class Routes:
         return list_links(self._netlink)
 
     def read(self, links: Collection[Link]) -> None:
-        """Read all of the agent's routes, and its neighbour and proxy entries on these interfaces, into the cache.
+        """Read all of the agent's routes, and its neighbour entries on the interfaces `links`, into the cache.
 
         Raises CalicoError.
         """
@@ -65,11 +69,17 @@ class Routes:
                 self._have[entry.index].add(("proxy", entry.address))
 
     def forget(self, index: int) -> None:
-        """Remove an interface from the cache, since the kernel has removed some or all of its routes and entries."""
+        """Remove an interface's routes and neighbour entries from the cache, but not from the kernel.
+
+        Called when the kernel has removed some or all of them. The next `apply` then adds all that are needed.
+        """
         self._have.pop(index, None)
 
     def forget_route(self, address: str) -> int | None:
-        """Remove the route to an address from the cache. Return its interface's index; None if there was no route."""
+        """Remove the route to an address from the cache, but not from the kernel.
+
+        Returns the index of the route's interface; None if the cache contains no route to the address.
+        """
         for index, items in self._have.items():
             if ("route", address) in items:
                 items.discard(("route", address))
@@ -77,24 +87,24 @@ class Routes:
         return None
 
     def routed(self) -> Iterator[tuple[int, str]]:
-        """Yield the agent's routes, each as (index of the interface, destination address)."""
+        """Yield the agent's routes in the cache, each as (index of the interface, destination address)."""
         for index, items in list(self._have.items()):
             yield from [(index, item[1]) for item in items if item[0] == "route"]
 
     def remove_route(self, index: int, address: str) -> None:
-        """Remove one of the agent's routes. Raises CalicoError."""
+        """Remove the agent's route to an address through the interface `index` from the kernel. Raises CalicoError."""
         self._remove(index, ("route", address))
         self._have[index].discard(("route", address))
 
     def indices(self) -> set[int]:
-        """Return the indices of the interfaces that have routes or neighbour entries of the agent."""
+        """Return the indices of the interfaces that have routes or neighbour entries of the agent in the cache."""
         return {index for index, items in self._have.items() if items}
 
     def apply(self, endpoint: LocalEndpoint, link: Link, next_hop: str | None) -> None:
-        """Set the sysctls, routes and entries that an endpoint needs on its interface, `link`.
+        """Set the sysctls, routes and neighbour entries that an endpoint needs on its interface, `link`.
 
-        Remove the agent's other routes and entries from that interface. `next_hop` is the IPv6 address that the
-        workload uses as its next hop, None if it is unknown. Raises CalicoError.
+        The agent's other routes and neighbour entries are removed from the interface. `next_hop` is the IPv6 address
+        that the workload uses as its next hop, None if it is unknown. Raises CalicoError.
         """
         for path, value in sysctls.interface_settings(link.name, bool(endpoint.addresses_of(6))).items():
             sysctls.write(path, value)
@@ -154,10 +164,11 @@ class Routes:
 
 
 def _add_route(family: int, address: str, index: int) -> None:
-    """Add a route before any other route to the same address. The other route stays. Raises OSError.
+    """Add a route to an address that takes precedence over any other route to it. Raises OSError.
 
-    pyroute2 would replace the other route, or fail. Source: the kernel's uapi/linux/rtnetlink.h, and fib_table_insert()
-    in its net/ipv4/fib_trie.c: without a flag about existing routes, the new route precedes them.
+    The other route stays. If the new route exists already, nothing is changed. pyroute2 would replace the other route,
+    or fail. Source: the kernel's uapi/linux/rtnetlink.h, and fib_table_insert() in its net/ipv4/fib_trie.c: without a
+    flag about existing routes, the new route precedes them.
     """
     packed = pack(address)
     scope = netlink.SCOPE_LINK if family == socket.AF_INET else 0

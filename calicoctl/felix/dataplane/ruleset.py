@@ -2,19 +2,21 @@
 
 The tables (docs/agent.md lists them):
 
-* Base chains contain the rules that are the same for all endpoints, and look up the chain of an interface in two
-  verdict maps, `from` and `to`. The packets of an interface that is in no map are dropped.
+* Base chains contain the rules that are the same for all endpoints. They find the chain of an interface in two verdict
+  maps, `from` and `to`. The packets of an interface that is in no map are dropped.
 * Endpoints with the same list of profiles share a pair of chains, `from/…` and `to/…`, which jump to the chains of the
-  profiles, `outbound/…` and `inbound/…`, in order. A profile's rules exist once, and a tag's addresses are one set.
-* The two directions are two base chains, one after the other, since `accept` ends the evaluation of one base chain.
+  profiles, `outbound/…` and `inbound/…`, in the order of the list. So the rules of a profile exist only once. The
+  addresses of a tag exist only once, too: one set for each IP version.
+* Policy for packets from endpoints is evaluated in one base chain, and policy for packets to endpoints in a later one,
+  since `accept` ends the evaluation only of the base chain that it occurs in.
 * An ICMP error belongs to the connection of the packet that it quotes. From an endpoint's interface, it passes only if
   that connection is the endpoint's own.
-* The established fast path: packets of established connections pass without evaluation of the rules. From a change
-  until the connections that it denies have been ended, packets in a connection's first direction are evaluated like new
-  ones.
+* The established fast path: packets of established connections pass without evaluation of the rules. When a change may
+  deny open connections, the fast path is left out until the denied connections have been ended: meanwhile, packets in a
+  connection's first direction are evaluated like the packets of new connections.
 
-`Ruleset` caches the contents of the tables, and renders commands only for the difference. All commands that one call
-returns belong in one transaction. policy_manager.py runs them.
+`Ruleset` caches the contents of the tables, and renders commands only for what has changed. All commands that one call
+returns must run as one transaction. policy_manager.py runs them.
 """
 
 from __future__ import annotations
@@ -115,21 +117,24 @@ def remove_commands() -> str:
 
 
 def _replace_tables(commands: str) -> str:
-    """Return commands that delete our tables, create them with only the static contents, and then run `commands`."""
+    """Return commands that delete our tables and create them with their static contents, followed by `commands`."""
     tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
     return remove_commands() + tables + host_rules.SKELETON + _SKELETON + commands
 
 
 @dataclass
 class Update:
-    """The commands of one transaction, and the addresses whose open connections the transaction may deny."""
+    """The commands of one transaction. `affected` are the addresses whose open connections they may deny."""
 
     commands: str
     affected: set[str]
 
 
 class Ruleset:
-    """The variable contents of our tables: elements of sets and maps, and chains with their rules."""
+    """The contents of our tables, as they were rendered last: elements of sets and maps, and chains with their rules.
+
+    Static contents, which are the same on all hosts, are left out (see `_SKELETON`).
+    """
 
     def __init__(self) -> None:
         self._elements: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -155,7 +160,7 @@ class Ruleset:
         pending: Mapping[EndpointId, Collection[str]] | None = None,
         ports: Ports = Ports(),  # noqa: B008 it cannot change
     ) -> Update:
-        """Return the commands that replace the whole tables. Call it only on a new Ruleset.
+        """Return the commands that replace the tables as a whole. Must be called on a new Ruleset.
 
         For the arguments, see `update`.
         """
@@ -165,11 +170,14 @@ class Ruleset:
         return Update(_replace_tables(update.commands), update.affected)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
-        """Return commands that copy elements that packets have added to sets into new tables: see HostRules.proofs."""
+        """Return commands that add, to new tables, the elements that packets had added to the old tables.
+
+        For details and for `keys`, see HostRules.proofs.
+        """
         return self._hosts.proofs(keys)
 
     def recreate(self) -> str:
-        """Return the commands that load the tables with the contents that they had before another process changed them.
+        """Return the commands that replace the tables as a whole, with the contents that the Ruleset has rendered last.
 
         The established fast path is left out, since connections may have begun while there were no tables.
         """
@@ -188,11 +196,11 @@ class Ruleset:
 
     @property
     def counts_ports(self) -> bool:
-        """Whether the tables count packets to the ports of BGP or VXLAN: see host_rules.COUNTERS."""
+        """Whether the tables count the packets to the ports of BGP or VXLAN: see host_rules.COUNTERS."""
         return "input-passed" in self._chains
 
     def tag_contains(self, tag: str, address: str) -> bool:
-        """Return whether an endpoint, of any host, has the address and a profile with the tag."""
+        """Return whether any endpoint, on any host, has both the address and a profile with the tag."""
         return address in self._addresses.get(tag, ())
 
     def has(self, id: EndpointId) -> bool:
@@ -200,7 +208,7 @@ class Ruleset:
         return id in self._endpoints
 
     def addresses_of(self, id: EndpointId) -> tuple[str, ...]:
-        """Return those addresses of an endpoint of this host that are in the tables; () if it has none there."""
+        """Return the addresses of an endpoint of this host that are in the tables; () if the endpoint is not there."""
         endpoint = self._endpoints.get(id)
         return () if endpoint is None else endpoint.addresses
 
@@ -211,11 +219,13 @@ class Ruleset:
         pending: Mapping[EndpointId, Collection[str]] | None = None,
         ports: Ports = Ports(),  # noqa: B008 it cannot change
     ) -> Update:
-        """Return the commands for what has changed. The Ruleset assumes that the caller runs them.
+        """Return the commands that change the tables according to `dirty`, which says what has changed in `snapshot`.
 
-        `pending` maps endpoints of this host to addresses that they must not use yet. `ports` are the ports to protect.
-        If addresses are affected, the commands remove the established fast path. Call `restore_established_fast_path`
-        when the connections of all these addresses have been verified.
+        From then on, the Ruleset assumes that the caller has run the commands. `pending` maps endpoints of this host to
+        addresses that they must not use yet. `ports` says which ports to protect.
+
+        If `affected` of the result is not empty, the commands remove the established fast path. When the connections of
+        all these addresses have been verified, the caller must call `restore_established_fast_path`.
         """
         change = Change(self._elements, self._chains, _BASE_CHAINS)
         affected, moved = self._update_members(snapshot, dirty, change)
@@ -267,7 +277,7 @@ class Ruleset:
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
     def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: Change) -> tuple[set[str], list[Moved]]:
-        """Update the addresses of all tags. Return the addresses whose connections may be denied as a result.
+        """Update the addresses of all tags. Return the addresses whose open connections may be denied as a result.
 
         Also return a Moved for each endpoint, of any host, whose addresses have changed.
         """
@@ -320,7 +330,10 @@ class Ruleset:
         return affected, [(id.host, before_by_id[id], after[id]) for id in ids if before_by_id[id] != after[id]]
 
     def _actions_by_tag(self, tag: str, snapshot: Snapshot) -> set[str]:
-        """Return the actions of the rules in use that name a tag."""
+        """Return the actions of the rules that name a tag, in the profiles that this host's endpoints use.
+
+        An action is "allow", "deny" or "log".
+        """
         profiles = [snapshot.profiles.get(name) for name in self._profiles_of_tag[tag]]
         found = [known.rules for known in profiles if known is not None and known.rules is not None]
         rules = [rule for each in found for rule in (*each.inbound, *each.outbound)]
@@ -413,10 +426,13 @@ class Ruleset:
 
 
 def rule_lines(rule: Rule, where: str) -> list[str]:
-    """Render a rule as nftables rules: one or, if it needs a match that differs by IP version, one per version.
+    """Render a rule as nftables rules. The list is empty if no packet can match the rule.
 
-    The list is empty if no packet can match. What a log rule writes to the kernel's log begins with "calico-packet: "
-    and `where`, a text without characters that need escapes in nftables.
+    If the rule contains a match that differs by IP version, the list has one nftables rule for each IP version that can
+    match. If it contains none, the list has one nftables rule for both versions.
+
+    Each line that a log rule writes to the kernel's log begins with "calico-packet: ", followed by `where`, a text
+    without characters that need escapes in nftables.
     """
     number = None if rule.protocol is None else protocol_number(rule.protocol)
     by_version = (
@@ -471,7 +487,10 @@ _BASE_CHAINS = (
 
 
 def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:
-    """Return the rules of a base chain that evaluates policy, with or without the established fast path."""
+    """Return the rules of `name`, one of _POLICY_BASE_CHAINS.
+
+    `fast_path` says whether the established fast path is one of the rules.
+    """
     _, _, side, ask = _POLICY_BASE_CHAINS[name]
     rules = [f'{side} != "{INTERFACE_PREFIX}*" accept', "ct state invalid drop", *ask]
     if name.startswith("outbound-"):  # the chains that follow accept what these do not drop
@@ -485,7 +504,10 @@ def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:
 
 
 def _elements(endpoint: LocalEndpoint) -> list[tuple[tuple[str, str], str]]:
-    """Return the elements of an endpoint, each as a pair: its set or map as (family, name), and the element."""
+    """Return an endpoint's elements of sets and maps.
+
+    Each is a pair: its set or map as (family, name), and the element in nftables' syntax.
+    """
     name, mac = f'"{endpoint.interface}"', endpoint.mac
     outbound, inbound = _chains_of_list(endpoint.profiles)
     elements = [
@@ -525,12 +547,12 @@ def _update_pools(snapshot: Snapshot, change: Change) -> None:
 
 
 def set_of_tag(tag: str, version: int) -> str:
-    """Return the name of the set that contains a tag's addresses of an IP version."""
+    """Return the name of the set that contains those addresses of a tag that have the IP version `version`."""
     return f"tag{version}/{spelled(tag)}"
 
 
 def _chains_of_list(profiles: Sequence[str]) -> tuple[str, str]:
-    """Return the names of the chains for packets from, and to, endpoints with this list of profiles."""
+    """Return the names of two chains: for packets from, and for packets to, endpoints with this list of profiles."""
     name = "/".join(map(spelled, profiles))
     if len(name) > 200:
         name = "//" + hashlib.sha256(name.encode()).hexdigest()[:32]

@@ -54,7 +54,10 @@ def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
 
 
 def reset_interface(interface: str) -> None:
-    """Set the sysctls of an interface to the kernel's values for new interfaces (`…/default/…`). Raises CalicoError."""
+    """Set the sysctls of an interface to the kernel's defaults for new interfaces (`…/default/…`).
+
+    Raises CalicoError.
+    """
     for path in interface_settings(interface, True):
         default = read(path.replace(f"/{interface}/", "/default/"))
         if default is not None and read(path) is not None:
@@ -62,9 +65,9 @@ def reset_interface(interface: str) -> None:
 
 
 def read(path: str) -> str | None:
-    """Return the value of the sysctl `path` (below /proc/sys/net), None if it does not exist or cannot be read.
+    """Return the value of the sysctl `path` (below /proc/sys/net); None if it does not exist or cannot be read.
 
-    Raises CalicoError for lack of descriptors or memory.
+    Raises CalicoError if this process lacks file descriptors or memory.
     """
     try:
         return (ROOT / path).read_text().strip()
@@ -100,9 +103,9 @@ class HostSettings:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._found: dict[str, list[str]] = {}
-        """Path -> the original value, and the value that `restore` replaces by it. The latter is the value that the
-        agent has set or, if the path changes with forwarding, the value that the kernel sets when forwarding is
-        disabled.
+        """Path -> two values: the original value, and the value that `restore` replaces by the original one. The second
+        one is the value that the agent has set. For a path that changes with forwarding, it is the value that the
+        kernel sets when forwarding is disabled.
         """
         self._kept = True
         """Whether all of `_found` is in the file."""
@@ -116,10 +119,11 @@ class HostSettings:
             raise CalicoError(f"{file} cannot be read: {error}; remove it") from None
 
     def forward(self, ipv6: bool) -> None:
-        """Make this host forward IPv4 and, with `ipv6`, IPv6. Routes learned from router advertisements stay.
+        """Make this host forward IPv4 and, if `ipv6` is True, IPv6.
 
-        Without `ipv6`, the original IPv6 settings are restored, unless the Docker Engine needs forwarding. Raises
-        CalicoError.
+        The host keeps the routes that it has learned from router advertisements. If `ipv6` is False, and the agent has
+        enabled IPv6 forwarding before, the original IPv6 settings are restored. But if the Docker Engine needs IPv6
+        forwarding, forwarding stays enabled. Raises CalicoError, also if the Docker Engine does not answer.
         """
         self._switch_on(IPV4_FORWARDING)
         if not ipv6:
@@ -135,10 +139,12 @@ class HostSettings:
             self._switch_on(IPV6_FORWARDING)
 
     def restore(self, chosen: Callable[[str], bool], needed: Collection[str] = ()) -> None:
-        """Restore the original values of the paths for which `chosen` returns True, and remove them from the file.
+        """Restore the sysctls for whose path `chosen` returns True to their original values.
 
-        A path keeps its value if another process has changed the agent's value meanwhile, or if the path is in
-        `needed`. If `needed` contains IPv6 forwarding, all paths of accept_ra are needed, too. Raises CalicoError.
+        A sysctl keeps its present value if its path is in `needed`, or if another process has changed it since the
+        agent set it. If `needed` contains IPv6 forwarding, all paths of accept_ra are needed, too. The original values
+        of all chosen sysctls are removed from the file, even of those that keep their present values. Raises
+        CalicoError.
         """
         if (
             IPV6_FORWARDING in needed
@@ -155,11 +161,11 @@ class HostSettings:
             self._keep()
 
     def _switch_on(self, path: str) -> None:
-        """Enable forwarding, and store the settings that the kernel will change when forwarding is disabled again.
+        """Enable forwarding. `path` is IPV4_FORWARDING or IPV6_FORWARDING. Raises CalicoError.
 
-        These are the forwarding of each interface and, for IPv4, accept_redirects. `path` is IPV4_FORWARDING or
-        IPV6_FORWARDING. Raises CalicoError. Source: inet_forward_change in the kernel's net/ipv4/devinet.c,
-        addrconf_fixup_forwarding in net/ipv6/addrconf.c.
+        When forwarding is disabled later, the kernel also changes other settings: `forwarding` of each interface and,
+        for IPv4, accept_redirects. So the present values of these settings are stored first. Source:
+        inet_forward_change in the kernel's net/ipv4/devinet.c, addrconf_fixup_forwarding in net/ipv6/addrconf.c.
         """
         if read(path) == "0" and path not in self._found:
             names = ["default", *(name for _, name in socket.if_nameindex() if not name.startswith(INTERFACE_PREFIX))]

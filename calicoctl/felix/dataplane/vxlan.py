@@ -1,8 +1,8 @@
 """The driver of the overlay: programs VXLAN devices, their FDB and neighbour entries, and the overlay's routes.
 
-The agent's overlay routes have the protocol number 81 (`ip route show proto 81`). Its devices are recognised by name,
-kind and VNI; other interfaces are not changed, even if one has the name of a device. On its devices, the agent deletes
-FDB and neighbour entries that it has not set.
+The overlay's routes have a protocol number of their own, 81 (`ip route show proto 81`). The agent's devices are
+recognised by name, kind and VNI. Any other interface is left as it is, even if it has the name of one of these devices.
+On its devices, the agent deletes FDB and neighbour entries that it has not set.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ANY_SCOPE = 255
 
 @dataclass(frozen=True)
 class Route:
-    """A route of the agent to a CIDR. If `index` and `gateway` are None, it is a blackhole route.
+    """A route of the overlay to a CIDR. If `index` and `gateway` are None, it is a blackhole route.
 
     `index` is the index of the interface. `source` is the source address of this host's own packets; if it is None, the
     kernel chooses one.
@@ -65,9 +65,9 @@ class Route:
 class Device:
     """The state of a VXLAN device in the kernel.
 
-    `learning` says whether the kernel learns FDB entries (MAC to underlay address) from packets. `local` is the source
-    address of the device's packets in the underlay, `parent` the index of the interface through which they are sent;
-    each is None if it is not set.
+    `learning` says whether the kernel learns FDB entries (MAC -> underlay address) from received packets. `local` is
+    the source address of the packets that the device sends in the underlay, None if it is not set. `parent` is the
+    index of the interface through which the device sends these packets, None if it is not set.
     """
 
     index: int
@@ -82,15 +82,17 @@ class Device:
 
 
 class Vxlan:
-    """The VXLAN devices, their entries, and the overlay's routes, cached as they were at the last `read` or change.
+    """The agent's VXLAN devices, their entries, and the overlay's routes.
 
-    `states` and `routed_by_bird` read from the kernel. Methods raise CalicoError if the kernel refuses.
+    They are cached: `read` fills the cache, and the methods that change the kernel update it. `states`,
+    `routed_by_bird`, `underlay` and `index_of` do not use the cache, but read from the kernel. Methods raise
+    CalicoError if the kernel refuses a request.
     """
 
     def __init__(self, netlink: IPRoute) -> None:
         self._netlink = netlink
         self.routes: set[Route] = set()
-        """The agent's routes."""
+        """The overlay's routes."""
         self._devices: dict[int, Device] = {}
         self._fdb: dict[int, set[tuple[str, str]]] = {}
         """IP version of the underlay -> the FDB entries of its device, as (MAC, underlay address)."""
@@ -98,7 +100,7 @@ class Vxlan:
         """IP version of the underlay -> the permanent neighbour entries of its device, as (address, MAC)."""
 
     def read(self) -> None:
-        """Read the devices, their entries, and the agent's routes into the cache."""
+        """Read the devices, their entries, and the overlay's routes into the cache."""
         self._devices = self._find_devices()
         with _explained("the overlay's routes and entries cannot be read"):
             self.routes = set(_routes())
@@ -111,11 +113,11 @@ class Vxlan:
             }
 
     def states(self) -> dict[int, bool]:
-        """Read from the kernel which of our devices exist, and whether each is up: by IP version of the underlay."""
+        """Read from the kernel which devices of ours exist: IP version of the underlay -> whether the device is up."""
         return {version: device.up for version, device in self._find_devices().items()}
 
     def index(self, version: int) -> int | None:
-        """Return the index of our device for an underlay's IP version, or None if it does not exist."""
+        """Return the index of our device for an underlay of this IP version, or None if the device does not exist."""
         device = self._devices.get(version)
         return None if device is None else device.index
 
@@ -124,7 +126,7 @@ class Vxlan:
         return set(self._devices)
 
     def apply_device(self, tunnel: Tunnel, parent: int | None, mtu: int) -> None:
-        """Create or correct the device of a tunnel, and set its entries for the tunnel's peers.
+        """Create or correct the device of a tunnel, bring it up, and set its entries for the tunnel's peers.
 
         `parent` is the index of the interface through which the device sends its packets, None for any. Raises
         CalicoError if the kernel refuses, or if an interface that is not ours has the device's name.
@@ -160,16 +162,17 @@ class Vxlan:
         self._apply_peers(tunnel, device.index)
 
     def remove_device(self, version: int) -> None:
-        """Remove our device for an underlay's IP version, if it exists."""
+        """Remove our device for an underlay of this IP version, if the device exists."""
         device = self._devices.get(version)
         if device is not None:
             self._remove(version, device)
 
     def apply_routes(self, desired: Iterable[Route]) -> None:
-        """Make the desired routes, at most one for each CIDR, the only overlay routes.
+        """Make `desired` the routes of the overlay: add or replace these routes, and remove all others.
 
-        A route is replaced without a gap, unless there are several to its CIDR. If the kernel refuses some routes, the
-        others are programmed, and then CalicoError is raised.
+        `desired` contains at most one route for each CIDR. A route is replaced without a gap, unless the kernel has
+        several overlay routes to the CIDR. If the kernel refuses some routes, the others are programmed, and then
+        CalicoError is raised.
         """
         routes = {route.cidr: route for route in desired}
         have: dict[str, set[Route]] = defaultdict(set)
@@ -189,7 +192,7 @@ class Vxlan:
             raise CalicoError(failures[0] + more)
 
     def underlay(self, address: str) -> Underlay:
-        """Return the interface through which packets from an address of this host leave, and its MTU."""
+        """Return the interface through which packets from an address of this host leave, and the interface's MTU."""
         return underlay(address)
 
     def index_of(self, interface: str) -> int | None:
@@ -229,9 +232,9 @@ class Vxlan:
             ) from None
 
     def _find(self, name: str) -> Device | str | None:
-        """Return the Device of the VXLAN device `name`, or None if there is no interface `name`.
+        """Return the VXLAN device with this name, whatever its VNI, or None if no interface has the name.
 
-        If the interface is no VXLAN device, return its kind, "unknown" if it has none.
+        If the interface is no VXLAN device, return its kind, such as "bridge"; "unknown" if it has no kind.
         """
         from pyroute2.netlink.exceptions import NetlinkError
 
@@ -277,7 +280,10 @@ class Vxlan:
         return self._reread(tunnel.version, name)
 
     def _fits(self, device: Device, tunnel: Tunnel, parent: int | None) -> bool:
-        """Correct the settings that the kernel can change in place. Return False if the device must be recreated."""
+        """Correct the settings of a device that the kernel can change in place.
+
+        Returns False if the device does not fit the tunnel after that, so that it must be created again.
+        """
         from pyroute2.netlink.exceptions import NetlinkError
 
         if device.port != PORT:
@@ -320,7 +326,10 @@ class Vxlan:
     # Routes
 
     def _put(self, route: Route, before: set[Route]) -> None:
-        """Add a route, or replace `before`, our routes to the same CIDR. Routes of other programs to the CIDR stay."""
+        """Add a route. It replaces the routes in `before`, the overlay's present routes to the same CIDR.
+
+        If `before` is empty, the overlay has no route to the CIDR yet. Routes of other programs to the CIDR stay.
+        """
         if len(before) > 1:  # the kernel would replace only one of them
             self._delete(route.cidr, before)
             before = set()
@@ -337,7 +346,7 @@ class Vxlan:
 
 
 def _changeable(tunnel: Tunnel, parent: int | None) -> dict[str, Any]:
-    """Return pyroute2's fields for those settings of a device that can be changed in place."""
+    """Return, as pyroute2's fields, the desired values of those settings of a device that can be changed in place."""
     local = {"vxlan_local" if tunnel.version == 4 else "vxlan_local6": tunnel.local}
     return {**local, **({} if parent is None else {"vxlan_link": parent}), "vxlan_learning": 0}
 
@@ -382,9 +391,9 @@ def _routes() -> Iterator[Route]:
 
 
 def _to(cidr: str, kind: int, scope: int = netlink.SCOPE_GLOBAL) -> bytes:
-    """Return the first part of a request about our routes to a CIDR. `kind` is the type of the route, 0 for any.
+    """Return the first part of a request about the overlay's route to a CIDR.
 
-    Source: the kernel's uapi/linux/rtnetlink.h.
+    `kind` is the type of the route, 0 for any. Source: the kernel's uapi/linux/rtnetlink.h.
     """
     address, _, length = cidr.partition("/")
     version = version_of(address)
@@ -423,7 +432,10 @@ def _fdb_entries() -> Iterator[tuple[int, str, str]]:
 
 
 def _change_fdb(index: int, mac: str, address: str, add: bool) -> None:
-    """Add or remove a device's FDB entry: frames for `mac` go to `address`."""
+    """Set a device's FDB entry, by which frames for `mac` are sent to the underlay address `address`.
+
+    If `add` is False, remove the entry.
+    """
     body = struct.pack(
         "=BBHiHBB",
         *(socket.AF_BRIDGE, 0, 0, index),
@@ -437,7 +449,7 @@ def _change_fdb(index: int, mac: str, address: str, add: bool) -> None:
 
 
 def _change_neighbour(index: int, address: str, mac: str | None) -> None:
-    """Set a permanent IPv6 neighbour entry of a device. If `mac` is None, remove the entry."""
+    """Set a device's permanent IPv6 neighbour entry for `address` to `mac`. If `mac` is None, remove the entry."""
     body = struct.pack("=BBHiHBB", socket.AF_INET6, 0, 0, index, netlink.NUD_PERMANENT, 0, 0)
     body += netlink.attribute(netlink.NDA_DST, pack(address))
     with _explained(f"the kernel refused to change the neighbour {address}", *(() if mac else (errno.ENOENT,))):
@@ -450,7 +462,10 @@ def _change_neighbour(index: int, address: str, mac: str | None) -> None:
 
 @contextmanager
 def _explained(what: str, *ignored: int) -> Iterator[None]:
-    """Turn the kernel's errors into a CalicoError that begins with `what`. Ignore those with the codes `ignored`."""
+    """Replace an error of the kernel, raised inside `with`, by a CalicoError whose text begins with `what`.
+
+    Errors with the codes (errno) in `ignored` are suppressed.
+    """
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:

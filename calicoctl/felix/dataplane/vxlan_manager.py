@@ -3,9 +3,10 @@
 desired/overlay.py decides the desired state; the driver, vxlan.py, programs the difference. This manager also reports
 the MTUs that follow from the host's interfaces.
 
-While a pool gets or loses its overlay, it must always have routes. A new overlay route precedes BIRD's route to the
-same CIDR. An old overlay route stays until BIRD has programmed its own, or until GIVE_UP_AFTER has passed. Other hosts
-may still send through the tunnel, so the devices stay for LINGER after the last pool has lost its overlay.
+While a pool gets or loses its overlay, there must always be routes to the pool's blocks on other hosts. A new overlay
+route takes precedence over BIRD's route to the same CIDR. When a pool loses its overlay, an overlay route stays until
+BIRD has programmed its route to the same CIDR, or until GIVE_UP_AFTER has passed. Other hosts may still send through
+the tunnel then, so the devices stay for LINGER after the last pool has lost its overlay.
 """
 
 from __future__ import annotations
@@ -154,7 +155,11 @@ class VxlanManager(Manager):
         self._watched |= {underlay.interface for underlay in underlays.values() if underlay.interface is not None}
 
     def _devices_stay(self) -> bool:
-        """Return whether devices must exist: while a pool has an overlay, and for LINGER after that."""
+        """Return whether VXLAN devices must exist now.
+
+        They must exist while a pool has an overlay. If any device exists when the last pool loses its overlay, they
+        must exist for LINGER after that.
+        """
         now = time.monotonic()
         if self._overlay.is_needed:
             self._devices_until = None
@@ -176,9 +181,9 @@ class VxlanManager(Manager):
         return max(SMALLEST, min(largest, self._snapshot.mtu or largest))
 
     def _route(self, cidr: str, hop: Hop | None, source: str | None) -> Route | None:
-        """Return the route to `cidr` through `hop` or, if that is None, a blackhole route. For `source`, see Route.
+        """Return the route to `cidr` through `hop`; a blackhole route if `hop` is None. For `source`, see Route.
 
-        Return None if the interface of the hop does not exist.
+        Return None if the hop's interface does not exist.
         """
         if hop is None:
             return Route(cidr)
@@ -186,7 +191,11 @@ class VxlanManager(Manager):
         return None if index is None else Route(cidr, index, hop.gateway, source)
 
     def _kept(self, desired: set[str]) -> set[Route]:
-        """Return our old routes that wait for BIRD's routes to the same CIDRs."""
+        """Return the overlay's routes that are no longer desired, but stay until BIRD has a route to the same CIDR.
+
+        `desired` are the CIDRs of the desired routes. Only routes to CIDRs in pools without an overlay stay, for
+        GIVE_UP_AFTER at most.
+        """
         leaving = {
             route for route in self._vxlan.routes if route.cidr not in desired and self._overlay.is_plain(route.cidr)
         }
