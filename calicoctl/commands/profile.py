@@ -151,9 +151,10 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
-    """Return all data of a profile, and those of `endpoints` that have the profile, for JSON.
+    """Return a profile for JSON: its name, tags and rules, and which of `endpoints` have it.
 
-    If the tags or the rules are invalid, the field is None, and a warning is printed.
+    The fields of each of these endpoints are its id, the names of its workload and its state. If the tags are invalid,
+    the field `tags` is None, and a warning is printed; the same holds for the rules.
     """
 
     def readable(read: Callable[[], T]) -> T | None:

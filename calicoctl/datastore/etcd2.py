@@ -93,8 +93,9 @@ class Etcd2Store:
         patience: float,
         implied_directories: Callable[[str], Iterable[str]] = lambda key: (),
     ) -> None:
-        """`patience`: seconds for which a request is retried while the members that can be reached do not answer.
+        """`patience`: for how many seconds a request is retried if members can be reached, but do not answer.
 
+        If no member can be reached, a request fails at once.
         `implied_directories` returns, for a deleted key, the directories to remove if they are empty, deepest first.
         """
         self._members = Members(settings, lambda member: _Connection(settings, member), patience)

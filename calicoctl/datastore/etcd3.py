@@ -157,8 +157,9 @@ class Etcd3Store:
     fence: Fence | None = None
 
     def __init__(self, settings: EtcdSettings, patience: float, authorize: Authorize | None = None) -> None:
-        """`patience`: seconds for which a request is retried while the members that can be reached do not answer.
+        """`patience`: for how many seconds a request is retried if members can be reached, but do not answer.
 
+        If no member can be reached, a request fails at once.
         `authorize`: see Authorize.
         """
         self._members = Members(settings, lambda member: Connection(settings, member, authorize), patience)

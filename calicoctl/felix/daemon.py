@@ -97,11 +97,11 @@ class Daemon:
         environment: Mapping[str, str],
         folder: Path = Path("/"),
     ) -> None:
-        """`lock` is a file that is locked while the daemon is started. Its folder must exist, and belong to root.
+        """`lock` is a file that is locked only while the daemon's process is being launched.
 
-        Only root may write to that folder. The daemon's output is appended to `log_file`. `environment` is the daemon's
-        whole environment, and `folder` its working directory. `is_ready` is called until it returns True, for
-        `start_patience` seconds at most.
+        The directory that contains `lock` must exist and belong to root, and only root may write to it. The daemon's
+        output is appended to `log_file`. `environment` is the daemon's whole environment, and `folder` is its working
+        directory. `is_ready` is called until it returns True, for `start_patience` seconds at most.
         """
         self.process = process
         self._log_file = log_file

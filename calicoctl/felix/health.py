@@ -40,8 +40,8 @@ UNTOLD = "root alone is told what (sudo calicoctl status)"
 class Status:
     """An endpoint's `status` ("up", "down" or "error"), and the `reason` for it, None if there is none.
 
-    `revision` is the endpoint's revision in the store. `workload_name` is the container's name that the endpoint
-    contains, None if it contains none.
+    `revision` is the endpoint's revision in the store. `workload_name` is the container's name as written in the
+    endpoint, None if no name is written there.
     """
 
     status: str

@@ -3,8 +3,8 @@
 This module chooses the port and the command line; daemon.py starts and supervises the process. Commands find the
 address of the local etcd in the lines that calicoctl wrote into the settings file (environment.py).
 
-A new local etcd serves only etcd's v3 API. A local etcd with data of an older version of this program also serves the
-v2 API, until the data has been migrated.
+A new local etcd serves only etcd's v3 API, unless the settings ask for v2. A local etcd with data of an older version
+of this program also serves the v2 API, until the data has been migrated.
 """
 
 from __future__ import annotations

@@ -74,9 +74,10 @@ def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
 
 
 def _needed_by_engine(warn: Callable[[str], None]) -> set[str]:
-    """Return the paths of the sysctls IPV4_FORWARDING and IPV6_FORWARDING that a Docker Engine on this host needs.
+    """Return which of IPV4_FORWARDING and IPV6_FORWARDING (paths of sysctls) a Docker Engine on this host needs.
 
-    If the engine does not answer, return both, and call `warn` with a sentence about that.
+    Return none if no engine runs. If an engine does not answer, return both, and call `warn` with a sentence about
+    that.
     """
     settings = {sysctls.IPV4_FORWARDING: False, sysctls.IPV6_FORWARDING: True}
     try:

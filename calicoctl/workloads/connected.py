@@ -116,8 +116,9 @@ def file_name(id: str) -> str:
 def id_of(name: str, path: str) -> str:
     """Return the id of the workload whose file has this name: the reverse of file_name.
 
-    `path` is the namespace's path, empty for a container. If the name is a SHA-256, the id is derived from `path`. A
-    container's file name is always its id.
+    `path` is the namespace's path, empty for a container. A namespace's id is its path with each slash replaced by a
+    dash, so it begins with a dash. If a namespace's file name does not, it is the SHA-256 of the id, and the id is
+    computed from `path`. A container's file name is always its id.
     """
     return path.replace("/", "-") if path and not name.startswith("-") else name
 

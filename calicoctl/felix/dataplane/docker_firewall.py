@@ -183,8 +183,8 @@ def _bring(command: str, remove: bool) -> list[str]:
 def _current(command: str) -> Filter | None:
     """Return the current table `filter` of `command`, which is iptables or ip6tables.
 
-    Return None if `command` is missing and no firewall may drop forwarded packets. Raises CalicoError if `command`
-    fails, or if it is missing and a firewall may drop forwarded packets.
+    Return None if `command` is missing and this host has no firewall that might drop forwarded packets. Raises
+    CalicoError if `command` fails, or if it is missing and there is such a firewall.
     """
     if iptables.is_there(command):
         return Filter(iptables.run(f"{command}-save", "-t", "filter"))
