@@ -74,7 +74,7 @@ docs: $(VENV)/ready
 # the tests give BIRD the configuration that we write for it
 unit: $(VENV)/ready
 	@demo/packages $(BGP)
-	$(VENV)/bin/pytest tests/unit $(ARGS)
+	$(VENV)/bin/pytest -n 2 tests/unit $(ARGS)
 
 # no more hosts at a time than cores: tests have deadlines
 system: $(VENV)/ready $(VENV)/wheels/ready | packages
