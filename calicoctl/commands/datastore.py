@@ -154,7 +154,7 @@ def _show(as_json: bool) -> None:
     except (InvalidValue, StoreError) as refused:
         error = str(refused)
     state: State | None = None
-    with suppress(StoreError):  # it is said above what is wrong
+    with suppress(InvalidValue, StoreError):  # it is said above what is wrong
         state = Migration(settings.urls, lambda: (backends.open(V2), backends.open(V3)), lambda text: None).state()
     users = cluster.users(settings)
     apis = {

@@ -70,6 +70,9 @@ AGENTS_PATIENCE = 45.0
 POLL = 0.5
 """Seconds between two reads of the agents' statuses."""
 
+MOST_PARTS = 20
+"""The maximum number of directories right below keys.ROOT of which a key is tried before the freeze."""
+
 ROUNDS = 10
 """The maximum number of times that the data is copied while old programs, which ignore the freeze, keep writing."""
 
@@ -99,6 +102,11 @@ class Agent:
     @property
     def is_frozen(self) -> bool:
         return self.store is not None and self.store.frozen
+
+    @property
+    def can_follow(self) -> bool:
+        """Whether the agent goes over to the other API by itself: it knows both, and DATASTORE_TYPE names none."""
+        return self.store is not None and not self.store.pinned
 
 
 @dataclass(frozen=True)
@@ -269,7 +277,8 @@ class Migration:
         if state.v3_ready == "true":
             late = self._written_late(state)
             left = f" {state.left}" if state.left is not None else ""
-            return Moved(f"The data is in etcd's v3 API already.{left}", () if late is None else (late,))
+            problems = () if late is None else (late,)
+            return Moved(f"The data is in etcd's v3 API already.{left}", (*problems, *self._staying()))
         if state.v2 is None:
             raise CalicoError(f"There is no data to move: etcd's v2 API has no {keys.READY}.")
         if state.is_back and state.v2_ready == "false":
@@ -311,10 +320,14 @@ class Migration:
         """Raise CalicoError if an agent cannot follow the data, a key cannot be copied, or a permission is missing."""
         for store in (self._v2, self._v3):
             _check_agents(_agents(store))
-        copy_plan.check_fits(self._data(self._v2))
+        entries = self._data(self._v2)
+        copy_plan.check_fits(entries)
         self._data(self._v3)
         self._v2.check_writable(keys.READY)
-        self._v3.check_writable(keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION)
+        # a role may be for a part of what is below keys.ROOT alone
+        parts = {key.split("/")[2]: key for key in entries if key.startswith(keys.ROOT + "/")}
+        written = [*list(parts.values())[:MOST_PARTS], keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION]
+        self._v3.check_writable(*written)
 
     def _moved(self, ready: Entry) -> Moved:
         hosts = set(_agents(self._v2))
@@ -370,7 +383,9 @@ class Migration:
             if wrong:
                 raise CalicoError(f"Another program writes to etcd's v3 API below {keys.ROOT}: {wrong}")
             before, now_there = source, self._data(self._v2)
-            if not all(one.is_frozen for one in _agents(self._v2).values()):  # one that was just started
+            agents = _agents(self._v2)  # some may have been started just now
+            _check_agents(agents)
+            if not all(one.is_frozen for one in agents.values()):
                 self._settle(set(), {})
             elif _same(before, now_there):
                 return ready, before
@@ -499,6 +514,7 @@ class Migration:
         late = difference(self._data(self._v2), entries)
         if late:
             problems.append(_late(late))
+        problems.extend(self._staying())
         if missing:
             problems.append(
                 f"The agents of {first_few(missing)} are not seen in etcd's v3 API yet: see 'calicoctl status' there"
@@ -702,11 +718,28 @@ class Migration:
         """Return, sorted, the hosts whose agents use v2.
 
         These agents have a status in v2, but none in v3. An agent with a status in both uses v3: its last status in v2
-        has not expired yet. But if the status in v2 does not say how the agent uses the store, the agent is of an older
-        version that knows only v2, and the host is always returned.
+        has not expired yet. But the host is always returned if the status in v2 says that DATASTORE_TYPE makes the
+        agent use v2, or if it does not say how the agent uses the store: then the agent is of an older version that
+        knows only v2.
         """
         gone_over = _agents(self._v3).keys()
-        return sorted(host for host, found in _agents(self._v2).items() if found.store is None or host not in gone_over)
+        return sorted(
+            host for host, found in _agents(self._v2).items() if not found.can_follow or host not in gone_over
+        )
+
+    def _staying(self) -> list[str]:
+        """Return a problem, as a clause, if v2 has agents that cannot follow the data; else an empty list."""
+        try:
+            agents = _agents(self._v2)
+        except NoSuchApi:
+            return []
+        hosts = sorted(host for host, found in agents.items() if not found.can_follow)
+        if not hosts:
+            return []
+        return [
+            f"The agents of {first_few(hosts)} stay in etcd's v2 API, since {TYPE} is in their environment, or they "
+            "are of an older version: end them, and start them again without it"
+        ]
 
     # Agents
 

@@ -164,6 +164,21 @@ def test_agents_that_cannot_follow_are_named(world: World) -> None:
     world.refuses("The agents of there have DATASTORE_TYPE")
 
 
+def test_what_may_not_be_written_is_refused_before_anything_is_frozen(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.v2.put("/calico/ipam/v2/x", "{}")
+    tried: list[str] = []
+
+    def check_writable(*keys: str) -> None:
+        tried.extend(keys)
+        raise StoreError("not permitted")
+
+    monkeypatch.setattr(world.v3, "check_writable", check_writable)
+    world.refuses("not permitted")
+    assert "/calico/ipam/v2/x" in tried and {TAGS, RULES} & set(tried)
+
+
 def test_what_cannot_be_copied_is_refused_before_anything_is_frozen(world: World) -> None:
     world.v2.put("/calico/v1/large", "x" * 1_500_000)
     world.refuses("/calico/v1/large cannot be copied: it has")
@@ -412,6 +427,10 @@ def test_what_is_on_its_way_when_it_is_interrupted_does_not_take_v3_into_use(
     [
         ('{"datastore": {"api": "etcdv2", "frozen": false}}', "The agents of new do not say that they have noticed"),
         ('{"uptime": 1}', "The agents of new are of an older version"),
+        (
+            '{"datastore": {"api": "etcdv2", "frozen": true, "pinned": true}}',
+            "The agents of new have DATASTORE_TYPE in their environment",
+        ),
     ],
 )
 def test_an_agent_that_is_started_while_the_data_is_copied_is_waited_for(world: World, status: str, says: str) -> None:
@@ -584,6 +603,20 @@ def test_the_data_in_v2_is_deleted_when_no_agent_uses_it(world: World) -> None:
     assert world.v2.entries == {} and world.used() == ("v3", False)
     assert world.migration().finish(False).text == "etcd's v2 API has no data."
     world.refuses("There is no data to go back to", lambda: world.migration().roll_back(True))
+
+
+def test_agents_that_stay_in_v2_are_named_and_keep_its_data(world: World) -> None:
+    """Also if their hosts have a status in v3, from before they were started again."""
+    world.v2.before_read = once(lambda: world.agent(world.v2, "early", pinned=True), world.is_live)
+    (problem,) = world.move().problems
+    assert problem.startswith("The agents of early stay in etcd's v2 API")
+    world.agent(world.v2, "late", pinned=True)
+    world.v2.put(keys.felix_status("old"), '{"uptime": 1}', 30)
+    for host in ("late", "old"):
+        world.agent(world.v3, host)
+    (problem,) = world.move().problems
+    assert problem.startswith("The agents of early, late, old stay in etcd's v2 API")
+    world.refuses("The agents of early, late, old use etcd's v2 API", lambda: world.migration().finish(True))
 
 
 def test_after_the_end_v2_need_not_be_served(world: World) -> None:
