@@ -116,6 +116,8 @@ def test_node_waits_while_an_agents_machine_is_unknown(host: Host) -> None:
         assert status["boot"] == boot_id
         assert len(status["machine"]) == 32 and machine_id not in json.dumps(host.etcd.tree())
 
+        # what the agent writes once, some time after its start
+        wait_for(lambda: host.etcd.get("/calico/bgp/v1/host/host1/macs") is not None, "the MACs")
         # a clone of it finds that the status is renewed
         clone = Machine(host.etcd, machine_id=machine_id)
         began = time.monotonic()
