@@ -53,10 +53,10 @@ BLOCKS_AT_ONCE = 16
 class Holding:
     """The addresses of a handle on this host, as they were read.
 
-    `entry` is the handle's entry, with correct counts; None if the handle had no addresses, and so was deleted.
-    `owners` maps each address to its owner. `blocks` are the entries of all valid blocks that the handle names; it is
-    empty if `owners` is empty. `invalid` maps the CIDR of each invalid block that the handle names to an error. Such a
-    block may contain further addresses of the handle.
+    `entry` is the handle's entry, with correct counts; None if the handle had no addresses on any host, and so was
+    deleted. `owners` maps each address on this host to its owner. `blocks` are the entries of all valid blocks that the
+    handle names; it is empty if `owners` is empty. `invalid` maps the CIDR of each invalid block that the handle names
+    to an error. Such a block may contain further addresses of the handle.
     """
 
     handle: str
@@ -209,10 +209,10 @@ class Ipam:
         """Assign `count` free addresses to `owner`, or fewer if no more are free. Return them.
 
         The addresses are in `pools`, which are of one IP version. They are taken from these blocks, in this order:
-        blocks with affinity to this host; new blocks, which get affinity to this host; blocks of other hosts. If
-        `reserved` is not None, no address is assigned that is reserved, or that is in a network to which this host is
-        connected; and no new block is created that overlaps such a network. No address of an invalid block is assigned;
-        `passed_over` is called once for each invalid block, with the error.
+        blocks with affinity to this host; new blocks, which get affinity to this host; other blocks, unless their
+        affinity is strict. If `reserved` is not None, no address is assigned that is reserved, or that is in a network
+        to which this host is connected; and no new block is created that overlaps such a network. No address of an
+        invalid block is assigned; `passed_over` is called once for each invalid block, with the error.
 
         `affine` are the names (last parts of keys) of the blocks with affinity to this host, if the caller has just
         read them; if `affine` is None, they are read. `known`: see `assign`. Raises InvalidValue if the handle is

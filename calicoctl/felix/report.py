@@ -365,7 +365,8 @@ class StoreReporter(threading.Thread):
         """Write the statuses that have changed; of those that have changed to `error`, ERRORS_AT_ONCE at most.
 
         Stops early if the heartbeat is due; the next call writes the rest. If the store is unavailable, raises
-        StoreUnavailable at once. If the store refuses a status, tries all others before it raises that CalicoError.
+        StoreUnavailable at once. If the store refuses statuses, tries all others, and then raises the CalicoError of
+        the first refusal.
         """
         refused: dict[EndpointId, CalicoError] = {}
         errors = 0

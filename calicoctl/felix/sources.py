@@ -440,7 +440,7 @@ class ServerEvents(_Source):
 
 
 class MountEvents(_Source):
-    """Waits for changes of the mount table. Source: /proc/PID/mountinfo in proc(5), which can be polled."""
+    """Waits for changes of the mount table by polling /proc/self/mountinfo: see /proc/PID/mountinfo in proc(5)."""
 
     missed = MountsChanged()
 

@@ -959,7 +959,7 @@ def _owner_text(owner: Owner | None) -> str:
 
 
 def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
-    """Return the Owner with which an address of the endpoint `id` is assigned.
+    """Return the Owner that addresses of the endpoint `id` are to be assigned to. Reads nothing from the store.
 
     Its attributes identify the endpoint, and contain what is needed to re-attach the workload. `interface` is the
     interface's name inside the workload. If is_interface_name returns False for it, DEFAULT_INTERFACE is stored

@@ -99,9 +99,9 @@ class PolicyManager(Manager):
 
     @property
     def retry_at(self) -> float | None:
-        """When `apply` must reload the tables (monotonic), after its last reload failed or `invalidate` was called.
+        """The time (monotonic) until which a reload of the tables waits; None if no reload waits.
 
-        None if no reload is scheduled.
+        A reload waits after the last one has failed, or after `invalidate` was called.
         """
         return None if self.in_sync or not self._retry_at else self._retry_at
 
