@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from calicoctl import answers
-from calicoctl.errors import DockerNotRunning, DockerUnavailable, NoSuchContainer, redact_userinfo
+from calicoctl.errors import DockerNotRunning, DockerUnavailable, NoSuchContainer, NoSuchImage, redact_userinfo
 
 SOCKET = "unix:///var/run/docker.sock"
 
@@ -69,6 +69,12 @@ def inspect(name: str) -> dict[str, Any]:
     with _client(f"about {name}") as docker:
         shape = {"Id": _ID, "Name": str, "State": {"Running": bool, "Pid": int}, "HostConfig": {"NetworkMode": str}}
         return _checked(docker.inspect_container(name), shape)  # type: ignore[no-any-return]
+
+
+def inspect_image(id: str) -> dict[str, Any]:
+    """Return the engine's description of an image. Raises NoSuchImage or DockerUnavailable."""
+    with _client(f"about the image {id}") as docker:
+        return _checked(docker.inspect_image(id), {})  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -170,8 +176,8 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
 
     `what` completes the error text "Cannot ask Docker …". `timeout` is in seconds; None means TIMEOUT.
 
-    Exceptions of docker-py and of its libraries are converted to NoSuchContainer or DockerUnavailable, and so are the
-    exceptions that the body of `with` raises because an answer has an unexpected shape.
+    Exceptions of docker-py and of its libraries are converted to NoSuchContainer, NoSuchImage or DockerUnavailable, and
+    so are the exceptions that the body of `with` raises because an answer has an unexpected shape.
     """
     scheme, _, rest = os.environ.get("DOCKER_HOST", "").partition("://")
     if rest and scheme.lower() not in SCHEMES:
@@ -192,6 +198,8 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
         # not for every status 404: another server may answer instead of the engine
         if isinstance(error, NotFound) and "no such container" in str(error.explanation).lower():
             raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
+        if isinstance(error, NotFound) and "no such image" in str(error.explanation).lower():
+            raise NoSuchImage(f"No such image: {what.rpartition(' ')[2]}") from None
         raise DockerUnavailable(f"Docker refused the request {what}: {error.explanation or error}") from None
     except (
         *(DockerException, RequestException, HTTPError, http.client.HTTPException, OSError, MemoryError),

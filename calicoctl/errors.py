@@ -196,5 +196,9 @@ class NoSuchContainer(NotFound):
     """The Docker Engine has no container with that name or id."""
 
 
+class NoSuchImage(NotFound):
+    """The Docker Engine does not have the image, for example because it was removed while a container of it runs."""
+
+
 class NamespaceError(CalicoError):
     """An operation on a network namespace or an interface failed, or a path does not lead to a network namespace."""

@@ -3,7 +3,13 @@
 A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name). The file is removed when
 the workload is disconnected or no longer exists. It survives reboots, and the loss of etcd's data. A namespace's file
 contains the namespace's path. If the path leads through a process, as /proc/PID/ns/net does, the file also contains the
-id of the boot and the process's start time. A container's file is empty.
+id of the boot and the process's start time. A container's file is empty, or says that the container has labels that ask
+for a connection (labels.py).
+
+The file docker.disconnected/ID says that a command has disconnected a container that has labels (labels.py), and
+contains when the container had been started (`State.StartedAt` of the Docker Engine), or "until" and the time of the
+command if the engine did not answer. Until the container is started again, its labels do not connect it. The file is
+removed when the container no longer exists.
 
 The empty file ORCHESTRATOR.learned, beside the directory ORCHESTRATOR, says that learning.py has already searched for
 the workloads of this orchestrator that an older version of this program had connected.
@@ -18,14 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calicoctl import state
+from calicoctl.clock import now
 
 ORCHESTRATORS = ("docker", "namespace")
 """The orchestrators whose workloads this program connects."""
 
 _FOLDER = "workloads"
 _LEARNED = "learned"
+_DISCONNECTED = "docker.disconnected"
 # Source: random(4)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_LABELLED = "labelled"
+_UNTIL = "until "
 _ANOTHER_BOOT = "in another boot"
 
 
@@ -35,11 +45,13 @@ class Connected:
 
     `started` is what process_started returned for the path when the file was written: the start time of the process
     that the path leads through, or None if it leads through no process. If a start time was written before the last
-    reboot, `started` is a text that process_started never returns.
+    reboot, `started` is a text that process_started never returns. `labelled` says whether the container has labels
+    that ask for a connection.
     """
 
     path: str = ""
     started: str | None = None
+    labelled: bool = False
 
 
 def get(host: str, orchestrator: str, id: str) -> Connected | None:
@@ -54,12 +66,14 @@ def get(host: str, orchestrator: str, id: str) -> Connected | None:
     return None if content is None else _parsed(content)
 
 
-def put(host: str, orchestrator: str, id: str, path: str = "", started: str | None = None) -> None:
+def put(
+    host: str, orchestrator: str, id: str, path: str = "", started: str | None = None, labelled: bool = False
+) -> None:
     """Write a workload's file: from then on, the workload counts as connected. Raises CalicoError.
 
-    For `path` and `started`, see Connected.
+    For `path`, `started` and `labelled`, see Connected.
     """
-    parts = [path, _boot(), started] if started else [path]
+    parts = [path, _boot(), started] if started else [path, _LABELLED] if labelled else [path]
     content = os.fsencode("\0".join(parts))
     state.write(host, _FOLDER, orchestrator, file_name(id), content=content)
 
@@ -80,6 +94,38 @@ def every(host: str, orchestrator: str) -> dict[str, Connected]:
     return {id_of(name, known.path): known for name, known in found.items()}
 
 
+def set_disconnected(host: str, id: str, started_at: str) -> None:
+    """Store that a command has disconnected a container with labels, which was started at `started_at`.
+
+    An empty `started_at` says that this time is unknown: then all starts until now count. Raises CalicoError.
+    """
+    content = started_at or f"{_UNTIL}{now()}"
+    state.write(host, _FOLDER, _DISCONNECTED, file_name(id), content=os.fsencode(content))
+
+
+def is_disconnected(host: str, id: str, started_at: str) -> bool:
+    """Return whether a command has disconnected a container since it was started at `started_at`. Raises CalicoError.
+
+    `started_at` is in UTC, as the Docker Engine writes it.
+    """
+    content = state.read(host, _FOLDER, _DISCONNECTED, file_name(id))
+    if content is None:
+        return False
+    noted = os.fsdecode(content)
+    # which time is earlier is asked only if it must be: the clock may have been set meanwhile
+    return noted == started_at or (noted.startswith(_UNTIL) and started_at <= noted[len(_UNTIL) :])
+
+
+def disconnected(host: str) -> set[str]:
+    """Return the ids of the containers for which `set_disconnected` was called. Raises CalicoError."""
+    return set(state.read_all(host, _FOLDER, _DISCONNECTED))
+
+
+def forget_disconnected(host: str, id: str) -> None:
+    """Revert `set_disconnected`, since a container no longer exists. Raises CalicoError."""
+    state.remove(host, _FOLDER, _DISCONNECTED, file_name(id))
+
+
 def is_learned(host: str, orchestrator: str) -> bool:
     """Return whether the file ORCHESTRATOR.learned exists. Raises CalicoError."""
     return state.read(host, _FOLDER, f"{orchestrator}.{_LEARNED}") is not None
@@ -97,10 +143,10 @@ def set_learned(host: str, *orchestrators: str) -> None:
 def forget_all(host: str) -> None:
     """Remove the files of all workloads of a host, but not the files ORCHESTRATOR.learned. Raises CalicoError."""
     # ORCHESTRATOR.learned stays: without it, learning.py would search again, and trust endpoints that others can write
-    for orchestrator in ORCHESTRATORS:
-        for name in state.read_all(host, _FOLDER, orchestrator):
-            state.remove(host, _FOLDER, orchestrator, name)
-        state.remove_empty(host, _FOLDER, orchestrator)
+    for folder in (*ORCHESTRATORS, _DISCONNECTED):
+        for name in state.read_all(host, _FOLDER, folder):
+            state.remove(host, _FOLDER, folder, name)
+        state.remove_empty(host, _FOLDER, folder)
 
 
 def file_name(id: str) -> str:
@@ -126,7 +172,7 @@ def id_of(name: str, path: str) -> str:
 def _parsed(content: bytes) -> Connected:
     path, *process = os.fsdecode(content).split("\0")
     if len(process) != 2:
-        return Connected(path)
+        return Connected(path, labelled=process == [_LABELLED])
     boot, started = process
     return Connected(path, started if boot == _boot() else _ANOTHER_BOOT)
 

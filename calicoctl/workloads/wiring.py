@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Callable, Iterator
 
 from calicoctl.addresses import host_net, parse_address, parse_pool_cidr, version_of
+from calicoctl.datastore.handles import UNREAD
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId, is_endpoint_id
 from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network, Reserved
@@ -171,7 +172,7 @@ class Attachment:
 
     `address` is the address of the endpoint that satisfies the request. `interface` and `mac` are the name and the MAC
     of the interface; `mac` is None if the endpoint contains none. `existed` says that the workload was connected
-    already, and that nothing was changed.
+    already, and that nothing was changed. `others` are the further addresses of a new connection.
     """
 
     id: EndpointId
@@ -179,6 +180,7 @@ class Attachment:
     interface: str
     mac: str | None
     existed: bool = False
+    others: tuple[IPAddress, ...] = ()
 
 
 def connect(
@@ -202,7 +204,7 @@ def connect(
     with WorkloadSession.enter(datastore, workload) as session:
         session.clear_after_another_process()
         if session.endpoint is None:
-            return _connect_new(session, request, interface or DEFAULT_INTERFACE)
+            return _connect_new(session, [request], interface or DEFAULT_INTERFACE)
         attached = session.attached_interface()
         if attached is None:
             again = reattach(session, session.endpoint, request, interface)
@@ -218,34 +220,75 @@ def connect(
         )
 
 
-def _connect_new(session: WorkloadSession, request: AddressRequest, interface: str) -> Attachment:
-    datastore, workload, version = session.datastore, session.workload, request.version
-    terms = Terms.read(datastore, request)
-    next_hops = {version: terms.next_hop}
+def connect_started(
+    datastore: DatastoreClient,
+    workload: Workload,
+    requests: Sequence[AddressRequest],
+    interface: str | None,
+    profiles: Sequence[str],
+) -> Attachment | None:
+    """Connect a container that was just started, with an address for each of `requests`, and with these profiles.
+
+    Returns None, and changes nothing, if the container is connected already, or if a command has disconnected it since
+    it was started (connected.py). Does not wait for the workload's lock. Raises NotFound if a profile does not exist,
+    Conflict if another process holds the lock, and any other CalicoError after a rollback.
+    """
+    with WorkloadSession.enter(datastore, workload, wait=False) as session:
+        if session.endpoint is not None:
+            return None
+        if connected.is_disconnected(datastore.host, workload.id, workload.started_at or ""):
+            return None
+        for profile in profiles:
+            datastore.require_profile(profile)
+        return _connect_new(session, requests, interface or DEFAULT_INTERFACE, profiles)
+
+
+def _connect_new(
+    session: WorkloadSession, requests: Sequence[AddressRequest], interface: str, profiles: Sequence[str] = ()
+) -> Attachment:
+    """Connect a workload that has no endpoint, with an address for each of `requests`; there must be at least one.
+
+    The endpoint has the profiles from the beginning, so no packet passes before they apply.
+    """
+    datastore, workload = session.datastore, session.workload
+    terms = [Terms.read(datastore, request) for request in requests]
+    next_hops = {request.version: one.next_hop for request, one in zip(requests, terms)}
     session.remove_incomplete_pairs()
     session.remove_orphans()
     session.refuse_other_endpoint()
-    session.refuse_default_route(version)
+    for version in next_hops:
+        session.refuse_default_route(version)
     session.refuse_interface(interface)
 
     with _rollback_on_failure(session) as undo:
         undo(session.lock.clear_all)
         session.remember(undo)
         undo(datastore.ipam.release_by_handle, workload.handle)
-        address, id = _adopt(session, request, interface, terms.reserved)
-        if address is None:
-            address = _assign(session, owner_of(workload, id, interface), request, terms)
+        found, id = _adopt(session, requests, interface, [one.reserved for one in terms])
+        owner = owner_of(workload, id, interface)
+        # certain addresses first: one of them might be assigned to a request for any address otherwise
+        for number in sorted(range(len(requests)), key=lambda number: requests[number].address is None):
+            if number not in found:
+                found[number] = _assign(session, owner, requests[number], terms[number])
+                # what was read before has been changed by this
+                session.handle, terms = UNREAD, [replace(one, affine=None) for one in terms]
+        addresses = [found[number] for number in range(len(requests))]
 
-        size = mtu.of_interface(datastore, [str(address)], terms.pools, next_hops, terms.mtu)
-        mac = _attach(session, id.interface, interface, [host_net(address)], next_hops, None, size, undo)
+        pools = [pool for one in terms for pool in one.pools]
+        size = mtu.of_interface(datastore, map(str, addresses), pools, next_hops, terms[0].mtu)
+        nets = [host_net(address) for address in addresses]
+        mac = _attach(session, id.interface, interface, nets, next_hops, None, size, undo)
 
         endpoint = Endpoint(id, name=id.interface, mac=mac, workload_name=workload.docker_name or None)
-        endpoint.nets_of(version).append(host_net(address))
-        endpoint.set_gateway(version, terms.next_hop)
+        endpoint.profile_ids = list(profiles)
+        for net in nets:
+            endpoint.nets_of(version_of(net)).append(net)
+        for version, next_hop in next_hops.items():
+            endpoint.set_gateway(version, next_hop)
         undo(datastore.remove_endpoint, id)
         datastore.create_endpoint(endpoint)
         session.lock.clear_all()  # what an interrupted command has left was adopted or removed
-    return Attachment(id, address, interface, mac)
+    return Attachment(id, addresses[0], interface, mac, others=tuple(addresses[1:]))
 
 
 def reattach(
@@ -329,9 +372,10 @@ def reattach(
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     """Remove a workload's endpoints, interfaces and addresses. Raises NotFound if there is nothing to remove.
 
-    The container or namespace need not exist any more. Raises CalicoError if a step fails: then what was removed before
-    stays removed, and a further call removes the rest. Raises CalicoError also, and removes nothing, if the workload is
-    a namespace, and what is connected under its id belongs to a namespace with another path.
+    The container or namespace need not exist any more. If a container with labels runs, they connect it again only
+    after its next start (connected.py). Raises CalicoError if a step fails: then what was removed before stays removed,
+    and a further call removes the rest. Raises CalicoError also, and removes nothing, if the workload is a namespace,
+    and what is connected under its id belongs to a namespace with another path.
 
     If a block that the workload's handle names is invalid, the block is not changed, and the handle is kept. Everything
     else is removed, and then CalicoError is raised.
@@ -346,6 +390,8 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
         if not stored.endpoints and holding is None:
             _forget(datastore, workload, lock)
             raise NotFound(f"{workload.name} is not connected to Calico.")
+        if workload.started_at or (workload.started_at == "" and known is not None and known.labelled):
+            connected.set_disconnected(datastore.host, workload.id, workload.started_at)
         _clear(datastore, workload, lock, stored.endpoints, holding)
         if holding is not None and holding.invalid:
             raise CalicoError(
@@ -549,14 +595,17 @@ class WorkloadSession:
 
     @classmethod
     @contextmanager
-    def enter(cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True) -> Iterator[WorkloadSession]:
+    def enter(
+        cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True, wait: bool = True
+    ) -> Iterator[WorkloadSession]:
         """Lock the workload, open its namespace, and read its state from the store and the kernel. Raises CalicoError.
 
-        If `must_run` is False, the workload need not have a namespace. If a namespace's endpoint is stored under the
-        other spelling of its path, the session is for the workload Workload.other_spelling.
+        If `must_run` is False, the workload need not have a namespace. `wait` says whether to wait for the lock (see
+        WorkloadLock). If a namespace's endpoint is stored under the other spelling of its path, the session is for the
+        workload Workload.other_spelling.
         """
         with ExitStack() as stack:
-            lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id))
+            lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id, wait))
             namespace = None
             try:
                 namespace = stack.enter_context(netns.Namespace(workload.namespace_path(), workload.name))
@@ -704,7 +753,7 @@ class WorkloadSession:
         key, path = (self.datastore.host, self.workload.orchestrator, self.workload.id), self.workload.path or ""
         if undo is not None and self.known is None:
             undo(connected.forget, *key)
-        connected.put(*key, path, process_started(path))
+        connected.put(*key, path, process_started(path), self.workload.started_at is not None)
 
     def refuse_other_endpoint(self) -> None:
         """Raise CalicoError if a veth pair with a host end `cali…` leads into the workload's namespace.
@@ -818,23 +867,30 @@ def _has_old_felix(datastore: DatastoreClient) -> bool:
 
 
 def _adopt(
-    session: WorkloadSession, request: AddressRequest, interface: str, reserved: Reserved
-) -> tuple[IPAddress | None, EndpointId]:
-    """Keep one of the addresses that an interrupted command has assigned to the workload, and release the others.
+    session: WorkloadSession, requests: Sequence[AddressRequest], interface: str, reserved: Sequence[Reserved]
+) -> tuple[dict[int, IPAddress], EndpointId]:
+    """Keep the addresses that an interrupted command has assigned for one endpoint, and release the workload's others.
 
-    An address can be kept if it can be used for `request` (see _usable), and if its attributes are those that a new
-    address would get: among others, the interface's name `interface`. Returns the address that is kept, and the
-    endpoint id in its attributes. If no address can be kept, returns None and a new endpoint id.
+    An address can be kept if it can be used for one of `requests` (see _usable), and if its attributes are those that a
+    new address would get: among others, the interface's name `interface`. All addresses that are kept have the same
+    endpoint id in their attributes. `reserved` has an item for each of `requests`.
+
+    Returns the addresses that are kept, by the position of the request that each satisfies, and their endpoint id. If
+    no address can be kept, the endpoint id is a new one.
     """
     workload = session.workload
-    kept, kept_id = None, EndpointId(session.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
+    kept: dict[int, IPAddress] = {}
+    kept_id = EndpointId(session.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
     for address, owner in session.held.items():
         id = EndpointId(session.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
         is_its_own = id.endpoint and _is_like(owner, owner_of(workload, id, interface))
-        if kept is None and is_its_own and _usable(request, address, reserved):
-            kept, kept_id = address, id
+        unmet = (number for number in range(len(requests)) if number not in kept)
+        number = next((n for n in unmet if _usable(requests[n], address, reserved[n])), None)
+        if is_its_own and number is not None and (not kept or id == kept_id):
+            kept[number], kept_id = address, id
         else:
             session.datastore.ipam.release([address], {workload.handle})
+            session.handle = UNREAD
     return kept, kept_id
 
 

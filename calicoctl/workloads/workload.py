@@ -20,7 +20,7 @@ from calicoctl.errors import (
     NoSuchContainer,
     NotFound,
 )
-from calicoctl.workloads import connected, locks
+from calicoctl.workloads import connected, labels, locks
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from calicoctl.datastore.model import Endpoint
 
 DOCKER, NAMESPACE = connected.ORCHESTRATORS
+
+_LONGEST_TIME = 64
+"""The maximum length of a time from the engine, in characters. It is stored in a file."""
 
 _RUN, _VAR_RUN = "/run/", "/var/run/"
 """Two paths of the same directory on most hosts. A namespace may be named by either path."""
@@ -42,7 +45,9 @@ class Workload:
     the user typed it. `path` is the namespace's path, None for a container.
 
     For a container, `docker_name` is its name in Docker, `pid` the id of its first process (None if it does not run),
-    and `network_mode` the value of `docker run --net`, such as `none` or `container:NAME`.
+    and `network_mode` the value of `docker run --net`, such as `none` or `container:NAME`. If the container has labels
+    that ask for a connection (labels.py), `started_at` is when it was started, as the engine says. If the engine does
+    not answer, `started_at` is empty. In all other cases, it is None.
     """
 
     orchestrator: str
@@ -52,6 +57,7 @@ class Workload:
     docker_name: str = ""
     pid: int | None = None
     network_mode: str = ""
+    started_at: str | None = None
 
     @property
     def handle(self) -> str:
@@ -190,7 +196,11 @@ def find(name: str) -> Workload:
         if path.startswith(f"{_RUN}netns/"):
             path = _other_spelling(path) or path
         return Workload(NAMESPACE, path.replace("/", "-"), name, path=path)
-    container = _inspect(name)
+    return of_container(_inspect(name), name)
+
+
+def of_container(container: dict[str, Any], name: str) -> Workload:
+    """Return the workload of a container from its description by engine.inspect. `name` is its name in messages."""
     state = container["State"]
     mode = container["HostConfig"]["NetworkMode"]
     if mode.startswith("container:"):
@@ -202,6 +212,7 @@ def find(name: str) -> Workload:
         docker_name=container["Name"].lstrip("/"),
         pid=state["Pid"] if state["Running"] and state["Pid"] else None,
         network_mode=mode,
+        started_at=str(state.get("StartedAt"))[:_LONGEST_TIME] if labels.is_labelled(container) else None,
     )
 
 
@@ -255,17 +266,18 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
             return workload
         return stored_otherwise(datastore, workload) or workload
     except (NoSuchContainer, DockerUnavailable) as error:
+        is_gone = isinstance(error, NoSuchContainer)
         ids = _stored_by_id(name, datastore)
         if not ids:
             # a container whose first change was interrupted has its name in the mark alone
             ids = set(datastore.workloads_named(DOCKER, name)) | locks.interrupted_named(datastore.host, DOCKER, name)
-            if isinstance(error, NoSuchContainer):
+            if is_gone:
                 ids = {id for id in ids if not _exists(id)}  # a container that exists has another name now
         if not ids:
             raise
     if len(ids) > 1:
         raise ambiguous(name, [(id, datastore.host) for id in ids])
-    return Workload(DOCKER, ids.pop(), name)
+    return Workload(DOCKER, ids.pop(), name, started_at=None if is_gone else "")
 
 
 def ambiguous(name: str, containers: list[tuple[str, str]]) -> CalicoError:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import uuid
 
 import pytest
+from netaddr import IPAddress
 
+from calicoctl.datastore.blocks import Owner
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.handles import UNREAD
 from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.reserved import Reserved
 from calicoctl.errors import CalicoError
-from calicoctl.workloads.wiring import AddressRequest, _new_endpoint, check_interface_name
+from calicoctl.workloads.wiring import AddressRequest, _adopt, _new_endpoint, check_interface_name, owner_of
+from calicoctl.workloads.workload import Workload
+from tests.unit.memory_store import MemoryStore
 
 
 def test_interfaces_of_endpoints_made_at_the_same_time_have_different_names() -> None:
@@ -17,6 +24,47 @@ def test_interfaces_of_endpoints_made_at_the_same_time_have_different_names() ->
     names = [EndpointId("host1", "docker", "w", id).interface for id in ids]
     assert len(set(names)) == 500
     assert len({name[len("cali")] for name in names}) == 16, "the time would be much the same"
+
+
+class Session:
+    """As much of a WorkloadSession as choosing addresses needs, of a container that holds addresses of its handle."""
+
+    def __init__(self) -> None:
+        self.datastore = DatastoreClient(MemoryStore(), "vm")
+        self.workload = Workload("docker", "1" * 64, "web", docker_name="web")
+        self.held: dict[IPAddress, Owner] = {}
+        self.handle = UNREAD
+
+    def hold(self, address: str, endpoint: str, interface: str = "eth1") -> None:
+        owner = owner_of(self.workload, EndpointId("vm", "docker", self.workload.id, endpoint), interface)
+        self.datastore.ipam.assign(IPAddress(address), owner)
+        self.held[IPAddress(address)] = owner
+
+
+@pytest.mark.parametrize(
+    ("wanted", "adopted"),
+    [
+        (["ipv4"], {0: "10.0.0.1"}),
+        (["10.0.0.3", "ipv4"], {1: "10.0.0.1", 0: "10.0.0.3"}),
+        (["ipv6"], {}),
+        (["ipv6", "10.0.0.0/24", "ipv4"], {1: "10.0.0.1", 2: "10.0.0.3"}),
+    ],
+)
+def test_addresses_of_an_interrupted_change_are_adopted_for_one_endpoint(
+    wanted: list[str], adopted: dict[int, str]
+) -> None:
+    """The address of another endpoint, and one for another name of the interface, are released, as all others are."""
+    session, one = Session(), "1" * 32
+    session.hold("10.0.0.1", one)
+    session.hold("10.0.0.2", "2" * 32)
+    session.hold("10.0.0.3", one)
+    session.hold("10.0.0.4", one, "eth0")
+    requests = [AddressRequest.parse(text) for text in wanted]
+    found, id = _adopt(session, requests, "eth1", [Reserved()] * len(requests))  # type: ignore[arg-type]
+    assert {number: str(address) for number, address in found.items()} == adopted
+    assert (id.endpoint == one) == bool(adopted)
+    held = session.datastore.ipam.held_by(session.workload.handle) or {}
+    assert {str(address) for address in held} == set(adopted.values())
 
 
 def test_address_requests() -> None:
