@@ -315,6 +315,8 @@ class Agent:
             log.info("%s", event.text)
         elif isinstance(event, events.Failure):
             self._health.record(event)
+        elif isinstance(event, events.LabelsFailed):
+            self._health.record_labels(event)
         else:
             self._on_kernel_event(event)
 
@@ -444,6 +446,8 @@ class Agent:
         for manager in self._managers:
             manager.on_event(dirty)
         self._apply_settings(dirty)
+        if self._health.labels_failed and (dirty.pools or dirty.profiles):
+            self._keeper.retry_labels()
         if dirty.topology:
             self._publish_macs()
             self._check_registration()

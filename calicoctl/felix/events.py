@@ -160,12 +160,18 @@ class Container:
     """A container in the Docker Engine's list. `runs` says whether it is running or paused.
 
     `name` is None if the list contains no name for it. `network_mode` is the value of `docker run --net`, such as
-    `none`.
+    `none`. `labelled` says whether it, or its image, has the label that asks for a connection (workloads/labels.py).
     """
 
     runs: bool
     name: str | None
     network_mode: str = ""
+    labelled: bool = False
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether it may ask to be connected: it runs, and has the label or, with --net=none, perhaps variables."""
+        return self.runs and (self.labelled or self.network_mode == "none")
 
 
 @dataclass(frozen=True)
@@ -184,10 +190,14 @@ class EngineUnavailable:
 
 @dataclass(frozen=True)
 class ContainerChanged:
-    """A Docker container was started or renamed, or has ended; if `removed` is True, it was removed."""
+    """A Docker container was started or renamed, or has ended, or was removed.
+
+    `started` is True if it was started, `removed` if it was removed.
+    """
 
     id: str
     removed: bool
+    started: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,18 @@ class Failure:
 
     why: str | None
     subject: str | None = None
+
+
+@dataclass(frozen=True)
+class LabelsFailed:
+    """A container cannot be connected as its labels ask; `why` is a sentence. If it is None, that is no longer so.
+
+    `id` and `name` are those of the container; the name is empty if it has no meaning.
+    """
+
+    id: str
+    name: str
+    why: str | None
 
 
 BGP, BGP_CONFIGURATION, BGP_PASSWORDS = "bgp", "bgp configuration", "bgp passwords"

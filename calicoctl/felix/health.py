@@ -22,9 +22,10 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE
 from calicoctl.felix.bgp.bird import Session
-from calicoctl.felix.events import BgpChanged, Failure
+from calicoctl.felix.events import BgpChanged, Failure, LabelsFailed
 from calicoctl.limits import shortened
 from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action
+from calicoctl.workloads.workload import short_id
 
 log = logging.getLogger("calico.felix")
 
@@ -164,6 +165,8 @@ class Health:
     """Those keys of `skipped` that are directories, and were too large to be read."""
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
     """Subject -> the current failure: its `error` (a sentence), and `since` when it lasts (ISO 8601)."""
+    labels_failed: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Id of a container that cannot be connected as its labels ask -> its `name`, the `reason`, and since when."""
     last_error: dict[str, str] | None = None
     mtu: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(NO_MTU))
     """The MTU of new interfaces of workloads. In pools without an overlay, it is the MTU of the `underlay`, by IP
@@ -211,6 +214,17 @@ class Health:
             self.failures[failure.subject] = {"since": before["since"] if before else now(), "error": failure.why}
             self.error(failure.why)
 
+    def record_labels(self, event: LabelsFailed) -> None:
+        """Note that a container cannot be connected as its labels ask, or that this has ended. A change is logged."""
+        before = self.labels_failed.get(event.id)
+        if event.why is None:
+            self.labels_failed.pop(event.id, None)
+            return
+        since = before["since"] if before else now()
+        self.labels_failed[event.id] = {"name": event.name, "reason": event.why, "since": since}
+        name = f"{short_id(event.id)} ({event.name})"
+        self.error(f"container {name} cannot be connected as its labels ask: {event.why}")
+
     def counts(self) -> dict[str, int]:
         """Return the number of endpoints by status. Stopped endpoints are counted as `down`, and again as `stopped`."""
         counts = {"up": 0, "down": 0, "error": 0, "stopped": 0}
@@ -237,6 +251,7 @@ class Health:
         subjects = sorted(self.failures)[: limits.REPORTED]
         sessions = sorted(self.bgp.sessions, key=_place)[: limits.SESSIONS]
         interfaces = self.unknown_interfaces[: limits.REPORTED]
+        unconnected = sorted(self.labels_failed)[: limits.REPORTED]
         return {
             "host": self.host,
             "version": self.version,
@@ -259,6 +274,7 @@ class Health:
                 }
                 for id, status in shown
             ],
+            "containers_not_connected": [self._not_connected(id) for id in unconnected],
             "unknown_interfaces": interfaces,
             "problems": [
                 {
@@ -271,6 +287,7 @@ class Health:
             "troubles": [{"subject": subject, **self.failures[subject]} for subject in subjects],
             "left_out": {
                 "endpoints_in_trouble": len(troubled) - len(shown),
+                "containers_not_connected": len(self.labels_failed) - len(unconnected),
                 "unknown_interfaces": len(self.unknown_interfaces) - len(interfaces),
                 "problems": len(problems) - len(some),
                 "troubles": len(self.failures) - len(subjects),
@@ -305,8 +322,20 @@ class Health:
         return {
             **report,
             "endpoints_in_trouble": endpoints,
+            "containers_not_connected": [
+                {**one, "workload_name": None, "reason": UNTOLD} for one in report["containers_not_connected"]
+            ],
             "problems": [{**problem, "problem": UNTOLD} for problem in report["problems"]],
             "last_error": last and {**last, "error": UNTOLD},
+        }
+
+    def _not_connected(self, id: str) -> dict[str, str]:
+        failed = self.labels_failed[id]
+        return {
+            "workload": shortened(id, limits.NAME),
+            "workload_name": shortened(failed["name"], limits.NAME),
+            "reason": shortened(failed["reason"], limits.TEXT),
+            "since": failed["since"],
         }
 
     def _troubled(self) -> list[tuple[EndpointId, Status]]:

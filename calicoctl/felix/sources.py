@@ -52,7 +52,7 @@ from calicoctl.felix.events import (
     WatchRecovered,
 )
 from calicoctl.felix.pending import PendingChanges
-from calicoctl.workloads import servers
+from calicoctl.workloads import labels, servers
 from calicoctl.workloads.guard import Guard
 
 if TYPE_CHECKING:
@@ -379,7 +379,7 @@ def container_changed(change: Any) -> ContainerChanged | None:
         return None
     if action not in engine.CHANGES or not engine.is_id(id):
         return None
-    return ContainerChanged(id, removed=action == "destroy")
+    return ContainerChanged(id, removed=action == "destroy", started=action == "start")
 
 
 def list_containers() -> dict[str, Container]:
@@ -394,7 +394,9 @@ def _listed(containers: list[dict[str, Any]]) -> dict[str, Container]:
         names = [name[1:] for name in container.get("Names") or () if "/" not in name[1:]]
         runs = container["State"] in ("running", "paused")
         mode = str((container.get("HostConfig") or {}).get("NetworkMode"))
-        found[container["Id"]] = Container(runs, names[0] if names else None, mode)
+        all_labels = container.get("Labels")
+        labelled = isinstance(all_labels, dict) and bool(all_labels.get(labels.IP))
+        found[container["Id"]] = Container(runs, names[0] if names else None, mode, labelled)
     return found
 
 

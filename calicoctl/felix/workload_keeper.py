@@ -1,8 +1,9 @@
 """Keeps this host's workloads connected: decides from events which workload is reconciled, and when.
 
 Events of the Docker Engine, of mounts, and of the agent only put a workload into the work queue (workqueue.py). Then
-`upkeep.reconcile` determines what must be done for the workload, while it holds the workload's lock. Actions and
-failures are reported to the agent's loop.
+`upkeep.reconcile` determines what must be done for the workload, while it holds the workload's lock. A container that
+was started and is not connected is connected then as its labels ask (labelling.py). Actions and failures are reported
+to the agent's loop.
 
 One thread, the keeper's thread, owns the queue and all state of this module. Worker threads reconcile, since they wait
 for the store and for the Docker Engine. Namespaces have workers of their own, so a slow engine does not delay them.
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Callable
@@ -28,7 +29,8 @@ from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, Namespace
 from calicoctl.felix import events, sources
 from calicoctl.felix.workqueue import WorkerPool, WorkQueue
 from calicoctl.output import first_few
-from calicoctl.workloads import connected, learning, locks, upkeep
+from calicoctl.workloads import connected, labelling, learning, locks, upkeep
+from calicoctl.workloads.labelling import LabelsRefused
 from calicoctl.workloads.upkeep import Action, NotConnectedHere
 from calicoctl.workloads.workload import (
     DOCKER,
@@ -107,6 +109,11 @@ class EndpointChanged:
 
 
 @dataclass(frozen=True)
+class RetryLabels:
+    """Containers that could not be connected as their labels ask may succeed now: a pool or a profile has changed."""
+
+
+@dataclass(frozen=True)
 class Compared:
     """The result of `_compare_states` or of `_compare_places`, which workers run.
 
@@ -116,12 +123,15 @@ class Compared:
     `keys` are the workloads that do not match, and must be reconciled. `connected` are the endpoints of running
     containers that match the list; `_compare_places` leaves it empty. `refused` are the listed containers that have
     endpoints on this host, although nobody has connected them here (see connected.py); it is None in the result of
-    `_compare_places`, and after a failure. `error` is the exception that ended the comparison, None if there was none.
+    `_compare_places`, and after a failure. `unconnected` are the ids of the listed containers that run, are not
+    connected, and may ask to be: True if by the label, False if perhaps by variables. `error` is the exception that
+    ended the comparison, None if there was none.
     """
 
     keys: list[Key]
     connected: list[EndpointId]
     refused: frozenset[Key] | None = None
+    unconnected: dict[str, bool] = field(default_factory=dict)
     error: Exception | None = None
 
 
@@ -130,15 +140,19 @@ class WorkItem:
     """A workload to reconcile.
 
     `removed` says whether the engine has reported the removal of the container. If it has, there is no grace period.
+    `labels` says whether the container, if it is not connected, is to be connected as its labels ask.
 
     The workload's state is not known yet; reconciling determines it. If it is MISSING, the grace period counts from
     `missing_since`; if it is GONE, from `gone_since` (NEVER: it is over already). Both are times of the keeper's clock.
+    `grace_time` is the duration of the grace period in seconds.
     """
 
     key: Key
     removed: bool
+    labels: bool
     missing_since: float
     gone_since: float
+    grace_time: float
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,8 @@ class WorkResult:
 
     `error` is the exception that ended it early, None if there was none. `state` is the state of the workload, None if
     it was not determined. `kept_since` is when the workload's grace period began; None if the workload has none, or if
-    the period is over. `seconds` is how long reconciling took.
+    the period is over. `seconds` is how long reconciling took. `unlabelled` says that the workload is a container that
+    does not ask to be connected.
     """
 
     key: Key
@@ -156,6 +171,7 @@ class WorkResult:
     state: WorkloadState | None
     kept_since: float | None
     seconds: float
+    unlabelled: bool = False
 
 
 @dataclass
@@ -174,6 +190,10 @@ class _Tracked:
     """When the workload was last re-attached; NEVER if that is longer ago than REATTACH_INTERVAL."""
     removed: bool = False
     """Whether the engine has reported the removal of the container."""
+    labels: bool = False
+    """Whether the container is to be connected as its labels ask, since it was started."""
+    labels_failed: bool = False
+    """Whether it was reported that this fails."""
     failure: str | None = None
     """The failure that was reported last; "" for a first failure that is not reported yet; None if there is none."""
 
@@ -247,11 +267,12 @@ class WorkloadKeeper:
         self._containers: dict[str, events.Container] | None = None
         """The engine's containers, by id, for the next comparison; if None, they are listed again."""
         self._refused = Refused(report)
-        self._engine_was_away = False
-        self._engine_back = NEVER
+        self._unlabelled: set[str] = set()
+        """Ids of containers that do not ask to be connected. Labels and variables of a container never change."""
+        self._engine_back: float | None = NEVER
         """When the engine last became available again, or last listed no container that has an endpoint.
 
-        Until then, its list may have been incomplete.
+        Until then, its list may have been incomplete. None while the engine is unavailable.
         """
         self._ready = True
         """Whether the store may be used: see `set_ready`."""
@@ -279,6 +300,10 @@ class WorkloadKeeper:
     def enqueue(self, id: EndpointId, deleted: bool = False) -> None:
         """Have the workload of an endpoint reconciled. For the reasons, and for `deleted`, see EndpointChanged."""
         self.inbox.put(EndpointChanged(workload_of(id), deleted))
+
+    def retry_labels(self) -> None:
+        """Retry to connect containers as their labels ask: see RetryLabels."""
+        self.inbox.put(RetryLabels())
 
     def set_ready(self, ready: bool) -> None:
         """Set whether the store may be used. While `ready` is False, no reconciliation of a workload is started."""
@@ -332,6 +357,9 @@ class WorkloadKeeper:
         elif isinstance(item, EndpointChanged) and item.deleted:
             self._refused.keys.discard(item.key)
             self._add(item.key, now + DELETED_PAUSE)
+            self._retry_labels(now)
+        elif isinstance(item, RetryLabels):
+            self._retry_labels(now)
         elif isinstance(item, EndpointChanged) and item.key[0] == NAMESPACE and not self._is_connected(item.key):
             self._refused.keys.add(item.key)  # there may be many of them, so they take no worker's time
         elif isinstance(item, EndpointChanged):
@@ -342,11 +370,14 @@ class WorkloadKeeper:
             if item.removed and upkeep.is_managed(*key):
                 tracked = self._track(key)
                 tracked.removed, tracked.kept_since = True, None
+                self._unlabelled.discard(item.id)
+            elif item.started:
+                self._look_at_labels(key)
             self._add(key, now, last=False)
         elif isinstance(item, events.EngineListed):
             self._on_engine_listed(item, now)
         elif isinstance(item, events.EngineUnavailable):
-            self._engine_was_away = True
+            self._engine_back = None
             self._queue.pause(DOCKER)
             log.info("%s; containers' endpoints and addresses are kept", item.why)
         elif isinstance(item, events.MountsChanged):
@@ -360,13 +391,13 @@ class WorkloadKeeper:
             self._report(item)
 
     def _on_engine_listed(self, item: events.EngineListed, now: float) -> None:
-        if self._engine_was_away:
+        if self._engine_back is None:
             log.info("the Docker Engine can be asked again")
         # an engine that knows none of our containers may have been started before its data directory was mounted
-        if self._engine_was_away or not any((DOCKER, id) in self._expected for id in item.containers):
+        if self._engine_back is None or not any((DOCKER, id) in self._expected for id in item.containers):
             self._engine_back = now
-        self._engine_was_away = False
         self._queue.resume(DOCKER)
+        self._unlabelled &= item.containers.keys()
         self._containers = item.containers
         self._jobs[self._compare_with_engine] = now
 
@@ -383,7 +414,7 @@ class WorkloadKeeper:
                 self._jobs[job] = now
                 raise
         for key in self._queue.take(now):
-            self._pool.submit(key[0], partial(self._reconcile, self._work_item(key)))
+            self._pool.submit(key[0], partial(_reconcile, self._clock, self._work_item(key)))
 
     def _add(self, key: Key, at: float, last: bool | None = None) -> None:
         """Schedule a workload to be reconciled at the time `at`, even during its backoff after a failure.
@@ -401,6 +432,20 @@ class WorkloadKeeper:
         """
         if upkeep.is_managed(*key):
             self._queue.add_after_backoff(key, at, last)
+
+    def _look_at_labels(self, key: Key) -> bool:
+        """Have a container connected as its labels ask when it is reconciled next. Return whether it may ask for it."""
+        if not upkeep.is_managed(*key) or key[1] in self._unlabelled:
+            return False
+        self._track(key).labels = True
+        return True
+
+    def _retry_labels(self, now: float) -> None:
+        """Retry soon to connect the containers that could not be connected as their labels ask."""
+        # soon: a command releases addresses just after it has deleted the endpoint
+        for key, tracked in self._tracked.items():
+            if tracked.labels and tracked.failure is not None:
+                self._add(key, now + LOCK_PAUSE)
 
     def _is_last(self, key: Key) -> bool:
         """Return whether a workload is reconciled after all others, which is so if nobody has connected it here."""
@@ -470,6 +515,9 @@ class WorkloadKeeper:
             self._refused.replace(DOCKER, item.refused)
         for key in item.keys:
             self._add(key, now)
+        for id, labelled in item.unconnected.items():
+            if self._look_at_labels((DOCKER, id)):
+                self._add_after_backoff((DOCKER, id), now, last=not labelled)  # few of many may have variables
         if item.connected:
             self._pool.submit(DOCKER, partial(_compare_places, item.connected))
         if item.error is None:
@@ -495,6 +543,8 @@ class WorkloadKeeper:
         for orchestrator in (DOCKER, NAMESPACE):
             locks.remove_stale(host, orchestrator)
             for id in locks.interrupted(host, orchestrator):
+                if orchestrator == DOCKER:
+                    self._look_at_labels((DOCKER, id))  # connecting it may have been interrupted
                 self._add_after_backoff((orchestrator, id), now, (orchestrator, id) not in here)
         before, self._namespaces = self._namespaces, {}
         for id, one in known[NAMESPACE].items():
@@ -521,38 +571,13 @@ class WorkloadKeeper:
     # One workload
 
     def _work_item(self, key: Key) -> WorkItem:
-
         tracked = self._known(key)
         kept_since = self._clock() if tracked.kept_since is None else tracked.kept_since
         gone_since = max(tracked.unreachable_at, NEVER if tracked.kept_since is None else tracked.kept_since)
         if key[0] == DOCKER:
-            gone_since = max(gone_since, self._engine_back)
-        return WorkItem(key, tracked.removed, max(tracked.unreachable_at, kept_since), gone_since)
-
-    def _reconcile(self, item: WorkItem, datastore: DatastoreClient) -> WorkResult:
-        """Reconcile a workload. Runs in a worker, and raises nothing: see WorkResult.error."""
-        found: WorkloadState | None = None
-        kept_since: float | None = None
-
-        def may_collect(state: WorkloadState) -> bool:
-            nonlocal found, kept_since
-            found = state
-            if state in (WorkloadState.MISSING, WorkloadState.GONE):
-                since = item.missing_since if state is WorkloadState.MISSING else item.gone_since
-                is_over = item.removed or self._clock() >= since + self.grace_time
-                kept_since = None if is_over else since
-            return kept_since is None
-
-        started = self._clock()
-        actions: list[Action] = []
-        failure: Exception | None = None
-        try:
-            for action in upkeep.reconcile(datastore, *item.key, may_collect, item.removed):
-                actions.append(action)  # one by one, to have those done before a failure, too
-        except Exception as error:
-            log.debug("traceback", exc_info=not isinstance(error, CalicoError))
-            failure = error
-        return WorkResult(item.key, actions, failure, found, kept_since, self._clock() - started)
+            gone_since = max(gone_since, NEVER if self._engine_back is None else self._engine_back)
+        missing_since = max(tracked.unreachable_at, kept_since)
+        return WorkItem(key, tracked.removed, tracked.labels, missing_since, gone_since, self.grace_time)
 
     def _on_result(self, result: WorkResult) -> None:
         """Report what was done for a workload, and enqueue the workload again if necessary. Raises StoreUnavailable."""
@@ -562,7 +587,11 @@ class WorkloadKeeper:
         for action in result.actions:
             if action.kind == upkeep.REATTACHED:
                 tracked.reattached_at = now
+            elif action.kind == upkeep.COLLECTED:
+                self._retry_labels(now)  # with the addresses that were released
             self._report(action)
+        if result.unlabelled:
+            self._unlabelled.add(key[1])
         if result.kept_since is not None:
             tracked.kept_since = result.kept_since
             self._add(key, result.kept_since + self.grace_time)
@@ -586,8 +615,11 @@ class WorkloadKeeper:
             self._backoff(key, tracked, result.error, result.seconds)
         else:
             tracked.failure = None
+            if tracked.labels_failed:
+                tracked.labels_failed = False
+                self._report(events.LabelsFailed(key[1], "", None))
             if result.kept_since is None and key not in self._queue:
-                tracked.removed = False
+                tracked.removed = tracked.labels = False
         if tracked == _Tracked():
             del self._tracked[key]
 
@@ -624,7 +656,10 @@ class WorkloadKeeper:
             pause = LOCK_PAUSE
         else:
             text = str(error) if isinstance(error, CalicoError) else f"{type(error).__name__}: {error}"
-            if tracked.failure != text:
+            if tracked.failure != text and isinstance(error, LabelsRefused):
+                tracked.labels_failed = True
+                self._report(events.LabelsFailed(key[1], error.name, text))
+            elif tracked.failure != text:
                 self._report(events.Failure(f"{key[0]} {printable(key[1][:64])}: {text}"))
             tracked.failure = text
         self._queue.back_off(key, self._clock() + pause, self._is_last(key))
@@ -653,6 +688,39 @@ def _learn_once(
 # Run by workers
 
 
+def _reconcile(clock: Callable[[], float], item: WorkItem, datastore: DatastoreClient) -> WorkResult:
+    """Reconcile a workload. `clock` is the keeper's clock. Raises nothing: see WorkResult.error."""
+    found: WorkloadState | None = None
+    kept_since: float | None = None
+
+    def may_collect(state: WorkloadState) -> bool:
+        nonlocal found, kept_since
+        found = state
+        if state in (WorkloadState.MISSING, WorkloadState.GONE):
+            since = item.missing_since if state is WorkloadState.MISSING else item.gone_since
+            is_over = item.removed or clock() >= since + item.grace_time
+            kept_since = None if is_over else since
+        return kept_since is None
+
+    started = clock()
+    actions: list[Action] = []
+    failure: Exception | None = None
+    unlabelled = False
+    try:
+        for action in upkeep.reconcile(datastore, *item.key, may_collect, item.removed):
+            actions.append(action)  # one by one, to have those done before a failure, too
+        if item.removed:
+            connected.forget_disconnected(datastore.host, item.key[1])
+        elif item.labels:
+            labelled = labelling.connect(datastore, item.key[1])
+            unlabelled = not labelled.asks
+            actions += filter(None, [labelled.action])
+    except Exception as error:
+        log.debug("traceback", exc_info=not isinstance(error, CalicoError))
+        failure = error
+    return WorkResult(item.key, actions, failure, found, kept_since, clock() - started, unlabelled)
+
+
 def _compare_states(
     report: Callable[[Any], None], containers: dict[str, events.Container] | None, datastore: DatastoreClient
 ) -> Compared:
@@ -671,6 +739,7 @@ def _compare_states(
         _learn_once(report, datastore.host, DOCKER, learning.learn_containers, datastore, modes)
         known = connected.every(datastore.host, DOCKER)
         found += [(DOCKER, id) for id in known if id not in containers]
+        _forget_disconnected(datastore.host, containers, known)
         endpoints, unreadable = datastore.readable_endpoints(datastore.host)
         interfaces = {name for _, name in socket.if_nameindex()}
         for id in filter(None, (parse_endpoint(error.key) for error in unreadable)):
@@ -691,9 +760,24 @@ def _compare_states(
                 running.append(endpoint.id)
             if container is not None and endpoint.id.workload not in known:
                 refused.add((DOCKER, endpoint.id.workload))
+        is_taken = {id for _, id in refused} | known.keys()
+        unconnected = {
+            id: container.labelled for id, container in containers.items() if container.may_ask and id not in is_taken
+        }
     except Exception as error:
         return Compared([], [], error=error)
-    return Compared(found, running, frozenset(refused))
+    return Compared(found, running, frozenset(refused), unconnected)
+
+
+def _forget_disconnected(host: str, containers: Collection[str], known: Collection[str]) -> None:
+    """Forget which containers commands have disconnected if they no longer exist. `containers` is the engine's list.
+
+    `known` are connected containers. If the engine lists none of ours, it may not have loaded its data yet.
+    """
+    noted = connected.disconnected(host)
+    if any(id in containers for id in (*noted, *known)):
+        for id in noted.difference(containers):
+            connected.forget_disconnected(host, id)
 
 
 def _compare_places(running: list[EndpointId], datastore: DatastoreClient) -> Compared:

@@ -247,7 +247,8 @@ def test_events_of_any_shape_and_pace(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with an_engine(respond, tmp_path, monkeypatch) as server, following() as agent:
         assert isinstance(agent.next(), EngineListed)
-        assert [agent.next(), agent.next()] == [ContainerChanged(ID, removed=False), ContainerChanged(ID, removed=True)]
+        started, removed = ContainerChanged(ID, removed=False, started=True), ContainerChanged(ID, removed=True)
+        assert [agent.next(), agent.next()] == [started, removed]
         assert len([line for line in server.requests if "/events" in line]) == 1
 
 

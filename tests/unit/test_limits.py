@@ -223,6 +223,7 @@ def test_the_report_is_bounded_and_has_the_worst(tmp_path: Path, monkeypatch: py
         health.endpoints[id] = Status("down" if number else "error", 1, long, long)
         health.problems[keys.endpoint(id)] = long
         health.failures[f"failure {number}"] = {"since": "", "error": ""}
+        health.labels_failed[f"{number:064x}"] = {"name": long, "reason": long, "since": ""}
     health.problems["/calico/v1/policy/profile/web/rules"] = "it is no JSON"
     health.unknown_interfaces = [f"cali{number}" for number in range(20_000)]
     health.error(long)
@@ -230,7 +231,7 @@ def test_the_report_is_bounded_and_has_the_worst(tmp_path: Path, monkeypatch: py
     for file in (process.report_file(HOST), process.private(process.report_file(HOST))):
         assert file.stat().st_size < 600_000
         found = json.loads(file.read_text())
-        lists = ("endpoints_in_trouble", "problems", "troubles", "unknown_interfaces")
+        lists = ("endpoints_in_trouble", "problems", "troubles", "unknown_interfaces", "containers_not_connected")
         assert {len(found[name]) for name in lists} == {limits.REPORTED}
         assert all(found["left_out"][name] >= 20_000 - limits.REPORTED for name in lists)
         assert found["endpoints_in_trouble"][0]["status"] == "error"

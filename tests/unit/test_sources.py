@@ -30,7 +30,7 @@ def test_events_of_old_and_of_current_engines() -> None:
     renamed = {**current, "Action": "rename", "Actor": {"ID": ID, "Attributes": {"name": "b", "oldName": "/a"}}}
     assert container_changed(renamed) == ContainerChanged(ID, removed=False)
     older = {**current, "Action": "destroy", "status": "destroy", "id": ID, "from": "busybox"}
-    assert container_changed(current) == ContainerChanged(ID, removed=False)
+    assert container_changed(current) == ContainerChanged(ID, removed=False, started=True)
     assert container_changed(older) == ContainerChanged(ID, removed=True)
 
 

@@ -22,7 +22,8 @@ from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, NamespaceError, StoreUnavailable
 from calicoctl.felix import events, sources, workload_keeper
 from calicoctl.felix.workload_keeper import WorkloadKeeper
-from calicoctl.workloads import connected, learning, locks, upkeep
+from calicoctl.workloads import connected, labelling, learning, locks, upkeep
+from calicoctl.workloads.labelling import Labelled, LabelsRefused
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action, NotConnectedHere
 from calicoctl.workloads.workload import WorkloadState
@@ -72,6 +73,17 @@ class Bench:
     collected: list[str] = field(default_factory=list)
     reported: list[Any] = field(default_factory=list)
     containers: list[str] = field(default_factory=list)
+    labels: dict[str, Labelled | Exception] = field(default_factory=dict)
+    """By container's id, what its labels lead to; those of others do not ask for anything."""
+    looked_at: list[str] = field(default_factory=list)
+    """The containers whose labels were looked at."""
+
+    def connect(self, _: object, id: str) -> Labelled:
+        self.looked_at.append(id)
+        found = self.labels.get(id, Labelled(False))
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def reconcile(
         self, _: object, orchestrator: str, id: str, may_collect: Callable[[WorkloadState], bool], removed: bool
@@ -120,6 +132,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     made = Bench(keeper, keeper._pool, datastore, reported=reported)  # type: ignore[arg-type]
     monkeypatch.setattr(upkeep, "reconcile", made.reconcile)
     monkeypatch.setattr(upkeep, "misattached", lambda paths: [])
+    monkeypatch.setattr(labelling, "connect", made.connect)
     monkeypatch.setattr(
         sources, "list_containers", lambda: {id: events.Container(True, None) for id in made.containers}
     )
@@ -548,3 +561,126 @@ def test_what_is_connected_is_read_once_and_not_once_more_for_each_workload(
     order = bench.take(workload_keeper.Resynced({}))
     assert {*order[:20]} == {*here} and {*order[20:]} >= {*invented}, "what was connected here goes first"
     assert bench.failures()[-1].startswith("nobody has connected 20 of the workloads") and asked == []
+
+
+# Labels
+
+
+def started(id: str) -> events.ContainerChanged:
+    return events.ContainerChanged(id, removed=False, started=True)
+
+
+def labels_failed(bench: Bench) -> list[str | None]:
+    return [item.why for item in bench.reported if isinstance(item, events.LabelsFailed)]
+
+
+def test_the_labels_of_a_container_that_starts_are_looked_at_once(bench: Bench) -> None:
+    bench.take(listed())
+    action = Action(upkeep.CHANGED, "connected")
+    bench.labels[ONE] = Labelled(True, action)
+    assert bench.take(started(ONE)) == [ONE]
+    assert bench.looked_at == [ONE] and bench.reported == [action]
+    bench.take(changed(ONE))
+    assert bench.looked_at == [ONE], "it was renamed, say"
+    bench.take(started(ONE))
+    assert bench.looked_at == [ONE, ONE]
+
+
+def test_containers_without_labels_are_looked_at_once(bench: Bench) -> None:
+    bench.take(listed())
+    for _ in range(3):
+        bench.take(started(ONE))
+    assert bench.looked_at == [ONE]
+    bench.take(changed(ONE, removed=True), started(TWO))
+    assert bench.looked_at == [ONE, TWO]
+    assert bench.keeper._unlabelled == {TWO}, "what is gone is forgotten"
+
+
+def test_running_containers_that_may_have_labels_and_are_not_connected_are_found_in_the_list(bench: Bench) -> None:
+    ids = [f"{number:064x}" for number in range(7)]
+    labelled, none, bridge, stopped, connected_here, stored, disconnected = ids
+    connected.put("vm", "docker", connected_here)
+    add_endpoint(bench, stored, "active")
+    bench.labels[labelled] = Labelled(True)
+    containers = {id: events.Container(True, None, "none", labelled=True) for id in ids}
+    containers[none] = events.Container(True, None, "none")
+    containers[bridge] = events.Container(True, None, "bridge")
+    containers[stopped] = events.Container(False, None, "none", labelled=True)
+    bench.take(events.EngineListed(containers))
+    assert bench.looked_at == [labelled, disconnected, none], "those without the label come last"
+
+
+def test_what_cannot_be_connected_is_reported_once_and_retried(bench: Bench) -> None:
+    bench.take(listed())
+    bench.labels[ONE] = LabelsRefused("web", "IP 192.168.0.1 is already assigned")
+    bench.take(started(ONE))
+    assert bench.reported == [], "it may just be ending"
+    bench.wait(0.5)
+    assert bench.reported == [events.LabelsFailed(ONE, "web", "IP 192.168.0.1 is already assigned")]
+    bench.wait(10)
+    assert len(bench.looked_at) == 3 and len(bench.reported) == 1
+    bench.labels[ONE] = LabelsRefused("web", "There is no such profile")
+    bench.wait(10)
+    assert labels_failed(bench)[1:] == ["There is no such profile"]
+    bench.labels[ONE] = Labelled(True, Action(upkeep.CHANGED, "connected"))
+    bench.wait(10)
+    assert labels_failed(bench)[2:] == [None]
+    assert bench.wait(600) == [] and len(bench.looked_at) == 5
+
+
+@pytest.mark.parametrize("how", ["policy", "an endpoint is deleted", "a container is collected"])
+def test_a_container_that_failed_is_retried_as_soon_as_it_may_succeed(bench: Bench, how: str) -> None:
+    bench.take(listed())
+    bench.labels[ONE] = LabelsRefused("web", "no")
+    bench.take(started(ONE))
+    bench.wait(0.5)
+    before = len(bench.looked_at)
+    assert bench.wait(1.0) == []
+    bench.labels[ONE] = Labelled(True)
+    if how == "policy":
+        bench.keeper.retry_labels()
+    elif how == "an endpoint is deleted":
+        bench.keeper.enqueue(docker(TWO), deleted=True)
+    else:
+        bench.outcomes[TWO] = Outcome(WorkloadState.GONE, [Action(COLLECTED, "released")])
+        bench.take(changed(TWO, removed=True))
+    bench.take()
+    bench.wait(0.5)
+    assert len(bench.looked_at) == before + 1
+
+
+def test_a_failure_ends_with_its_container(bench: Bench) -> None:
+    bench.take(listed())
+    bench.labels[ONE] = LabelsRefused("web", "no")
+    bench.take(started(ONE))
+    bench.wait(0.5)
+    connected.set_disconnected("vm", ONE, "then")
+    bench.take(changed(ONE, removed=True))
+    assert labels_failed(bench) == ["no", None] and connected.disconnected("vm") == set()
+    assert bench.wait(600) == []
+
+
+def test_labels_wait_for_the_store(bench: Bench) -> None:
+    bench.take(listed())
+    bench.labels[ONE] = StoreUnavailable("etcd is away")
+    bench.take(started(ONE))
+    bench.labels[ONE] = Labelled(True)
+    bench.wait(1.0)
+    assert bench.looked_at == [ONE, ONE] and bench.reported == []
+
+
+def test_a_container_whose_first_connection_was_interrupted_is_looked_at(bench: Bench) -> None:
+    bench.take(listed())
+    with WorkloadLock("vm", "docker", ONE) as lock:
+        lock.mark_in_progress()
+    bench.wait(10)
+    assert bench.looked_at == [ONE]
+
+
+def test_what_commands_have_disconnected_is_forgotten_with_containers_that_are_gone(bench: Bench) -> None:
+    for id in (ONE, TWO):
+        connected.set_disconnected("vm", id, "then")
+    bench.take(listed("3" * 64))
+    assert connected.disconnected("vm") == {ONE, TWO}, "the engine may not have loaded its data yet"
+    bench.take(listed(ONE))
+    assert connected.disconnected("vm") == {ONE}
