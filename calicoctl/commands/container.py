@@ -50,14 +50,23 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.commands.endpoint import change_profiles, display_order, profile_names, show_endpoints, show_profiles
+from calicoctl.commands.endpoint import (
+    Unconnected,
+    change_profiles,
+    display_order,
+    profile_names,
+    show_endpoints,
+    show_profiles,
+    unconnected,
+)
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
-from calicoctl.errors import CalicoError, about, for_each
+from calicoctl.errors import CalicoError, NotFound, about, for_each
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, wants_json
 from calicoctl.workloads.workload import (
+    Workload,
     check_workload_name,
     endpoints_of,
     find,
@@ -210,13 +219,22 @@ def _request_and_interface(arguments: dict[str, Any]) -> tuple[AddressRequest, s
 
 def _endpoint_show(arguments: dict[str, Any]) -> None:
     datastore = DatastoreClient.from_environment()
-    show_endpoints(datastore, _endpoints(datastore, arguments["<CONTAINER>"]), arguments)
+    workload = find_connected(arguments["<CONTAINER>"], datastore)
+    endpoints: list[Endpoint] = []
+    failed: list[Unconnected] = []
+    try:
+        endpoints = _endpoints(datastore, workload)
+    except NotFound:
+        failed = unconnected(datastore.host, workload.id)
+        if not failed:
+            raise
+    show_endpoints(datastore, endpoints, arguments, failed)
 
 
 def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
     name = arguments["<CONTAINER>"]
     datastore = DatastoreClient.from_environment()
-    endpoints = _endpoints(datastore, name)
+    endpoints = _endpoints(datastore, find_connected(name, datastore))
     if len(endpoints) > 1:
         ids = ", ".join(endpoint.id.endpoint for endpoint in endpoints)
         raise CalicoError(f"{name} has several endpoints ({ids}): use 'calicoctl endpoint ENDPOINT_ID profile'.")
@@ -226,15 +244,14 @@ def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
         change_profiles(datastore, endpoints[0], name, arguments, profiles)
 
 
-def _endpoints(datastore: DatastoreClient, name: str) -> list[Endpoint]:
-    """Return the endpoints, in display order, of the workload whose name, id or path is `name`.
+def _endpoints(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
+    """Return the endpoints of a workload, in display order.
 
     Raises NotFound if the workload has none, and CalicoError if one belongs to another namespace, with the same id.
     """
-    workload = find_connected(name, datastore)
     endpoints = sorted(endpoints_of(datastore, workload), key=display_order)
     for endpoint in endpoints:
         refuse_others_endpoint(datastore, workload, endpoint)
     if not endpoints:
-        raise not_connected(name)
+        raise not_connected(workload.name)
     return endpoints

@@ -33,7 +33,9 @@ terminal's width. In a pipe or a file, everything is shown, a container's name
 in the line below its id. The state of an active endpoint is followed by its
 status unless that is up: (down), (error), or (unknown) if the agent of its
 host is down or has not reported the endpoint yet. Reasons follow the table,
-on standard error. JSON: status, and reason.
+on standard error. JSON: status, and reason. A container of this host that
+cannot be connected as its labels ask has a row with the state error, without
+an endpoint's id, as long as the agent runs.
 Profiles are evaluated in the order of the list; `set` without profiles clears
 it. These commands need no root, and work for the endpoints of any host.
 
@@ -55,11 +57,15 @@ from calicoctl.addresses import host_net, pack
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import check_hostname
+from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotFound, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import abridges, first_few, print_json, print_table, wants_json, warn
-from calicoctl.workloads.workload import short_id
+from calicoctl.workloads.workload import DOCKER, short_id
+
+Unconnected = tuple[Endpoint, str]
+"""A container that cannot be connected as its labels ask: see `unconnected`."""
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 EXPENDABLE = ("MAC", "Orchestrator ID", "Endpoint ID")
@@ -89,10 +95,11 @@ def _show(arguments: dict[str, Any]) -> None:
     datastore = DatastoreClient.from_environment()
     endpoints = _matching(datastore, arguments, arguments["--endpoint"])
     filters = [f for f in ("--host", "--orchestrator", "--workload", "--endpoint") if arguments[f] is not None]
-    if not endpoints and filters:
+    failed = _unconnected_matching(datastore.host, arguments, endpoints) if arguments["--detailed"] else []
+    if not endpoints and filters and not failed:
         raise NotFound(f"There is no endpoint with {' and '.join(f'{name}={arguments[name]}' for name in filters)}.")
     if arguments["--detailed"]:
-        show_endpoints(datastore, endpoints, arguments)
+        show_endpoints(datastore, endpoints, arguments, failed)
         return
     counts: dict[tuple[str, str], list[Endpoint]] = {}
     for endpoint in endpoints:
@@ -127,6 +134,17 @@ def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id
     ]
 
 
+def _unconnected_matching(host: str, arguments: dict[str, Any], endpoints: list[Endpoint]) -> list[Unconnected]:
+    """Return the containers of this host that have none of `endpoints`, and that the options select."""
+    connected = {endpoint.id.workload for endpoint in endpoints}
+    if arguments["--host"] not in (None, host) or arguments["--orchestrator"] not in (None, DOCKER):
+        return []
+    found = [] if arguments["--endpoint"] is not None else unconnected(host)
+    found = [one for one in found if one[0].id.workload not in connected]  # a command has just connected them
+    workload = arguments["--workload"] or ""
+    return [(one, why) for one, why in found if one.id.workload.startswith(workload) or one.workload_name == workload]
+
+
 def _profile(arguments: dict[str, Any], names: list[str]) -> None:
     as_json = wants_json(arguments)
     id = arguments["<ENDPOINT_ID>"]
@@ -146,6 +164,21 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
 
 
 # Shared with `container` and `profile`
+
+
+def unconnected(host: str, workload: str | None = None) -> list[Unconnected]:
+    """Return the containers that cannot be connected as their labels ask, or the one with the id `workload`.
+
+    Each is an endpoint without an id, with the state `error`, and the reason.
+    """
+    from calicoctl.diagnose import host_status  # imports much that most commands about endpoints do not need
+
+    found = []
+    for one in host_status.containers_not_connected(host):
+        if workload in (None, one["workload"]):
+            id = EndpointId(host, DOCKER, one["workload"], "")
+            found.append((Endpoint(id, state="error", workload_name=one["workload_name"]), one["reason"]))
+    return sorted(found, key=lambda pair: display_order(pair[0]))
 
 
 def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
@@ -188,14 +221,25 @@ def workload_cell(endpoint: Endpoint, short: bool) -> str:
     return "\n".join(filter(None, (endpoint.id.workload, endpoint.workload_name)))
 
 
-def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], arguments: dict[str, Any]) -> None:
+def show_endpoints(
+    datastore: DatastoreClient,
+    endpoints: Sequence[Endpoint],
+    arguments: dict[str, Any],
+    failed: Sequence[Unconnected] = (),
+) -> None:
     """Print endpoints with all their fields, as JSON or as a table, abridged on a terminal (see output.abridges).
 
-    After a table, prints a warning with the reason for each endpoint whose status is `error` or `up` and has a reason,
-    but for MOST_REASONS endpoints at most.
+    The containers in `failed` (see `unconnected`) follow the endpoints. After a table, prints a warning with the reason
+    for each endpoint whose status is `error` or `up` and has a reason, but for MOST_REASONS endpoints at most.
     """
     hosts = {endpoint.id.host for endpoint in endpoints}
-    status_of = datastore.hosts.endpoint_statuses(hosts.pop() if len(hosts) == 1 else None)
+    stored_status_of = datastore.hosts.endpoint_statuses(hosts.pop() if len(hosts) == 1 else None)
+    reason_of = {endpoint.id: reason for endpoint, reason in failed}
+    endpoints = [*endpoints, *(endpoint for endpoint, _ in failed)]
+
+    def status_of(id: EndpointId) -> tuple[str, str | None]:
+        return ("error", reason_of[id]) if id in reason_of else stored_status_of(id)
+
     if wants_json(arguments):
         print_json([_as_json(endpoint, *status_of(endpoint.id)) for endpoint in endpoints])
         return
@@ -220,6 +264,8 @@ def show_endpoints(datastore: DatastoreClient, endpoints: Sequence[Endpoint], ar
     print_table(COLUMNS, rows, expendable=EXPENDABLE, complete=not short)
     reasons = [
         f"Endpoint {short_id(endpoint.id.endpoint)} of {called(endpoint)} is {status}: {reason}."
+        if endpoint.id.endpoint
+        else f"{called(endpoint)} cannot be connected as its labels ask: {reason.rstrip('.')}."
         for endpoint in endpoints
         for status, reason in [status_of(endpoint.id)]
         if reason is not None and status in ("error", "up")
@@ -246,7 +292,8 @@ def _state(endpoint: Endpoint, status: str, short: bool) -> str:
 def _as_json(endpoint: Endpoint, status: str, reason: str | None) -> dict[str, Any]:
     """Return an endpoint's fields for JSON, including its status and those that the store omits since they are None."""
     optional = {"inactive_since": endpoint.inactive_since, "workload_name": endpoint.workload_name}
-    return {**asdict(endpoint.id), **endpoint.to_dict(), **optional, "status": status, "reason": reason}
+    id = {**asdict(endpoint.id), "endpoint": endpoint.id.endpoint or None}
+    return {**id, **endpoint.to_dict(), **optional, "status": status, "reason": reason}
 
 
 def _duration(since: str) -> str:

@@ -27,12 +27,13 @@ What comes from etcd or Docker, such as names of containers and the reasons of
 errors, is shown to root alone.
 
 The exit status is 1 when etcd cannot be read, written or watched, when a
-directory in it is too large to be read, when an endpoint is in error, and
-when the current status is unknown: the agent is not running, or its report is
-older than half a minute (it is written every ten seconds), or an agent on
-another machine has taken over the host's name. In all other cases it is 0,
-also if BGP sessions are down, or an old agent (Felix) reports for this host
-and none of this version runs here.
+directory in it is too large to be read, when an endpoint is in error, when a
+container cannot be connected as its labels ask, and when the current status
+is unknown: the agent is not running, or its report is older than half a
+minute (it is written every ten seconds), or an agent on another machine has
+taken over the host's name. In all other cases it is 0, also if BGP sessions
+are down, or an old agent (Felix) reports for this host and none of this
+version runs here.
 
 Examples:
   calicoctl status
@@ -47,7 +48,7 @@ from typing import Any
 from calicoctl import limits
 from calicoctl.datastore.hosts import hostname
 from calicoctl.diagnose import host_status
-from calicoctl.diagnose.host_status import AGENT, KEY, STORE, Issue
+from calicoctl.diagnose.host_status import AGENT, CONTAINER, KEY, STORE, Issue
 from calicoctl.errors import CalicoError, one_line
 from calicoctl.felix import events
 from calicoctl.grammar import Prepared, parse
@@ -183,6 +184,10 @@ def _summary(failures: list[Issue], in_error: int) -> str:
         parts.append("its agent cannot fully use etcd")
     if any(issue.kind == KEY for issue in failures):
         parts.append("its agent cannot read a part of etcd")
+    unconnected = [issue for issue in failures if issue.kind == CONTAINER]
+    if unconnected:
+        count = quantity(len(unconnected), "container")
+        parts.append(f"{count} cannot be connected as {'its' if len(unconnected) == 1 else 'their'} labels ask")
     if in_error:
         parts.append(f"{in_error} endpoint{'s are' if in_error > 1 else ' is'} in error")
     return f"This host has problems: {', and '.join(parts)}."

@@ -28,7 +28,7 @@ from calicoctl.workloads.workload import short_id
 OLDEST_REPORT = 30.0
 """The age, in seconds, beyond which a report is stale. An agent writes its report at least every agent.TICK (10 s)."""
 
-AGENT, STORE, ENDPOINT, HOST, KEY, BGP = "agent", "store", "endpoint", "host", "key", "bgp"
+AGENT, STORE, ENDPOINT, CONTAINER, HOST, KEY, BGP = "agent", "store", "endpoint", "container", "host", "key", "bgp"
 
 _ABILITY = {"works": None, "since": None, "error": None}
 _NOTHING: dict[str, Any] = {
@@ -53,10 +53,17 @@ _NOTHING: dict[str, Any] = {
     },
     "endpoints": {"up": 0, "down": 0, "error": 0, "stopped": 0},
     "endpoints_in_trouble": [],
+    "containers_not_connected": [],
     "unknown_interfaces": [],
     "problems": [],
     "troubles": [],
-    "left_out": {"endpoints_in_trouble": 0, "unknown_interfaces": 0, "problems": 0, "troubles": 0, "bgp_sessions": 0},
+    "left_out": dict.fromkeys(
+        (
+            *("endpoints_in_trouble", "containers_not_connected", "unknown_interfaces"),
+            *("problems", "troubles", "bgp_sessions"),
+        ),
+        0,
+    ),
     "last_error": None,
     "resyncs": 0,
     "healed": 0,  # re-attached workloads: the name is fixed, since scripts read it
@@ -72,7 +79,7 @@ _NOTHING: dict[str, Any] = {
 _NO_ROOM = "Kernel MD5 auth"
 """BIRD's error if the kernel refuses the password of a session (TCP_MD5SIG), usually because there are too many."""
 
-_LATER = ("bgp", "bird", "mtu", "left_out")
+_LATER = ("bgp", "bird", "mtu", "left_out", "containers_not_connected")
 """Fields that reports of older agents lack."""
 
 _OLDEST = {name: value for name, value in _NOTHING.items() if name not in _LATER}
@@ -136,6 +143,17 @@ def read(host: str) -> dict[str, Any]:
     return status
 
 
+def containers_not_connected(host: str) -> list[dict[str, Any]]:
+    """Return the containers that cannot be connected as their labels ask; empty if the host's agent does not run.
+
+    Each has the container's id (`workload`), its `workload_name` (None for users other than root), `reason` and
+    `since`.
+    """
+    found = process.report(host) if process.running(host) is not None else None
+    containers = (found or {}).get("containers_not_connected")
+    return containers if isinstance(containers, list) else []
+
+
 def issues(status: dict[str, Any]) -> list[Issue]:
     """Return the problems in a status from `read`, worst first."""
     return [Issue(**issue) for issue in status["issues"]]
@@ -148,6 +166,7 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
         return
     yield from _store(status)
     yield from _endpoints(status, "error")
+    yield from _not_connected(status)
     yield from _host_failures(status)
     yield from _sessions(status)
     yield from _unknown_interfaces(status)
@@ -227,6 +246,13 @@ def _endpoints(status: dict[str, Any], state: str) -> Iterator[Issue]:
             text = f"endpoint {short_id(endpoint['endpoint'])} of {endpoint['orchestrator']} {workload} is {state}"
             text += f": {endpoint['reason']}"
             yield Issue(ENDPOINT, text, "", state == "error")
+
+
+def _not_connected(status: dict[str, Any]) -> Iterator[Issue]:
+    for container in status["containers_not_connected"]:
+        name = container["workload_name"] or short_id(container["workload"])
+        text = f"container {name} cannot be connected as its labels ask (since {container['since']})"
+        yield Issue(CONTAINER, f"{text}: {container['reason']}", "", True)
 
 
 def _host_failures(status: dict[str, Any]) -> Iterator[Issue]:

@@ -116,6 +116,31 @@ def test_a_container_is_called_by_its_name(health: Health, capsys: pytest.Captur
     assert first["workload"] == "1" * 64 and first["workload_name"] == "web" and first["endpoint"] == "2" * 32
 
 
+def test_containers_that_cannot_be_connected_are_named_and_fail(
+    health: Health, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id, why = "1" * 64, "IP 192.168.0.1 is already assigned"
+    health.record_labels(events.LabelsFailed(id, "web", why))
+    write(health)
+    out, summary = told(capsys)
+    since = health.labels_failed[id]["since"]
+    assert f"  container web cannot be connected as its labels ask (since {since}): {why}\n" in out
+    assert summary == "This host has problems: 1 container cannot be connected as its labels ask."
+    expected = [{"workload": id, "workload_name": "web", "reason": why, "since": since}]
+    assert json.loads(told(capsys, "-o", "json")[0])["containers_not_connected"] == expected
+    assert host_status.containers_not_connected(HOST) == expected
+    (process.private(process.report_file(HOST))).unlink()
+    (public,) = host_status.containers_not_connected(HOST)
+    assert public["workload_name"] is None and why not in public["reason"]
+    health.record_labels(events.LabelsFailed(id, "", None))
+    write(health)
+    assert told(capsys)[1] == ""
+    health.record_labels(events.LabelsFailed(id, "web", why))
+    write(health)
+    monkeypatch.setattr(process, "running", lambda host: None)
+    assert host_status.containers_not_connected(HOST) == [], "the agent may have died long ago"
+
+
 def test_a_directory_that_is_too_large_to_be_read_is_named_first_and_fails(
     health: Health, capsys: pytest.CaptureFixture[str]
 ) -> None:

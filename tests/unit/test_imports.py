@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,10 @@ def test_no_module_imports_itself_through_others(module: str) -> None:
         new = set().union(*(IMPORTS[name] for name in new)) - reached
         reached |= new
     assert module not in reached, f"{module} is in a circle of imports"
+
+
+def test_commands_about_containers_start_without_the_agents_modules() -> None:
+    """Every command pays for what the module of the command imports."""
+    script = "import sys, calicoctl.commands.container; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    assert [name for name in loaded if name.startswith(("calicoctl.felix", "calicoctl.diagnose"))] == []
