@@ -50,6 +50,7 @@ BEFORE = {
     "batch": "echo profile add web >commands.txt",
     "container": TWO,
     "datastore": f"DATASTORE_TYPE=etcdv2 {NODE}\ncalicoctl node stop --force",
+    "docker": NODE,
     "endpoint": CONNECTED,
     "ipam": CONNECTED,
     "profile": CONNECTED,
