@@ -27,6 +27,7 @@ from calicoctl.datastore.members import (
     Deadline,
     Members,
     NotSent,
+    NotServed,
     RequestFailed,
     Unanswered,
     Verdict,
@@ -43,7 +44,6 @@ from calicoctl.errors import (
     Fenced,
     InvalidValue,
     KeyExists,
-    NoSuchApi,
     StoreError,
     StoreUnavailable,
     WatchExpired,
@@ -335,7 +335,7 @@ class _Connection:
         The answer may have up to LARGEST_DIRECTORY bytes if `directory` is true, and LARGEST_VALUE if not. Raises
         python-etcd's exception for an error that callers handle, such as a missing key or a failed comparison. Raises
         StoreError, WatchExpired or InvalidValue for other errors of etcd, RequestFailed (members.py) if there is no
-        answer or no leader, and StoreUnavailable if this host lacks memory or file descriptors.
+        answer, no leader or no v2 API, and StoreUnavailable if this host lacks memory or file descriptors.
         """
         import etcd
         import urllib3.exceptions
@@ -421,9 +421,9 @@ class _Connection:
             return self._without_v2()
         return _no_etcd(url, error)
 
-    def _without_v2(self) -> StoreError:
+    def _without_v2(self) -> NotServed:
         asked = f", which {TYPE}={V2} asks for: unset that to use v3" if self._settings.api else ", where the data was"
-        return NoSuchApi(f"etcd at {self._url} does not serve its v2 API{asked}; etcd 3.4 and 3.5 do with --enable-v2")
+        return NotServed(f"etcd at {self._url} does not serve its v2 API{asked}; etcd 3.4 and 3.5 do with --enable-v2")
 
 
 def _tls_context(settings: EtcdSettings) -> Any:

@@ -1,9 +1,10 @@
 """Failover between the members of a cluster, and retries of requests without an answer. Used by all backends.
 
 `Members` has one connection to each member; the backend defines the connection's class. A connection raises NotSent,
-Unanswered or ConnectionLost if a request gets no answer. After NotSent, the next member is asked. If a write may have
-been applied, `Members.write` reads the key that was to be written, and a verdict (`created`, `updated` or `deleted`)
-decides whether the write is sent again.
+Unanswered or ConnectionLost if a request gets no answer. After NotSent, the next member is asked; also after NotServed,
+since members may serve different APIs during a rolling restart or upgrade. If a write may have been applied,
+`Members.write` reads the key that was to be written, and a verdict (`created`, `updated` or `deleted`) decides whether
+the write is sent again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Callable, Generic, TypeVar
 
 from calicoctl.datastore.settings import DEFAULT_MEMBERS, EtcdSettings, Member
 from calicoctl.datastore.store import Entry
-from calicoctl.errors import CompareFailed, Fenced, KeyExists, StoreUnavailable
+from calicoctl.errors import CompareFailed, Fenced, KeyExists, NoSuchApi, StoreUnavailable
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -39,6 +40,10 @@ class RequestFailed(Exception):
 
 class NotSent(RequestFailed):
     """The request did not reach the member, so the member has not applied it."""
+
+
+class NotServed(NotSent):
+    """The member does not serve the API of the request. Another member may serve it."""
 
 
 class Unanswered(RequestFailed):
@@ -88,8 +93,10 @@ class Members(Generic[C]):
         `send` raises Unanswered, the outcome is unknown, and no other member is asked: Unanswered is raised. A member
         that has not answered is moved to the end of the order in which members are asked.
 
-        Raises StoreUnavailable if no member is left to ask, and any other exception of `send`.
+        Raises NoSuchApi if no member serves the API, StoreUnavailable if no member is left to ask for another reason,
+        and any other exception of `send`.
         """
+        unserved: list[str] = []
         reasons: list[str] = []
         mismatches = 0
         for member in tuple(self._order):
@@ -98,7 +105,9 @@ class Members(Generic[C]):
             except RequestFailed as failure:
                 self._ask_last(member)
                 mismatch = self._mismatch(member, failure)
-                if mismatch is not None:
+                if isinstance(failure, NotServed):
+                    unserved.append(str(failure))
+                elif mismatch is not None:
                     reasons.append(f"{self._settings.url(member)}: {mismatch}")
                     mismatches += 1
                 elif isinstance(failure, NotSent):
@@ -108,6 +117,10 @@ class Members(Generic[C]):
             else:
                 self._answered.add(member)
                 return answer
+        if unserved and not reasons:
+            raise NoSuchApi(unserved[0])
+        if unserved:  # one of the others may serve it
+            raise StoreUnavailable(f"{'; '.join(unserved)}; etcd cannot be reached at {', '.join(reasons)}")
         if mismatches == len(reasons):
             raise StoreUnavailable(f"etcd cannot be used at {'; '.join(reasons)}")
         hint = self._settings.local_etcd_hint("one", "it", self._settings.members == DEFAULT_MEMBERS)
@@ -119,7 +132,8 @@ class Members(Generic[C]):
     def retry(self, send: Callable[[C], T]) -> T:
         """Send an idempotent request, again and again, until it is answered; return the answer.
 
-        Raises StoreUnavailable if no member can be reached, or if none has answered for `patience` seconds.
+        Raises NoSuchApi if no member serves the API, and StoreUnavailable if no member can be reached, or if none has
+        answered for `patience` seconds.
         """
         return self.resend(lambda connection, doubtful: send(connection))
 
@@ -148,8 +162,7 @@ class Members(Generic[C]):
         The second argument of `send`: see `resend`. `send` raises KeyExists, CompareFailed or Fenced if a condition of
         the write is not met. After an attempt without an answer, `verdict` decides whether the write was applied, from
         the entry that `read` returns. Raises KeyExists, CompareFailed or Fenced if a condition of the write was not
-        met, or if it stays unknown whether the write was applied; and StoreUnavailable if no member can be reached, or
-        if none has answered for `patience` seconds.
+        met, or if it stays unknown whether the write was applied; and what `retry` raises.
         """
         deadline = Deadline(self._patience)
         doubtful = False

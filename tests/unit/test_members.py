@@ -15,6 +15,7 @@ from calicoctl.datastore.members import (
     ConnectionLost,
     Members,
     NotSent,
+    NotServed,
     RequestFailed,
     Unanswered,
     created,
@@ -23,7 +24,7 @@ from calicoctl.datastore.members import (
 )
 from calicoctl.datastore.settings import EtcdSettings, Member
 from calicoctl.datastore.store import Entry
-from calicoctl.errors import CompareFailed, Fenced, KeyExists, StoreError, StoreUnavailable
+from calicoctl.errors import CompareFailed, Fenced, KeyExists, NoSuchApi, StoreError, StoreUnavailable
 
 MEMBERS: tuple[Member, ...] = (("a", 1), ("b", 2), ("c", 3))
 ONE = Entry("/k", "1", 5, 5)
@@ -96,6 +97,20 @@ def test_all_members_that_could_not_be_reached_are_named() -> None:
     said = str(raised.value)
     assert "etcd cannot be reached at http://a (refused), http://b (refused), http://c (refused): start it" in said
     assert cluster.asked == ["a", "b", "c"]
+
+
+def test_an_api_is_not_served_only_if_all_members_say_so() -> None:
+    cluster = Cluster()
+    cluster.does = {"a": NotServed("a serves no v2"), "b": NotServed("b serves no v2")}
+    assert cluster.members.retry(cluster.send) == "c answers"
+    assert cluster.members.retry(cluster.send) == "c answers"
+    assert cluster.asked == ["a", "b", "c", "c"], "the one that serves it is asked first from then on"
+    cluster.does["c"] = NotSent("http://c (refused)")
+    with pytest.raises(StoreUnavailable, match=r"a serves no v2; b serves no v2; etcd cannot be reached at http://c"):
+        cluster.members.retry(cluster.send)
+    cluster.does["c"] = NotServed("c serves no v2")
+    with pytest.raises(NoSuchApi, match="serves no v2"):
+        cluster.members.retry(cluster.send)
 
 
 def test_a_request_without_an_answer_is_sent_again_until_patience_ends(clock: list[float]) -> None:
