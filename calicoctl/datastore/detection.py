@@ -3,6 +3,9 @@
 In etcd 3.4 and 3.5, the APIs v2 and v3 have separate data; etcd 3.6 has only v3. The key Ready is `true` in the API
 whose data is current. It is `false` in an API whose data is frozen; while the data is moved from one API to the other,
 it is `false` in both. Both APIs are queried at the same time.
+
+During a rolling restart or upgrade, some members may serve v2, and others not. So if the member that was asked does not
+serve it, and Ready is not `true` in v3, the other members are asked as well.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.etcd3_http import Connection
-from calicoctl.datastore.members import Members, Unanswered
+from calicoctl.datastore.members import Members, NotServed, Unanswered
 from calicoctl.datastore.settings import TYPE, V2, V3, EtcdSettings, Member
 from calicoctl.errors import InvalidValue, NoSuchApi, StoreError, StoreUnavailable
 
@@ -28,8 +31,8 @@ class Shown:
     """The state of Calico's data in one API of etcd.
 
     `served` says whether the servers have this API. `ready` is the value of the key Ready, None if there is no such
-    key, and `revision` its revision, or 0. If etcd refused to return the key, `refused` is the error, and `ready` is
-    None. `foreign` says whether there is data of Calico 3; it is determined for v3 only.
+    key, and `revision` its revision, or 0. If the key could not be read, for example since etcd refused that, `refused`
+    is the error, and `ready` is None. `foreign` says whether there is data of Calico 3; it is determined for v3 only.
     """
 
     served: bool = True
@@ -128,8 +131,10 @@ def detect(settings: EtcdSettings, v3: Etcd3Store, patience: float) -> Choice:
     """
     question = _Question(settings, patience)
     question.start()
-    shown = ask_v3(v3)
-    return decide(shown, question.answer(), settings.urls)
+    v3_shown, v2_shown = ask_v3(v3), question.answer()
+    if not v2_shown.served and v3_shown.ready != "true" and len(settings.members) > 1:
+        v2_shown = question.ask_all()
+    return decide(v3_shown, v2_shown, settings.urls)
 
 
 def ask_v3(v3: Etcd3Store) -> Shown:
@@ -156,7 +161,7 @@ class _Question(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._shown = self._members.retry(_read_ready)
+            self._shown = self._members.retry(_read_ready_of_one)
         except StoreUnavailable as error:
             self._shown = error
         except StoreError as error:
@@ -165,12 +170,28 @@ class _Question(threading.Thread):
             self._shown = error
 
     def answer(self) -> Shown:
-        """Wait until the query is answered; return the state of the v2 API, or raise the exception of the query."""
+        """Wait until the query is answered; return the state of the v2 API, or raise the exception of the query.
+
+        If the member that has answered does not serve the v2 API, other members may still do.
+        """
         self.join()
         assert self._shown is not None
         if isinstance(self._shown, Exception):
             raise self._shown
         return self._shown
+
+    def ask_all(self) -> Shown:
+        """Query the members, after `answer`, until one serves the v2 API; return the state of the API.
+
+        If the reachable members do not serve it, but another one cannot be reached or does not answer, the state is not
+        known: then the result's `refused` says so.
+        """
+        try:
+            return self._members.retry(_read_ready)
+        except NoSuchApi:
+            return Shown(served=False)
+        except StoreError as error:
+            return Shown(refused=error)
 
     def _connection(self, member: Member) -> Connection:
         connection = Connection(self._settings, member)
@@ -178,10 +199,19 @@ class _Question(threading.Thread):
         return connection
 
 
+def _read_ready_of_one(member: Connection) -> Shown:
+    """Do what `_read_ready` does, but return that the API is not served, and raise no NotServed."""
+    try:
+        return _read_ready(member)
+    except NotServed:
+        return Shown(served=False)
+
+
 def _read_ready(member: Connection) -> Shown:
     """Ask one member for the key Ready in the v2 API, and return the state of the API.
 
-    Raises RequestFailed if there is no answer, and StoreError if the answer is not etcd's.
+    Raises NotServed if the member does not serve the API, another RequestFailed if there is no answer, and StoreError
+    if the answer is not etcd's.
 
     Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/errorcode.md
     """
@@ -193,7 +223,7 @@ def _read_ready(member: Connection) -> Shown:
         answer = None
     if not isinstance(answer, dict):
         if status == 404:
-            return Shown(served=False)
+            raise NotServed(f"etcd at {member.url} does not serve its v2 API")
         answer = {}
     code, node = answer.get("errorCode"), answer.get("node")
     if code == 100:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
 import threading
 from base64 import b64encode
 from collections.abc import Iterator
@@ -105,8 +106,9 @@ class FakeEtcd(http.server.ThreadingHTTPServer):
         self.v3 = json.dumps({"header": {"revision": "7"}, "succeeded": True, "responses": responses})
         self.asked: list[str] = []
 
-    def settings(self, **more: str) -> EtcdSettings:
-        return EtcdSettings("http", (("127.0.0.1", self.server_port),), **more)
+    def settings(self, *others: int, **more: str) -> EtcdSettings:
+        """Return the settings for this member, and for further ones at the ports `others`."""
+        return EtcdSettings("http", tuple(("127.0.0.1", port) for port in (self.server_port, *others)), **more)
 
 
 def base64(text: str) -> str:
@@ -165,6 +167,43 @@ def test_both_apis_are_asked_at_the_same_time_and_once(v2: tuple[int, str]) -> N
         # other clients in this process know it for a while
         assert backends.connect(server.settings(), patience=0).choice() == store.choice()
         assert len(server.asked) == 2
+
+
+READY_IN_V2 = (
+    200,
+    '{"action":"get","node":{"key":"/calico/v1/Ready","value":"true","modifiedIndex":4,"createdIndex":4}}',
+)
+
+
+@pytest.mark.parametrize(("v2", "api"), [(READY_IN_V2, V2), (NO_PAGE, V3)])
+@pytest.mark.parametrize("ready", [None, "false"])
+def test_that_v2_is_not_served_counts_only_if_all_members_say_so(
+    v2: tuple[int, str], api: tuple[str, bool], ready: str | None
+) -> None:
+    with fake(1, NO_PAGE, ready) as first, fake(1, v2) as second:
+        store = backends.connect(first.settings(second.server_port), patience=0)
+        assert (store.choice().api, store.choice().frozen) == (api if ready is None else (api[0], api == V3))
+        if api == V2:  # and the backend finds the member that serves it
+            assert store.current_choice().api == "etcdv2"
+            entry = store.get(keys.READY)
+            assert entry is not None and entry.value == "true"
+        assert {path.partition("?")[0] for path in second.asked} == {"/v2/keys/calico/v1/Ready"}
+
+
+def test_a_member_that_cannot_be_asked_may_serve_v2() -> None:
+    """But where v3 has the data, this member is not even tried, nor are others."""
+    with fake(1, NO_PAGE, None) as first, fake(1, (503, "no leader")) as second, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        for port, says in (
+            (closed.getsockname()[1], "does not serve its v2 API; etcd cannot be reached at http://127.0.0.1:"),
+            (second.server_port, "etcd cannot do what was asked: http://127.0.0.1:"),
+        ):
+            store = backends.connect(first.settings(port), patience=0)
+            with pytest.raises(StoreError, match=f"{says}{port} .* set DATASTORE_TYPE"):
+                store.choice()
+    with fake(2, NO_PAGE) as first, fake(1, NO_PAGE) as second:
+        assert backends.connect(first.settings(second.server_port), patience=0).choice().api == "etcdv3"
+        assert (len(first.asked), len(second.asked)) == (2, 0)
 
 
 def test_an_api_that_is_named_is_asked_for_nothing_but_before_a_write() -> None:
