@@ -143,16 +143,18 @@ def _finish(discard: bool) -> None:
 def _show(as_json: bool) -> None:
     settings = EtcdSettings.from_environment()
     members = cluster.members(settings)
-    # those that do not answer are asked last
-    healthy = {member for member, info in zip(settings.members, members) if info.healthy}
-    settings = replace(settings, members=tuple(sorted(settings.members, key=lambda member: member not in healthy)))
-    backends = Backends(settings, PATIENCE)
+    # those that do not answer are asked last, and only for what decides which API is used
+    healthy = tuple(member for member, info in zip(settings.members, members) if info.healthy)
+    others = tuple(member for member in settings.members if member not in healthy)
+    backends = Backends(replace(settings, members=healthy + others), PATIENCE)
     choice: Choice | None = None
     error: str | None = None
     try:
         choice = backends.choose(backends.choose(None))
     except (InvalidValue, StoreError) as refused:
         error = str(refused)
+    settings = replace(settings, members=healthy or others)
+    backends = Backends(settings, PATIENCE)
     state: State | None = None
     with suppress(InvalidValue, StoreError):  # it is said above what is wrong
         state = Migration(settings.urls, lambda: (backends.open(V2), backends.open(V3)), lambda text: None).state()

@@ -69,7 +69,8 @@ def users(settings: EtcdSettings) -> tuple[bool | None, bool | None]:
             connection = Connection(settings, member)
             try:
                 found[number] = ask(connection)
-                break
+                if found[number] is not None:
+                    break
             except (RecursionError, RequestFailed, StoreError, ValueError):
                 continue
             finally:

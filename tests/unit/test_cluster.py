@@ -25,6 +25,14 @@ def test_a_member_that_is_not_etcd_says_nothing_of_itself(body: bytes) -> None:
         assert cluster.users(settings)[0] in (None, False)
 
 
+def test_whether_v2_has_users_is_known_from_a_member_that_serves_v2() -> None:
+    no_page = answer(b"404 page not found\n", b"HTTP/1.1 404 Not Found\r\nConnection: close\r\n")
+    enabled = answer(b'{"enabled": true}')
+    with serving(lambda client, _: client.send(no_page)) as one, serving(lambda client, _: client.send(enabled)) as two:
+        members = (("127.0.0.1", one.port), ("127.0.0.1", two.port))
+        assert cluster.users(EtcdSettings("http", members))[0] is True
+
+
 def test_a_ready_that_is_neither_true_nor_false_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
