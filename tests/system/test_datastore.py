@@ -20,7 +20,8 @@ from calicoctl.datastore.etcd2 import Etcd2Store
 from tests.system.agent import LOG_DIR, FreeHost
 from tests.system.fabric import FabricHost, fabric
 from tests.system.proxy import proxy_before
-from tests.system.support import CALICOCTL, FAULTY, Etcd, Result, free_port, in_process, wait_for
+from tests.system.support import CALICOCTL, FAULTY, Etcd, Host, Result, free_port, in_process, wait_for
+from tests.system.test_cluster import HOME, cluster_of, running
 from tests.system.test_etcd_apis import OTHER_CALICO, PASSWORD, READY, with_users
 from tests.unit.memory_store import Lost
 
@@ -289,6 +290,47 @@ def test_show_for_a_user_with_a_member_down_and_while_frozen(bare: MovingHost) -
     bare.migrate()
     found = bare.shown()
     assert found["used"] == "v3" and found["apis"]["v3"]["keys"] == 152  # and the revision that was copied
+
+
+def test_members_that_do_not_serve_v2_are_passed_over(bare_host: Host, quick: None) -> None:
+    """As during a restart of all members, one after the other."""
+    names = ("/calico/v1/policy/profile/old/tags", "/calico/v1/policy/profile/new/tags")
+    with running([Etcd(HOME / name, name) for name in ("a", "b")]) as members:
+        a, b = members
+        two = by("etcdv2", a)
+        two.put(READY, "true")
+        two.put(names[0], "[]")
+        b.stop()
+        b.start(cluster_of(members), "--enable-v2=false")
+        b.await_ready()
+        host = MovingHost(a, endpoints=f"{b.url},{a.url}")
+        found = host.shown()
+        assert (found["used"], found["apis"]["v2"]["served"], found["apis"]["v2"]["keys"]) == ("v2", True, 2)
+        host.ctl("profile", "add", "new")
+        assert all(two.get(name) for name in names) and host.three == {}
+
+        # the member that serves it is down
+        dead = f"http://127.0.0.1:{free_port()}"
+        host.endpoints = f"{b.url},{dead}"
+        for words in (("profile", "show"), ("profile", "add", "lost"), ("datastore", "migrate")):
+            said = host.ctl(*words, status=1).err
+            assert f"etcd at {b.url} does not serve its v2 API" in said and f"be reached at {dead}" in said
+        assert host.three == {}
+
+        host.endpoints = f"{b.url},{a.url}"
+        host.migrate()
+        assert host.used() == ("v3", False)
+        host.migrate("--rollback")
+        assert host.used() == ("v2", False) and two.get(READY) == "true"
+        host.migrate()
+        host.endpoints = f"{b.url},{dead}"
+        found = host.shown()
+        assert (found["used"], found["apis"]["v2"]["served"], found["apis"]["v2"]["error"]) == ("v3", False, None)
+        assert f"be reached at {dead}" in host.migrate("--finish", status=1)
+        host.endpoints = f"{b.url},{a.url}"
+        assert "keys are deleted from etcd's v2 API" in host.migrate("--finish") and two.tree() == {}
+        host.endpoints = b.url
+        assert host.migrate("--finish").endswith("etcd does not serve its v2 API any more.\n")
 
 
 def test_an_agent_that_is_pinned_is_named(own_etcd: Etcd, quick: None) -> None:
