@@ -63,6 +63,9 @@ from calicoctl.felix import local_etcd, process
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, print_table, wants_json
 
+SHOW_PATIENCE = 3.0
+"""Seconds for which `show` repeats a request that members do not answer; users call it if something is wrong."""
+
 
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
@@ -146,7 +149,7 @@ def _show(as_json: bool) -> None:
     # those that do not answer are asked last, and only for what decides which API is used
     healthy = tuple(member for member, info in zip(settings.members, members) if info.healthy)
     others = tuple(member for member in settings.members if member not in healthy)
-    backends = Backends(replace(settings, members=healthy + others), PATIENCE)
+    backends = Backends(replace(settings, members=healthy + others), SHOW_PATIENCE)
     choice: Choice | None = None
     error: str | None = None
     try:

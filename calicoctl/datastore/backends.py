@@ -12,6 +12,7 @@ from calicoctl.datastore.chosen import FRESH, ChosenStore
 from calicoctl.datastore.detection import Choice, Shown, ask_v3, detect, foreign
 from calicoctl.datastore.settings import TYPE, V3, EtcdSettings
 from calicoctl.datastore.store import FencedStore
+from calicoctl.errors import NoSuchApi, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
     from calicoctl.datastore.etcd3 import Etcd3Store
@@ -82,10 +83,14 @@ class Backends:
             return Choice(api, None, f"{TYPE} says so", pinned=True)
         if api is not None:
             shown = self._shown(api)
+            if shown.refused is not None:
+                raise shown.refused
+            self._refuse_foreign(shown)
             return Choice(api, shown.ready == "false", f"{TYPE} says so", pinned=True, revision=shown.revision)
         if before is not None and before.frozen is False:
             shown = self._shown(before.api)
             if shown.ready == "true":
+                self._refuse_foreign(shown)
                 return replace(before, is_new=False, revision=shown.revision)
         choice = detect(self._settings, self._v3, self._patience)
         if choice.api != V3:
@@ -93,16 +98,20 @@ class Backends:
         return choice
 
     def _shown(self, api: str) -> Shown:
-        """Return the state of an API (V2 or V3).
-
-        Raises StoreError if the key Ready cannot be read, or if the v3 API holds data of Calico 3.
-        """
-        if api != V3:
+        """Return the state of an API (V2 or V3). Raises StoreUnavailable if no member answers."""
+        if api == V3:
+            return ask_v3(self._v3)
+        try:
             entry = self._v2.get(keys.READY)
-            return Shown() if entry is None else Shown(ready=entry.value, revision=entry.revision)
-        shown = ask_v3(self._v3)
-        if shown.refused is not None:
-            raise shown.refused
+        except NoSuchApi:
+            return Shown(served=False)
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            return Shown(refused=error)
+        return Shown() if entry is None else Shown(ready=entry.value, revision=entry.revision)
+
+    def _refuse_foreign(self, shown: Shown) -> None:
+        """Raise StoreError if the API that is to be used holds data of Calico 3."""
         if shown.foreign:
             raise foreign(self._settings.urls)
-        return shown

@@ -348,6 +348,7 @@ class Migration:
         try:
             return self._v2.update(ready, "false")
         except CompareFailed:
+            self._refuse_loss_of_note()
             raise CalicoError(
                 f"Another program has written {keys.READY} in etcd's v2 API: perhaps a 'calicoctl node' of 2015, "
                 "which sets it to true. Nothing has moved."
@@ -406,6 +407,11 @@ class Migration:
             self._note = self._v3.commit(writes)[0]
         except (CompareFailed, KeyExists):
             raise _taken_over() from None
+
+    def _refuse_loss_of_note(self) -> None:
+        """Raise StoreError if the note is not this process's, since another process has taken over."""
+        if not self._is_own(self._v3.get(keys.UNUSED_COPY)):
+            raise _taken_over()
 
     def _text(self, what: str, **more: str) -> str:
         """Return the value of a note that belongs to this process, and says `what`. `more` are additional fields."""
@@ -479,8 +485,7 @@ class Migration:
     def _thaw_v2(self) -> None:
         """Set v2's Ready to `true`, if it is `false`. Raises StoreError if another process has taken over the note."""
         ready = self._v2.get(keys.READY)  # before the note: whoever takes that over then writes Ready
-        if not self._is_own(self._v3.get(keys.UNUSED_COPY)):
-            raise _taken_over()
+        self._refuse_loss_of_note()
         try:
             if ready is not None and ready.value == "false":
                 self._v2.update(ready, "true")
@@ -754,6 +759,7 @@ class Migration:
         until = time.monotonic() + SETTLE
 
         def pending() -> list[str]:
+            self._refuse_loss_of_note()
             agents = _agents(self._v2)
             _check_agents(agents)
             alive = agents.keys() | (hosts & _agents(self._v3).keys())

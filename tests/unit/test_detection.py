@@ -101,10 +101,16 @@ class FakeEtcd(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.together = threading.Barrier(expected)
         self.v2 = v2
-        found = [{"key": base64(keys.READY), "value": base64(ready), "mod_revision": "6"}] if ready else []
-        responses = [{"response_range": {"kvs": found}}, {"response_range": {}}]
-        self.v3 = json.dumps({"header": {"revision": "7"}, "succeeded": True, "responses": responses})
+        self.v3 = ""
+        self.show(ready)
         self.asked: list[str] = []
+
+    def show(self, ready: str | None, foreign: bool = False) -> None:
+        """Let v3 hold this value of Ready, and data of Calico 3 or not."""
+        found = [{"key": base64(keys.READY), "value": base64(ready), "mod_revision": "6"}] if ready else []
+        others = [{"key": base64(keys.OTHER_CALICO), "value": "", "mod_revision": "5"}] if foreign else []
+        responses = [{"response_range": {"kvs": found}}, {"response_range": {"kvs": others, "count": len(others)}}]
+        self.v3 = json.dumps({"header": {"revision": "7"}, "succeeded": True, "responses": responses})
 
     def settings(self, *others: int, **more: str) -> EtcdSettings:
         """Return the settings for this member, and for further ones at the ports `others`."""
@@ -213,6 +219,34 @@ def test_an_api_that_is_named_is_asked_for_nothing_but_before_a_write() -> None:
         store.put("/calico/x", "1")
         store.put("/calico/x", "2")
         assert len(server.asked) == 3 and (store.choice().frozen, store.choice().revision) == (False, 6)
+
+
+def test_the_way_back_to_v2_is_followed_although_v3_has_the_data_of_another_calico() -> None:
+    ready = '{"action":"get","node":{"key":"/calico/v1/Ready","value":"%s","modifiedIndex":4}}'
+    with fake(1, (200, ready % "false")) as server:
+        store = backends.connect(server.settings(), patience=0)
+        assert (store.current_choice().api, store.choice().frozen) == V3
+        server.show("true", foreign=True)
+        with pytest.raises(StoreError, match="another Calico"):
+            store.current_choice()
+        server.show("false", foreign=True)
+        server.v2 = (200, ready % "true")
+        assert (store.current_choice().api, store.choice().frozen) == V2
+
+
+def test_an_api_that_is_not_served_any_more_or_is_closed_to_this_user_is_left() -> None:
+    ready = '{"action":"get","node":{"key":"/calico/v1/Ready","value":"%s","modifiedIndex":4}}'
+    with fake(1, (200, ready % "true"), ready=None) as server:
+        store = backends.connect(server.settings(), patience=0)
+        assert (store.current_choice().api, store.choice().frozen) == V2
+        server.show("true")
+        server.v2 = NO_PAGE
+        assert (store.current_choice().api, store.choice().frozen) == V3
+        server.v3 = '{"error": "etcdserver: permission denied", "code": 7, "message": "etcdserver: permission denied"}'
+        with pytest.raises(StoreError, match="not permit"):
+            store.current_choice()
+        server.v2 = (200, ready % "true")
+        assert (store.current_choice().api, store.choice().frozen) == V2
 
 
 def test_a_choice_is_as_old_as_the_question(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -442,6 +442,23 @@ def test_an_agent_that_is_started_while_the_data_is_copied_is_waited_for(world: 
     assert world.used() == ("v2", False)
 
 
+@pytest.mark.parametrize("ready", ["false", "true"])
+def test_who_was_taken_over_says_so_at_once(world: World, monkeypatch: pytest.MonkeyPatch, ready: str) -> None:
+    """And blames neither an agent, which has no reason to notice a freeze any more, nor an old program."""
+    monkeypatch.setattr(migration, "AGENTS_PATIENCE", 30.0)
+    if ready == "true":
+        world.agent(world.v2)
+
+    def take_over() -> None:
+        world.v3.put(keys.UNUSED_COPY, '{"state": "copying", "run": "another"}')
+        world.v2.put(READY, ready)
+
+    world.v2.before_read = once(take_over, lambda: world.v2.entries[READY].value == "false")
+    with pytest.raises(StoreError, match="Another 'calicoctl datastore migrate' has taken over"):
+        world.move()
+    assert world.v2.entries[READY].value == ready
+
+
 def test_on_the_way_back_only_what_agents_say_since_then_counts(world: World) -> None:
     world.move()
     world.agent(world.v2)  # the last status before the agent has gone over to v3
