@@ -199,7 +199,8 @@ class Etcd2Store:
         import etcd
 
         with suppress(etcd.EtcdKeyNotFound):
-            self._write_blindly(directory, lambda client, path: client.delete(path, recursive=True, dir=True))
+            # with the slash, a role for `/calico/*` may delete all of /calico
+            self._write_blindly(directory, lambda client, path: client.delete(path + "/", recursive=True, dir=True))
 
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         self._write_blindly(key, lambda client, path: client.write(path, value, ttl=ttl))

@@ -81,7 +81,8 @@ def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str
     `path` itself may be among them. Raises what `read` raises.
     """
     options = {"quorum": "true", **({"recursive": "true"} if recursive else {})}
-    answer = client.api_execute(client.key_endpoint + quote(path), "GET", params=options)
+    # with the slash, a role for `/calico/*` may read all of /calico
+    answer = client.api_execute(client.key_endpoint + quote(path + "/"), "GET", params=options)
     index = int(answer.headers["x-etcd-index"])
     nodes = []
     for node in innermost(answer.data.decode("latin-1")):  # each is checked before the next is kept

@@ -26,7 +26,7 @@ class FakeEtcd:
 
     def __call__(self, client: Client, line: str) -> None:
         url = urlsplit(line.split()[1])
-        path = unquote(url.path).replace("/v2/keys", "", 1)
+        path = unquote(url.path).replace("/v2/keys", "", 1).rstrip("/")
         client.send(answer(json_of(self.keys, path, "recursive" in parse_qs(url.query)).encode()))
 
 
@@ -118,3 +118,12 @@ def test_a_directory_that_cannot_be_read_at_all_is_an_error(monkeypatch: pytest.
         pytest.raises(StoreError, match="larger than"),
     ):
         store_of(server).list_for_watch("/calico")
+
+
+def test_a_role_for_what_is_below_a_directory_suffices_for_all_of_it() -> None:
+    """Of a recursive request, etcd compares the path with a role's pattern `/calico/*`, which needs the slash."""
+    with serving(FakeEtcd({"/calico/a": "1"})) as server:
+        store = store_of(server)
+        assert [entry.key for entry in store.tree("/calico")] == ["/calico/a"]
+        store.remove_tree("/calico")
+    assert [line.partition("?")[0] for line in server.requests] == ["GET /v2/keys/calico/", "DELETE /v2/keys/calico/"]
