@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from calicoctl.datastore import keys
-from calicoctl.datastore.chosen import FRESH, ChosenStore
+from calicoctl.datastore.chosen import ChosenStore
 from calicoctl.datastore.detection import Choice, Shown, ask_v3, detect, foreign
 from calicoctl.datastore.settings import TYPE, V3, EtcdSettings
 from calicoctl.datastore.store import FencedStore
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 PATIENCE = 20.0
 """Seconds for which a request is retried while the cluster cannot serve it, for example during a leader election."""
+
+TAKEN_OVER = 1.0
+"""Seconds for which a choice is taken over by other clients in this process without a request. A command of a batch
+begins with such a choice, and should end before this is FRESH seconds old."""
 
 _latest: dict[EtcdSettings, Choice] = {}
 """Cluster -> the last choice in this process of an API whose data is not frozen. All clients share these choices."""
@@ -60,14 +64,15 @@ class Backends:
     def choose(self, before: Choice | None) -> Choice:
         """Return which API to use.
 
-        `before` is the caller's previous choice, which is checked again by a request; None if there is none. If it is
-        None, the choice that `latest` returns is used without a request if it is at most FRESH seconds old. Raises
-        StoreError if no API may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
+        `before` is the caller's previous choice, which is checked again by a request. If it is None, the choice that
+        `latest` returns is used, and checked again only if it is more than TAKEN_OVER seconds old. Raises StoreError if
+        no API may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
         """
-        latest = self.latest()
-        if before is None and latest is not None and time.monotonic() - latest.at <= FRESH:
-            return latest
         began = time.monotonic()
+        if before is None:
+            before = self.latest()
+            if before is not None and began - before.at <= TAKEN_OVER:
+                return before
         choice = replace(self._current(before), at=began)
         if choice.frozen is False:
             _latest[self._settings] = choice

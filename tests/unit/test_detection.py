@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 
 from calicoctl.datastore import backends, keys
+from calicoctl.datastore.chosen import FRESH
 from calicoctl.datastore.detection import Choice, Shown, decide
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import CalicoError, StoreError
@@ -210,6 +211,28 @@ def test_a_member_that_cannot_be_asked_may_serve_v2() -> None:
     with fake(2, NO_PAGE) as first, fake(1, NO_PAGE) as second:
         assert backends.connect(first.settings(second.server_port), patience=0).choice().api == "etcdv3"
         assert (len(first.asked), len(second.asked)) == (2, 0)
+
+
+@pytest.mark.parametrize("api", [None, "etcdv3"])
+def test_a_client_looks_at_ready_first_if_the_last_look_would_not_last(
+    monkeypatch: pytest.MonkeyPatch, api: str | None
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with fake(1, NOT_FOUND) as server:
+
+        def looks(*pauses: float) -> int:
+            """Return how often a new client looks at Ready if it writes after each of these pauses."""
+            nonlocal now
+            store, before = backends.connect(server.settings(api=api), patience=0), len(server.asked)
+            for pause in pauses:
+                now += pause
+                store.put("/calico/x", "1")
+            return len(server.asked) - before - len(pauses)
+
+        assert looks(0) == (2 if api is None else 1), "at each API, if none is named"
+        assert looks(backends.TAKEN_OVER - 0.1, FRESH - backends.TAKEN_OVER) == 0
+        assert looks(0) == 1
 
 
 def test_an_api_that_is_named_is_asked_for_nothing_but_before_a_write() -> None:
