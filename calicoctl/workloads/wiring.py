@@ -811,9 +811,10 @@ def _rollback_on_failure(session: WorkloadSession) -> Iterator[Callable[..., obj
             stack.pop_all()
     except CalicoError as error:
         if failures:
+            others = "; ".join(failure for failure in dict.fromkeys(failures) if failure != str(error))
             raise CalicoError(
-                f"{error} Not all of it could be undone ({'; '.join(failures)}): run 'calicoctl container remove "
-                f"{session.workload.name}' when that works again."
+                f"{str(error).rstrip('.')}. Not all of it could be undone{others and f' ({others})'}: run 'calicoctl "
+                f"container remove {session.workload.name}' when that works again."
             ) from error
         raise
     finally:
