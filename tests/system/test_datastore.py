@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +23,7 @@ from calicoctl.datastore.etcd2 import Etcd2Store
 from tests.system.agent import LOG_DIR, FreeHost
 from tests.system.fabric import FabricHost, fabric
 from tests.system.proxy import proxy_before
-from tests.system.support import CALICOCTL, FAULTY, Etcd, Host, Result, free_port, in_process, wait_for
+from tests.system.support import CALICOCTL, FAULTY, Etcd, Host, Result, free_port, in_process, run, wait_for
 from tests.system.test_cluster import HOME, cluster_of, running
 from tests.system.test_etcd_apis import OTHER_CALICO, PASSWORD, READY, with_users
 from tests.unit.memory_store import Lost
@@ -30,6 +33,7 @@ pytestmark = pytest.mark.api("etcdv2")
 
 COPIED_REVISION = "/calico/v1/copied-revision"
 OLD_STATUS = "/calico/felix/v1/host/old/status"
+BLUE = "/var/run/netns/blue"
 LOSS = 0.3
 """Seconds without an answer that a loaded machine has by itself."""
 
@@ -93,6 +97,12 @@ def reset(host: MovingHost) -> None:
 
 def without_ready(data: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in data.items() if key != READY}
+
+
+def as_user(host: MovingHost) -> None:
+    """Run the host's commands from now on as etcd's user for hosts."""
+    user, environment = {"ETCD_USERNAME": "calico", "ETCD_PASSWORD": PASSWORD}, host.environment
+    host.environment = lambda **extra: environment(**{**user, **extra})  # type: ignore[method-assign]
 
 
 def faulty(host: MovingHost, fault: str, log: Path, *options: str, status: int) -> Result:
@@ -230,6 +240,47 @@ def test_a_write_that_is_sent_again_after_a_freeze_is_not_made(bare: MovingHost)
             bare.migrate()
 
 
+def frozen_at_write(host: MovingHost, api: str, pauses: list[float], *words: str, status: int) -> Result:
+    """Run a command whose first writes are held up for these seconds; freeze the data when the last of them begins."""
+
+    def hold_up() -> None:
+        pause = pauses.pop(0)
+        if pauses:
+            proxy.before_write = hold_up
+        else:
+            by(api, host.etcd).put(READY, "false")
+        time.sleep(pause)
+
+    with proxy_before(host.etcd.port) as proxy:
+        proxy.before_write = hold_up
+        said = host.ctl(*words, status=status, env={"ETCD_AUTHORITY": f"127.0.0.1:{proxy.port}"})
+    assert by(api, host.etcd).get(READY) == "false"
+    return said
+
+
+def test_a_command_of_a_batch_that_has_begun_ends_although_v2_is_frozen(own_etcd: Etcd, tmp_path: Path) -> None:
+    host, file = MovingHost(own_etcd), tmp_path / "batch"
+    host.register()
+    run("ip", "netns", "add", "blue")
+    file.write_text(f"profile add a\ncontainer add {BLUE} 192.168.0.1\n")
+    frozen_at_write(host, "etcdv2", [2, 2, 1], "batch", str(file), status=0)
+    host.check_consistent()
+    assert len(host.records()) == 1
+
+
+def test_what_a_freeze_of_v3_leaves_of_a_container_is_named(own_etcd: Etcd) -> None:
+    host = MovingHost(by("etcdv3", own_etcd))
+    host.register()
+    run("ip", "netns", "add", "blue")
+    said = frozen_at_write(host, "etcdv3", [0, 0, 0], "container", "add", BLUE, "192.168.0.1", status=1)
+    undone = f"Not all of it could be undone: run 'calicoctl container remove {BLUE}' when that works again."
+    assert said.err.count("etcd's data is frozen") == 1 and said.err.endswith(f"'. {undone}\n"), said
+    assert list(host.allocations()) == ["192.168.0.1"] and host.records() == {}
+    host.etcd.put(READY, "true")
+    host.ctl("container", "remove", BLUE)
+    host.check_nothing_left()
+
+
 def test_what_old_programs_write_is_copied_or_reported(bare: FreeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     two, numbers, read = by("etcdv2", bare.etcd), itertools.count(), Etcd2Store.list_for_watch
 
@@ -271,9 +322,7 @@ def test_show_for_a_user_with_a_member_down_and_while_frozen(bare: MovingHost) -
     etcd = bare.etcd
     with_users(etcd)
     bare.endpoints = f"http://127.0.0.1:{free_port()},{etcd.url}"
-    user = {"ETCD_USERNAME": "calico", "ETCD_PASSWORD": PASSWORD}
-    environment = bare.environment
-    bare.environment = lambda **extra: environment(**{**user, **extra})  # type: ignore[method-assign]
+    as_user(bare)
     found = bare.shown()
     assert found["used"] == "v2" and found["frozen"] is False and "Ready is true in v2 alone" in found["why"]
     two, three = found["apis"]["v2"], found["apis"]["v3"]
@@ -331,6 +380,24 @@ def test_members_that_do_not_serve_v2_are_passed_over(bare_host: Host, quick: No
         assert "keys are deleted from etcd's v2 API" in host.migrate("--finish") and two.tree() == {}
         host.endpoints = b.url
         assert host.migrate("--finish").endswith("etcd does not serve its v2 API any more.\n")
+
+
+def test_the_role_of_a_v2_user_suffices_to_move(bare: MovingHost) -> None:
+    """It is made as the documentation says."""
+    text = (Path(__file__).parent.parent.parent / "docs/security.md").read_text().partition("ETCDCTL_API=2")[2]
+    commands = [shlex.split(command) for command in re.findall(r"^    \$etcdctl (.*)$", text, re.MULTILINE)]
+    assert len(commands) == 8
+    as_root = ["etcdctl", f"--endpoints={bare.etcd.url}", f"--username=root:{PASSWORD}"]
+    for words in commands:
+        words[2:] = [f"{words[2]}:{PASSWORD}"] if words[:2] == ["user", "add"] else words[2:]
+        run(*as_root, *words, env={**os.environ, "ETCDCTL_API": "2"})
+    assert "does not let this user read" in bare.ctl("profile", "add", "new", status=1).err
+    as_user(bare)
+    bare.ctl("profile", "add", "new")
+    assert bare.shown()["apis"]["v2"]["keys"] == 153
+    for options in ((), ("--rollback",), (), ("--finish",)):
+        bare.migrate(*options)
+    assert len(bare.three) == 153 and bare.shown()["apis"]["v2"]["keys"] == 0
 
 
 def test_an_agent_that_is_pinned_is_named(own_etcd: Etcd, quick: None) -> None:
