@@ -91,7 +91,10 @@ def _line(words: Sequence[str]) -> str:
 
 
 def _unknown_option(usages: list[Usage], argv: list[str]) -> str | None:
-    """Return the message about the first option in `argv` that no usage contains, None if there is no such option."""
+    """Return the message about the first option in `argv` that no usage contains, None if there is no such option.
+
+    A global option that has a value, such as `--quiet=x`, is such an option, too.
+    """
     known = {name: o for usage in usages for o in usage.options() for name in (o.long, o.short) if name}
     for word in argv:
         name = word.partition("=")[0] if word.startswith("--") else word[:2]
@@ -257,10 +260,11 @@ def _is_accepted(line: list[str]) -> bool:
 
 
 def _missing(usages: list[Usage], words: list[str], found: list[Fit]) -> tuple[str, list[str]]:
-    """Return the message about words that are incomplete, and the words probably meant.
+    """Return the message about a command line that is incomplete, and the words probably meant.
 
-    Incomplete words match only the beginning of a usage, or lack an option. Without a guess, the words probably meant
-    are `words` themselves. `found` are the Fits of `words`.
+    `words` match only the beginning of a usage, or an option is missing. If the last word is similar to a keyword that
+    could be in its place, the words probably meant have that keyword instead; if not, they are `words` themselves.
+    `found` are the Fits of `words`.
     """
     commands = set().union(*(fit.commands() for fit in found))
     arguments = set().union(*(fit.arguments() for fit in found))

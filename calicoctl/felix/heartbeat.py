@@ -101,7 +101,7 @@ class Identity:
         return {name: value for name, value in fields.items() if value is not None}
 
     def is_other_machine(self, own: Identity) -> bool:
-        """Return whether both machines are known, and this one is another machine than that of `own`."""
+        """Return whether the machines of this identity and of `own` are both known, and differ."""
         return None not in (self.machine, own.machine) and self.machine != own.machine
 
     def describe(self, own: Identity) -> str:

@@ -93,8 +93,8 @@ def reconcile(
     that no endpoint lists, which an interrupted command has left, are released if the workload is RUNNING or STOPPED,
     or has no endpoint.
 
-    `removed` says that the engine has reported the removal of the container. If `removed` is False, and the container
-    is GONE, but runs under another engine, CalicoError is raised.
+    `removed` says that the engine has reported the removal of the container. If `removed` is False, and a container
+    that the engine does not know (GONE) still runs, under another engine, CalicoError is raised.
 
     Raises NotConnectedHere for a namespace with an endpoint, and for a running container without its interface, if the
     workload has no file that says that it was connected here (connected.py). Raises Conflict if another process holds

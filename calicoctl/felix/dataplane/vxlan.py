@@ -352,7 +352,7 @@ def _changeable(tunnel: Tunnel, parent: int | None) -> dict[str, Any]:
 
 
 def _settings(name: str) -> dict[str, str]:
-    """Return the sysctls of a device: values by path below /proc/sys/net.
+    """Return the desired sysctls of a device: values by path below /proc/sys/net.
 
     Source: fib_validate_source() in the kernel's net/ipv4/fib_frontend.c; Documentation/networking/ip-sysctl.rst.
     """
