@@ -280,7 +280,7 @@ class Etcd2Store:
     def _await_changes(self, directory: str, progress: Progress, seconds: float) -> tuple[list[Change], Progress]:
         """Wait for at most `seconds` for a change below `directory`.
 
-        Returns a list of the change, empty if there was none, and the new progress.
+        Returns a list of at most one change, and the new progress.
 
         Raises WatchExpired if changes may have been missed, and StoreUnavailable if no member answers for
         WATCH_PATIENCE.

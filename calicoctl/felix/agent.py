@@ -438,7 +438,7 @@ class Agent:
         """Drive the kernel to the snapshot, in five steps.
 
         Steps 2 to 5 are skipped if no manager has anything to apply, and while the PolicyManager waits after a failure.
-        Steps 3 to 5 are skipped if step 2 fails.
+        If step 2 fails, only step 5 follows.
         The order of the steps ensures that packets which policy denies never pass: see docs/agent.md.
         """
         dirty = self._snapshot.take_dirty()
