@@ -259,7 +259,7 @@ class DatastoreClient:
         return before
 
     def bgp_peer_keys(self, name: str, host: str | None = None) -> list[str]:
-        """Return the keys of the BGP peers whose address is `name` according to the value or to the key.
+        """Return the keys of the BGP peers called `name`: it is the address in the value, or the last part of the key.
 
         The peers may be invalid; then, only the key counts. With `host`, only that host's peers are searched; without
         `host`, only the global peers.

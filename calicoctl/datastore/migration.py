@@ -229,8 +229,8 @@ class Migration:
     def state(self) -> State:
         """Read how far a move has come. Raises StoreError.
 
-        If etcd does not serve v2, but v3 has Ready, the result has no Ready of v2. Raises NoSuchApi if etcd does not
-        serve v3, or if it does not serve v2, and v3 has no Ready.
+        Raises NoSuchApi if etcd does not serve v3. If etcd does not serve v2, the result's `v2` is None if the key
+        Ready exists in v3, whatever its value; if it does not exist, NoSuchApi is raised.
         """
         ready, note, copied = self._v3.read([keys.READY, keys.UNUSED_COPY, keys.COPIED_REVISION])[0]
         try:

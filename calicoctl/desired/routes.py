@@ -100,9 +100,10 @@ def guarded(snapshot: Snapshot, version: int) -> Guarded:
 
 
 class Surroundings:
-    """What a block may overlap, of one IP version: this host's networks and routes, and certain addresses.
+    """What is looked for in blocks of one IP version, since a block that overlaps it is not announced as a whole.
 
-    `addresses` are those of this host, its gateways, the registered hosts, and the members of etcd.
+    That is: this host's networks and routes, and the addresses of this host, its gateways, the registered hosts, the
+    members of etcd, and the DNS servers. `addresses` are all of these addresses except the DNS servers'.
     """
 
     def __init__(self, snapshot: Snapshot, version: int) -> None:

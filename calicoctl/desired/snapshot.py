@@ -457,7 +457,8 @@ class Snapshot:
     def _mark_decided_anew(self) -> None:
         """Add to `_unchecked` the endpoints in `local` for which `Admission.decide` now returns another result.
 
-        Also add all unusable endpoints to `dirty`, since the addresses that they contribute to tags may have changed.
+        Also add all unusable endpoints to `dirty`: their addresses, too, belong to tags unless they are refused, and
+        which ones are refused may have changed.
         """
         decide, candidates = self.admission.decide, self._claims.candidates
         self._unchecked |= {id for id, endpoint in self.local.items() if decide(candidates[id]) != endpoint}

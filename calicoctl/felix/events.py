@@ -110,9 +110,9 @@ class RouteLost:
 
 @dataclass(frozen=True)
 class OverlayRouteLost:
-    """One of the overlay's routes was deleted, or may have been replaced by another process.
+    """One of the overlay's routes was deleted, or another process may have replaced it.
 
-    `cidr` is the route's destination.
+    Also emitted if the agent has deleted the route itself. `cidr` is the route's destination.
     """
 
     cidr: str

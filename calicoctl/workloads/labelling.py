@@ -48,7 +48,9 @@ class Labelled:
 
 
 def connect(datastore: DatastoreClient, id: str) -> Labelled:
-    """Connect a container as its labels ask, if it runs, and if it has not been connected since its start.
+    """Connect a running container as its labels ask.
+
+    Does nothing if it is connected already, or if a command has disconnected it since it was started.
 
     Raises LabelsRefused if it cannot be connected as they ask, after a rollback; StoreUnavailable; DockerUnavailable;
     and Conflict if another process holds the workload's lock.
@@ -94,7 +96,10 @@ def _checked(wanted: Wanted) -> tuple[list[AddressRequest], str | None]:
 
 
 def _image_of(container: dict[str, Any]) -> dict[str, Any]:
-    """Return the engine's description of a container's image. Raises CalicoError, if the image is gone, too."""
+    """Return the engine's description of a container's image.
+
+    Raises CalicoError if the engine does not name the image, or if the image was removed; and DockerUnavailable.
+    """
     image = container.get("Image")
     if not isinstance(image, str) or not image:
         raise CalicoError("Docker does not say which image it is of, and so not whether the labels are the image's own")

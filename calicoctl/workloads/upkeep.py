@@ -254,7 +254,7 @@ def _update_name(
     datastore.ipam.set_workload_name(workload.handle, others, name)
     if changed:
         before = changed[0].workload_name
-        text = f"was called {before} before" if before else "has its name in its record again"
+        text = f"was called {before} before" if before else "has its name in its endpoint again"
         yield Action(CHANGED, f"{_called(workload)} {text}")
 
 

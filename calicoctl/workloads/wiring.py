@@ -9,7 +9,8 @@ command for the same workload finds what the killed process has left, the steps 
 * The veth pair is created next. Its host end is brought up when everything else of the pair is configured: while the
   host end is down, the pair is incomplete.
 * The endpoint is written to etcd last. On disconnecting, the endpoint is removed before its addresses are released.
-  Addresses without a handle are released before that, since their owner is known only from the endpoint.
+  Only addresses without a handle are released before the endpoint is removed, since their owner is known only from the
+  endpoint.
 
 A function that changes a workload holds the workload's lock from its first read until it returns.
 """

@@ -38,7 +38,7 @@ def take_back_routes(network: HostNetwork, routes: Routes) -> Iterator[str]:
 
 
 def take_back_blocks(network: HostNetwork, vxlan: Vxlan) -> Iterator[str]:
-    """Remove the overlay's routes to networks that contain an address that this host needs to reach etcd.
+    """Remove the overlay's routes to networks that contain an address without which this host cannot reach etcd.
 
     Yields a sentence for each removed route, and a sentence with the kernel's error if the kernel refuses to remove a
     route. `vxlan.read` must have been called before.

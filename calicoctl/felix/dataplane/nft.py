@@ -91,8 +91,9 @@ class Nft:
         return found
 
     def keys(self, table: str, set: str) -> list[bytes]:
-        """Return the keys of the elements of a set or map in a table of the family inet, encoded as in the kernel.
+        """Return the keys of the elements of a set or map in a table of the family inet, as the kernel's bytes.
 
+        An address is in network byte order; an interface's name is followed by NULs.
         Raises OSError, for example if there is no such table or set.
         """
         request = struct.pack("=BBH", _NFPROTO_INET, 0, 0)
