@@ -1,8 +1,9 @@
 """Prints how etcd's v3 API fares beside its v2 API, as ratios v3 / v2 of things measured side by side in one run.
 
-Two etcds run on the same disk: one has the data in its v2 API, the other one in its v3 API, and serves no v2.
-DATASTORE_TYPE is not set, so commands find out which one it is. For a figure that misses its bound, it is printed where
-the time goes. `make bench` runs it; an argument is the number of pairs (10), others select parts, by name.
+Two etcds keep their files in a tmpfs, so that no disk counts: one has the data in its v2 API, the other one in its v3
+API, and serves no v2. DATASTORE_TYPE is not set, so commands find out which one it is. For a figure that misses its
+bound, it is printed where the time goes. `make bench` runs it; an argument is the number of pairs (10), others select
+parts, by name.
 """
 
 from __future__ import annotations
