@@ -115,7 +115,7 @@ space = $(empty) $(empty)
 tox: $(VENV)/ready
 	@demo/packages $(BGP)
 	$(VENV)/bin/pip install --quiet tox
-	PATH="$(subst $(space),:,$(PYENV_BINS)):$$PATH" $(VENV)/bin/tox run-parallel
+	PATH="$(subst $(space),:,$(PYENV_BINS)):$$PATH" $(VENV)/bin/tox run
 
 bench: $(VENV)/ready
 	@demo/packages $(BENCH)
