@@ -120,6 +120,14 @@ class Identity:
         return "Another agent on this machine"
 
 
+def _is_claimed(status: Entry) -> bool:
+    """Return whether `claim` has written a host's status: it has no uptime, since no agent has written it."""
+    with suppress(ValueError):
+        value = json.loads(status.value)
+        return isinstance(value, dict) and value.get("uptime") == 0.0
+    return False
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace").strip()
@@ -197,13 +205,13 @@ class Heartbeat:
 
         If the status has expired, this agent creates it anew. If it has this agent's identity, the previous agent or
         `claim` has written it, and this agent renews it from now on. But if it was written with this agent's identity
-        before each of two heartbeats in a row, another agent on this machine writes it, for example in a container. In
-        that case, and if the status has another identity, `_replaced_by` is set.
+        before each of two heartbeats in a row, and not by `claim` the second time, another agent on this machine writes
+        it, for example in a container. In that case, and if the status has another identity, `_replaced_by` is set.
         """
         self._lasting = None
         self._entry, self._api = self._datastore.statuses.of_host(), self._current_api()
         writer = self._own if self._entry is None else Identity.of(self._entry)
-        if writer != self._own or (self._contested and self._entry is not None):
+        if writer != self._own or (self._contested and self._entry is not None and not _is_claimed(self._entry)):
             self._entry, self._replaced_by, self._contested = None, writer, False
 
     def _try_to_regain(self, writer: Identity) -> None:

@@ -145,6 +145,25 @@ def test_a_status_that_is_gone_was_written_by_nobody_else(world: World) -> None:
     assert world.store.get(KEY) is not None
 
 
+def test_a_store_that_is_restored_and_then_emptied_and_claimed_is_no_other_agent(world: World) -> None:
+    with world.machine():
+        agent = Heartbeat(world.client())
+        for uptime in (1.0, 2.0):
+            assert agent.beat({"uptime": uptime}) is None
+        entry = world.store.get(KEY)
+        assert entry is not None
+        world.store.put(KEY, entry.value)  # as a restored store has it
+        assert agent.beat({"uptime": 3.0}) is None
+        world.store.remove_tree("/calico")
+        claim(world.client(), False, True, lambda text: None)  # `calicoctl node` registers the host anew
+        assert agent.beat({"uptime": 4.0}) is None
+        # but another agent that writes it, too, is one
+        for _ in range(2):
+            world.store.put(KEY, json.dumps({"uptime": 9.0, **Identity.own().to_dict()}))
+            replaced = agent.beat({"uptime": 5.0})
+        assert replaced == Identity.own()
+
+
 def test_a_status_that_is_left_in_the_other_api_is_nobody_elses(world: World) -> None:
     stores = {V2: MemoryStore(), V3: MemoryStore(modern=True)}
     for number in range(50):  # so that no revision is the same in both
