@@ -175,10 +175,14 @@ def lists(pairs: int) -> None:
         side_by_side(title, "", lambda host: peak(host, "endpoint", "show") / 1024, hosts, pairs, "MiB")
 
 
+_numbers = itertools.count()
+"""Of the folders of etcds."""
+
+
 @contextmanager
 def open_etcd(api: str) -> Iterator[Etcd]:
-    """An etcd for an API that clients reach on all addresses."""
-    with mock.patch.object(Etcd, "api", api), open_etcds(HOME / api) as (etcd,):
+    """A new etcd for an API that clients reach on all addresses."""
+    with mock.patch.object(Etcd, "api", api), open_etcds(HOME / f"{api}-{next(_numbers)}") as (etcd,):
         yield etcd
 
 
