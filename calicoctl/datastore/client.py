@@ -57,6 +57,8 @@ class AddressFacts:
     affine: list[str] | None
 
 
+# more than 400 lines: one short method for each operation on profiles, endpoints, pools, peers and settings; hosts,
+# statuses and addresses have classes of their own
 class DatastoreClient:
     """Reads and changes Calico's data in the store on behalf of one host, `host`."""
 

@@ -145,6 +145,8 @@ class _Found:
         return key[: self._above] + key[self._above :].partition("/")[0]
 
 
+# more than 400 lines: the protocol Store has one method for each operation, and all share the members, the leases and
+# the fence
 class Etcd3Store:
     """Implements `Store` on etcd's v3 API. Not thread-safe.
 

@@ -129,6 +129,7 @@ class Drivers:
     bgp: BgpThread
 
 
+# more than 400 lines: the loop, with one short method for each kind of event
 class Agent:
     """The agent of one host. `run` is its loop."""
 

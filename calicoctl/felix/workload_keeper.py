@@ -233,6 +233,7 @@ class Refused:
             self._report(events.Failure(text, "not connected"))
 
 
+# more than 400 lines: all methods run in the keeper's thread and share its queue; what workers run is outside
 class WorkloadKeeper:
     """Reconciles this host's workloads, and garbage-collects those that no longer exist."""
 
