@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.chosen import ChosenStore
-from calicoctl.datastore.detection import Choice, Shown, ask_v3, detect, foreign
+from calicoctl.datastore.detection import Choice, Shown, ask_v2, ask_v3, detect, foreign
 from calicoctl.datastore.settings import TYPE, V3, EtcdSettings
 from calicoctl.datastore.store import FencedStore
-from calicoctl.errors import NoSuchApi, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
     from calicoctl.datastore.etcd3 import Etcd3Store
@@ -104,17 +103,7 @@ class Backends:
 
     def _shown(self, api: str) -> Shown:
         """Return the state of an API (V2 or V3). Raises StoreUnavailable if no member answers."""
-        if api == V3:
-            return ask_v3(self._v3)
-        try:
-            entry = self._v2.get(keys.READY)
-        except NoSuchApi:
-            return Shown(served=False)
-        except StoreUnavailable:
-            raise
-        except StoreError as error:
-            return Shown(refused=error)
-        return Shown() if entry is None else Shown(ready=entry.value, revision=entry.revision)
+        return ask_v3(self._v3) if api == V3 else ask_v2(self._v2)
 
     def _refuse_foreign(self, shown: Shown) -> None:
         """Raise StoreError if the API that is to be used holds data of Calico 3."""

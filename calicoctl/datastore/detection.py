@@ -14,7 +14,7 @@ import json
 import threading
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.etcd3_http import Connection
@@ -24,6 +24,7 @@ from calicoctl.errors import InvalidValue, NoSuchApi, StoreError, StoreUnavailab
 
 if TYPE_CHECKING:
     from calicoctl.datastore.etcd3 import Etcd3Store
+    from calicoctl.datastore.store import Entry, Store
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,20 @@ def detect(settings: EtcdSettings, v3: Etcd3Store, patience: float) -> Choice:
     return decide(v3_shown, v2_shown, settings.urls)
 
 
+def ask_v2(v2: Store) -> Shown:
+    """Query the v2 API through its backend, and return its state. Raises StoreUnavailable if no member answers."""
+    return _asked(lambda: (v2.get(keys.READY), False))
+
+
 def ask_v3(v3: Etcd3Store) -> Shown:
     """Query the v3 API, and return its state. Raises StoreUnavailable if no member answers."""
+    return _asked(lambda: v3.peek(keys.READY, keys.OTHER_CALICO))
+
+
+def _asked(read: Callable[[], tuple[Entry | None, bool]]) -> Shown:
+    """Return the state of an API. `read` returns the entry of Ready, and whether the API has data of Calico 3."""
     try:
-        ready, foreign = v3.peek(keys.READY, keys.OTHER_CALICO)
+        ready, foreign = read()
     except NoSuchApi:
         return Shown(served=False)
     except StoreUnavailable:

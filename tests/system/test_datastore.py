@@ -249,7 +249,7 @@ def frozen_at_write(host: MovingHost, api: str, pauses: list[float], *words: str
             proxy.before_write = hold_up
         else:
             by(api, host.etcd).put(READY, "false")
-        time.sleep(pause)
+        time.sleep(pause)  # what is tested is a write that takes this long
 
     with proxy_before(host.etcd.port) as proxy:
         proxy.before_write = hold_up
