@@ -1,7 +1,7 @@
 """Matches words against the usages of a command, for completion, the help of a subcommand, and error messages.
 
-docopt parses the grammars into trees of `Command`, `Argument`, `Option`, `Either`, `Required`, `Optional` and
-`OneOrMore`; this module walks these trees.
+docopt parses the grammars into trees of `Command` (a keyword, such as `add`), `Argument` (a placeholder, such as
+`<IP>`), `Option`, `Either`, `Required`, `Optional` and `OneOrMore`; this module walks these trees.
 """
 
 from __future__ import annotations

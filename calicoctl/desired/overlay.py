@@ -245,7 +245,7 @@ class Overlay:
                     continue
                 claimed.add(block)
                 around = surroundings[block.version]
-                if (around.overlapped(block, pool) if host == topology.host else around.needed(block)) is None:
+                if (around.overlapped(block, pool) if host == topology.host else around.vital(block)) is None:
                     self._blocks[block] = host, mode
                     bits = BITS[block.version] - block.length
                     self._hosts[block.version, bits][block.first >> bits] = host

@@ -117,10 +117,10 @@ class Surroundings:
         self.addresses = _of_version(known, version)
         self._dns = _of_version(dict.fromkeys(network.servers.dns, DNS_SERVER), version)
 
-    def needed(self, block: Network) -> str | None:
-        """Return a description of a network of this host, or of one of `addresses`, that a block overlaps.
+    def vital(self, block: Network) -> str | None:
+        """Return a description of the first of `networks` or `addresses` that a block overlaps, None if it overlaps none.
 
-        Return None if the block overlaps none of them.
+        This host must go on reaching these by its own routes. DNS servers and other routes' destinations do not count.
         """
         for network in self.networks:
             if network.overlaps(block):
@@ -130,12 +130,12 @@ class Surroundings:
     def overlapped(self, block: Network, pool: Network) -> str | None:
         """Return a description of what a block of `pool` overlaps, None if it overlaps nothing.
 
-        The block may overlap what `needed` describes, the address of a DNS server, or the destination of a route.
+        The block may overlap what `vital` describes, the address of a DNS server, or the destination of a route.
         Routes whose destination contains the whole pool are ignored.
         """
-        needed = self.needed(block) or _inside(block, self._dns)
-        if needed is not None:
-            return needed
+        found = self.vital(block) or _inside(block, self._dns)
+        if found is not None:
+            return found
         for route in self.routes:
             if route.overlaps(block) and pool not in route:
                 return f"{route.cidr}, which this host has a route to"

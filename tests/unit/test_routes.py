@@ -144,5 +144,5 @@ def test_a_block_with_a_server_of_this_host_is_announced_by_single_addresses(sto
     # routes of other hosts must not lead to a member; a DNS server may well be a workload of theirs
     assert guarded(store.snapshot, 4).addresses == ("192.168.1.9", "192.168.2.9")
     around = Surroundings(store.snapshot, 4)
-    assert around.needed(Network.parse("192.168.2.0/26")) is not None
-    assert around.needed(Network.parse("192.168.2.64/26")) is None
+    assert around.vital(Network.parse("192.168.2.0/26")) is not None
+    assert around.vital(Network.parse("192.168.2.64/26")) is None
