@@ -193,10 +193,10 @@ def _word_mismatch(usages: list[Usage], words: list[str], reach: int, found: lis
 
 
 def _elsewhere(words: list[str], place: int) -> str | None:
-    """Return the command line that _ELSEWHERE has for the command `words[0]` and the subcommand `words[1]`.
+    """Return an existing command line for the purpose of the command `words[0]` with the subcommand `words[1]`.
 
-    `place` is the index of the word that does not fit. Returns None if `place` is not 1, or if _ELSEWHERE has no such
-    command line.
+    The command has no such subcommand. A synonym of a subcommand counts as the subcommand. `place` is the index of the
+    word that does not fit. Returns None if `place` is not 1, or if _ELSEWHERE has no such command line.
     """
     if place != 1:
         return None

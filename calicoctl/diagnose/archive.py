@@ -37,6 +37,7 @@ from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.bgp.processes import USER
 
 Source = Callable[[], str]
+"""Returns the text of one file of the archive. May raise any exception."""
 
 LOG_SIZE = 4 * 2**20
 """How many bytes at the end of each log are included."""

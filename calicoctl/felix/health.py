@@ -177,6 +177,7 @@ class Health:
     users: Mapping[str, str] = field(default_factory=dict)
     """Address -> name of the host that is registered with it: see Topology."""
     resyncs: int = 0
+    """How often the whole store was read."""
     reattached: int = 0
     """Workloads that were re-attached; `healed` in the report and in metrics."""
     collected: int = 0
