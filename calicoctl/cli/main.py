@@ -224,7 +224,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _imports(frame: FrameType | None) -> bool:
     """Return whether `frame`, or a frame that called it, is importing a module.
 
-    An exception would then leave the module half initialized, and the rollback may need it.
+    If so, a signal must not raise Interrupted now: it would leave the module half initialized, and the command may need
+    the module to undo its changes.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

@@ -669,10 +669,11 @@ class WorkloadKeeper:
 def _learn_once(
     report: Callable[[Any], None], host: str, orchestrator: str, learn: Callable[..., None], *arguments: Any
 ) -> None:
-    """Call `learn`, a function of learning.py, with `arguments`.
+    """Call `learn` with `arguments`: it finds the workloads that an older version of this program has connected here.
 
-    Does nothing if such a call has succeeded for the orchestrator on this host before. If `learn` fails, a Failure is
-    reported; if it succeeds, the end of the Failure. StoreUnavailable and Conflict are not reported, but raised.
+    `learn` is a function of learning.py. Does nothing if such a call has succeeded for the orchestrator on this host
+    before. If `learn` fails, a Failure is reported; if it succeeds, a Failure without `why`, which ends that report.
+    StoreUnavailable and Conflict are not reported, but raised.
     """
     why = None
     try:
