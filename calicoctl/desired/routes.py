@@ -118,7 +118,7 @@ class Surroundings:
         self._dns = _of_version(dict.fromkeys(network.servers.dns, DNS_SERVER), version)
 
     def vital(self, block: Network) -> str | None:
-        """Return a description of the first of `networks` or `addresses` that a block overlaps, None if it overlaps none.
+        """Return a description of the first of `networks` or `addresses` that a block overlaps, None if there is none.
 
         This host must go on reaching these by its own routes. DNS servers and other routes' destinations do not count.
         """
