@@ -35,7 +35,7 @@ Commands:
   container    connect Docker containers and network namespaces
   datastore    show which store is used, move the data to etcd's v3 API
   diags        collect diagnostics of this host into an archive
-  endpoint     show the endpoints of all hosts, and change their profiles
+  endpoint     show the endpoints of all hosts, change or remove them
   ipam         show address assignments, release addresses, find leaked ones
   node         register this host, and run its agent
   pool         show and change the IP pools

@@ -1,4 +1,4 @@
-"""Show the endpoints of all hosts, and change their profiles.
+"""Show the endpoints of all hosts, change their profiles, and remove them.
 
 Usage:
   calicoctl endpoint show [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>]
@@ -9,13 +9,16 @@ Usage:
   calicoctl endpoint <ENDPOINT_ID> profile show [--host=<HOST>]
       [--orchestrator=<ORCHESTRATOR>] [--workload=<WORKLOAD>]
       [--output=<FORMAT>]
+  calicoctl endpoint <ENDPOINT_ID> remove [--host=<HOST>]
+      [--orchestrator=<ORCHESTRATOR>] [--workload=<WORKLOAD>]
 
 Options:
   <ENDPOINT_ID>          an endpoint's id, or the beginning of it
   --host=<HOST>          of this host only; default: of all hosts
   --orchestrator=<ORCHESTRATOR>
-                         of this orchestrator only: docker, or namespace;
-                         default: of all
+                         of this orchestrator only: docker, namespace, or
+                         another program's, such as libnetwork; default: of
+                         all
   --workload=<WORKLOAD>  of the workload with this id, or this beginning of
                          it, or of the Docker containers with this name;
                          default: of all
@@ -37,7 +40,11 @@ on standard error. JSON: status, and reason. A container of this host that
 cannot be connected as its labels ask has a row with the state error, without
 an endpoint's id, as long as the agent runs.
 Profiles are evaluated in the order of the list; `set` without profiles clears
-it. These commands need no root, and work for the endpoints of any host.
+it. `show` and `profile` need no root, and work for the endpoints of any host.
+`remove` must be run as root. It removes an endpoint of this host, with its
+interface and addresses, if its workload no longer exists, whichever program
+has made it. The endpoint of a container or namespace that exists is refused:
+use `container remove`, or `docker network disconnect`.
 
 Examples:
   calicoctl endpoint show --detailed
@@ -60,7 +67,7 @@ from calicoctl.datastore.hosts import check_hostname
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotFound, UsageError, about, printable
-from calicoctl.grammar import Prepared, parse
+from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import abridges, first_few, print_json, print_table, wants_json, warn
 from calicoctl.workloads.workload import DOCKER, short_id
 
@@ -83,10 +90,13 @@ def prepare(argv: list[str]) -> Prepared:
     if arguments["--host"] is not None:
         with about("--host"):
             check_hostname(arguments["--host"])
-    if not arguments["profile"]:
+    if not arguments["profile"] and not arguments["remove"]:
         return partial(_show, arguments)
     if not arguments["<ENDPOINT_ID>"]:  # an unset variable of a script, say: it would match the beginning of every id
         raise UsageError("Say which endpoint")
+    if not arguments["profile"]:
+        require_root()
+        return partial(_remove, arguments)
     return partial(_profile, arguments, profile_names(arguments))
 
 
@@ -121,9 +131,14 @@ def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id
     `endpoint_id` is an endpoint's id, or the beginning of the id; None selects all endpoints. Prints a warning for each
     invalid endpoint.
     """
+    return _selected(readable_endpoints(datastore, arguments["--host"]), arguments, endpoint_id)
+
+
+def _selected(endpoints: list[Endpoint], arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
+    """Return those of `endpoints` that the options in `arguments` and `endpoint_id` select; see _matching."""
     return [
         endpoint
-        for endpoint in readable_endpoints(datastore, arguments["--host"])
+        for endpoint in endpoints
         if arguments["--host"] in (None, endpoint.id.host)
         and arguments["--orchestrator"] in (None, endpoint.id.orchestrator)
         and (
@@ -149,18 +164,40 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
     as_json = wants_json(arguments)
     id = arguments["<ENDPOINT_ID>"]
     datastore = DatastoreClient.from_environment()
-    found = _matching(datastore, arguments, id)
+    endpoint = _only(_matching(datastore, arguments, id), id)
+    if arguments["show"]:
+        show_profiles(endpoint, as_json)
+    else:
+        change_profiles(datastore, endpoint, id, arguments, names)
+
+
+def _remove(arguments: dict[str, Any]) -> None:
+    from calicoctl.workloads.endpoint_removal import remove_endpoint
+
+    id = arguments["<ENDPOINT_ID>"]
+    datastore = DatastoreClient.from_environment()
+    endpoints, invalid = datastore.readable_endpoints(arguments["--host"])
+    ids = [keys.parse_endpoint(error.key) for error in invalid]
+    endpoints += [Endpoint(id) for id in ids if id is not None]  # an invalid endpoint can be removed, too
+    endpoint = _only(_selected(endpoints, arguments, id), id)
+    released = remove_endpoint(datastore, endpoint.id)
+    print(
+        f"Removed endpoint {endpoint.id.endpoint}" + (f", released {', '.join(map(str, released))}" if released else "")
+    )
+
+
+def _only(found: list[Endpoint], id: str) -> Endpoint:
+    """Return the endpoint in `found` with this id or, if there is none, the only one in `found`.
+
+    `found` are endpoints whose ids begin with `id`. Raises NotFound if there is none, CalicoError if there are several.
+    """
     found = [endpoint for endpoint in found if endpoint.id.endpoint == id] or found
     if not found:
         raise NotFound(f"Endpoint {id} does not exist.")
     if len(found) > 1:
         some = first_few(map(described, found))
         raise CalicoError(f"{id} matches several endpoints ({some}): give more of its id.")
-    endpoint = found[0]
-    if arguments["show"]:
-        show_profiles(endpoint, as_json)
-    else:
-        change_profiles(datastore, endpoint, id, arguments, names)
+    return found[0]
 
 
 # Shared with `container` and `profile`
