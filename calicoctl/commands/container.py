@@ -245,7 +245,7 @@ def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
 
 
 def _endpoints(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
-    """Return the endpoints of a workload, in display order.
+    """Return the endpoints of a workload, in display order (see `display_order`).
 
     Raises NotFound if the workload has none, and CalicoError if one belongs to another namespace, with the same id.
     """
