@@ -126,7 +126,7 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
-    """Return the valid endpoints that the options in `arguments` and `endpoint_id` select, in display order (see `display_order`).
+    """Return the valid endpoints that the options in `arguments` and `endpoint_id` select (see `display_order`).
 
     `endpoint_id` is an endpoint's id, or the beginning of the id; None selects all endpoints. Prints a warning for each
     invalid endpoint.
