@@ -114,7 +114,7 @@ class Statuses:
             set_value(self._store, keys.felix_endpoint(id), None)
 
     def report_endpoints(self, statuses: Mapping[EndpointId, str], ttl: int) -> None:
-        """Write the statuses of at most MOST_AT_ONCE endpoints of this host; see `report_endpoint`."""
+        """Write the statuses of at most store.MOST_AT_ONCE endpoints of this host; see `report_endpoint`."""
         values = {keys.felix_endpoint(id): status for id, status in statuses.items()}
         self._store.put_all(values, ttl if self._store.leases else None)
 

@@ -70,14 +70,14 @@ class WorkQueue(Generic[K]):
     def add_after_backoff(self, key: K, at: float, last: bool = False) -> None:
         """Add a key that is due at the time `at`, or at the end of the key's backoff if that is later.
 
-        If the key already waits, the earlier of its two due times counts. With `last`, it is taken after all others (`add`).
+        If the key already waits, the earlier due time counts. With `last`, it is taken after all others (see `add`).
         """
         self.add(key, max(at, self._backoff.get(key, at)), last)
 
     def back_off(self, key: K, until: float, last: bool = False) -> None:
         """Mark a key as failed, with a backoff that ends at the time `until`, and add the key as due at that time.
 
-        If the key already waits, the earlier of its two due times counts. With `last`, it is taken after all others (`add`).
+        If the key already waits, the earlier due time counts. With `last`, it is taken after all others (see `add`).
         """
         self._backoff[key] = until
         self.add(key, until, last)

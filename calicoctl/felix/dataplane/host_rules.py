@@ -361,9 +361,9 @@ def _sender_chain(host: str, snapshot: Snapshot) -> tuple[str, ...]:
 def _by_interface(snapshot: Snapshot) -> tuple[str, ...]:
     """Return the rules that check the incoming interface of packets from addresses of other hosts and their endpoints.
 
-    Packets that arrive on an interface in `_fabric` are accepted. On any other interface, packets with a source MAC of
-    another host are accepted, unless the interface is a bridge, since containers are connected to bridges. All other
-    packets go to the chain `not-its-host`.
+    Packets are accepted on the interfaces on which packets of other hosts may arrive (see `_fabric`). On any other
+    interface, packets with a source MAC of another host are accepted, unless the interface is a bridge, since
+    containers are connected to bridges. All other packets go to the chain `not-its-host`.
 
     Packets of an IP version are checked only if this host has a route to each other host that has an address of that
     version. Returns () if that holds for neither version, or if `snapshot.check_senders` is "off".
