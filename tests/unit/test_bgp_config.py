@@ -111,7 +111,7 @@ template bgp peer4 {
   ipv4 { import table on; import filter learned4; export where source = RTS_STATIC; next hop self; };
 }
 protocol bgp mesh4_172_18_0_12 from peer4 {
-  neighbor 172.18.0.12 as 64511;
+  neighbor 172.18.0.12 as 64511; connect delay time 6;
 }
 filter learned6 {
 """
@@ -128,6 +128,27 @@ def test_the_mesh_is_all_hosts_and_each_ip_version_on_its_own(bgp: Bgp) -> None:
     assert bgp.names == ["mesh4_172_18_0_12", "mesh4_172_18_0_13"]
     bgp.put(f"{BGP}/global/node_mesh", {"enabled": False})
     assert bgp.names == [] and "template" not in bgp.text()
+
+
+def test_of_two_hosts_of_the_mesh_the_one_with_the_higher_address_connects_first(bgp: Bgp) -> None:
+    bgp.host("host3", "172.18.0.9", "fd00:18::a")
+    bgp.peer("172.18.0.254", "64600")
+    bgp.put(f"{BGP}/host/host2/as_num", "65002")
+    text = bgp.text()
+    for line in (
+        "neighbor 172.18.0.9 as 64511; connect delay time 1;",
+        "neighbor 172.18.0.12 as 65002; connect delay time 6;",
+        "neighbor 172.18.0.254 as 64600;",
+        "neighbor fd00:18::a as 64511; connect delay time 1;",
+        "neighbor fd00:18::c as 65002; connect delay time 6;",
+    ):
+        assert f"  {line}\n" in text
+    assert config.SECOND_CALL * 0.75 > 4 * config.FIRST_CALL and config.SECOND_CALL < config.RESTART_WAIT
+    without = config.text(bgp.config, Passwords(), FOLDER, turns=False)
+    assert without == re.sub(r"(neighbor .*;) connect delay time \d;", r"\1", text)
+    assert config.has_turns(text) and not config.has_turns(without)
+    bgp.put(f"{BGP}/global/node_mesh", {"enabled": False})
+    assert config.has_turns(config.text(bgp.config, Passwords(), FOLDER, turns=False)), "there is nothing to reset"
 
 
 def test_as_numbers(bgp: Bgp) -> None:

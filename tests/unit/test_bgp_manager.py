@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -17,7 +18,7 @@ from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.errors import CalicoError
 from calicoctl.felix.bgp import manager, passwords
 from calicoctl.felix.bgp.bird import UP, Refused, Session
-from calicoctl.felix.bgp.config import Config
+from calicoctl.felix.bgp.config import Config, Family, Neighbour, has_turns, text
 from calicoctl.felix.bgp.instance import NotReady
 from calicoctl.felix.bgp.manager import BgpManager, BgpThread
 from calicoctl.felix.bgp.passwords import Passwords
@@ -115,6 +116,9 @@ class FakeInstance:
     def wake(self) -> None:
         self.woken += 1
 
+    def has_turns(self) -> bool:
+        return has_turns(self.file or "")
+
     def control(self) -> Path:
         return self.socket
 
@@ -180,6 +184,22 @@ def test_one_that_runs_is_adopted_and_told_its_configuration_once(bird: Bird) ->
     bird.step(configuration())
     bird.step(configuration())
     assert len(bird.instance.told) == 1 and bird.state.pid == 77, "it may have another than its file says"
+
+
+def test_an_earlier_versions_bird_gets_its_turns_at_its_next_start_since_they_reset_sessions(bird: Bird) -> None:
+    def with_peers(*addresses: str) -> Config:
+        peers = tuple(Neighbour("mesh", address, "64511") for address in addresses)
+        return replace(configuration(), families=(Family(4, OWN, True, neighbours=peers),))
+
+    bird.instance.running = 77
+    bird.instance.file = text(with_peers("172.18.0.12"), Passwords(), bird.instance.directory, turns=False)
+    for peers in (("172.18.0.12",), ("172.18.0.12", "172.18.0.13")):
+        bird.step(with_peers(*peers))
+        assert not has_turns(bird.instance.file) and len(bird.instance.told) == len(peers)
+    bird.instance.running = None
+    for _ in range(2):
+        bird.step(with_peers("172.18.0.12"))
+    assert bird.state.pid == 100 and has_turns(bird.instance.file) and len(bird.instance.told) == 3, "once"
 
 
 def test_one_that_no_file_names_is_adopted_as_well(bird: Bird) -> None:
@@ -304,7 +324,8 @@ def test_no_password_is_in_a_refusal(bird: Bird) -> None:
     bird.passwords = Passwords({}, "hunter2")
     bird.instance.wrong = "neighbor 172.18.0.12"
     bird.step(Config(OWN, "64511", 30, "none", (family,)))
-    assert 'neighbor 172.18.0.12 as 64511; password "…";' in str(bird.failures(BGP_CONFIGURATION)[-1])
+    shown = 'neighbor 172.18.0.12 as 64511; connect delay time 6; password "…";'
+    assert shown in str(bird.failures(BGP_CONFIGURATION)[-1])
 
 
 def test_passwords_reach_it_when_they_change_and_not_while_they_are_unknown(bird: Bird) -> None:

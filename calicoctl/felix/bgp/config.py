@@ -10,12 +10,13 @@ Source of the language: the BIRD User's Guide, version 2.0.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calicoctl.addresses import BITS, unpack, version_of
+from calicoctl.addresses import BITS, number_of, unpack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.desired.routes import announced, guarded, plain_pools
 from calicoctl.errors import CalicoError
@@ -31,6 +32,19 @@ MESH, NODE, GLOBAL = "mesh", "node", "global"
 RESTART_WAIT = 8
 """After a crash, BIRD waits for its peers for up to this many seconds. Until then, its old routes stay in the
 kernel.
+"""
+
+FIRST_CALL, SECOND_CALL = 1, 6
+"""Seconds that BIRD waits before it connects to a peer, also after a failed attempt.
+
+Of two hosts of the mesh, the host with the higher address uses FIRST_CALL, and the other host SECOND_CALL, so that they
+do not connect at the same time. For all other peers, FIRST_CALL is used. BIRD shortens both times by up to a quarter.
+
+Why: if two connections cross, BIRD may accept the second one just after the session has come up on the first, and takes
+that for a crash of the peer. If the peer really crashed just before, BIRD counts two crashes, and deletes the routes
+that it has kept since the first. Source: bgp_incoming_connection in BIRD's proto/bgp/bgp.c, version 2.0.12.
+
+SECOND_CALL is less than RESTART_WAIT, in case that a firewall lets only the host with the lower address connect.
 """
 
 LONGEST_RESTART = 4095
@@ -166,10 +180,11 @@ def _neighbours(snapshot: Snapshot, version: int) -> Iterable[Neighbour]:
     return [found[address] for address in sorted(found) if address not in own]
 
 
-def text(config: Config, passwords: Passwords, directory: Path) -> str:
+def text(config: Config, passwords: Passwords, directory: Path, turns: bool = True) -> str:
     """Render the configuration in BIRD's language. Raises CalicoError if a text in it cannot be quoted.
 
-    `passwords` contains the passwords of the sessions. `directory` is the folder of BIRD's log.
+    `passwords` contains the passwords of the sessions. `directory` is the folder of BIRD's log. If `turns` is False,
+    SECOND_CALL is not used: see `has_turns`.
     """
     log = directory / "log"
     lines = [
@@ -184,8 +199,17 @@ def text(config: Config, passwords: Passwords, directory: Path) -> str:
         f'protocol direct {{ ipv4; ipv6; interface -"{INTERFACE_PREFIX}*", -"docker*", -"vxlan*.calico", "*"; }}',
     ]
     for family in config.families:
-        lines += _family_lines(config, family, passwords)
+        lines += _family_lines(config, family, passwords, turns)
     return "\n".join(lines) + "\n"
+
+
+def has_turns(text: str) -> bool:
+    """Return whether the sessions of the mesh in a rendered configuration have the times FIRST_CALL and SECOND_CALL.
+
+    In configurations of earlier versions, they have not. A BIRD that runs with such a configuration does not get the
+    times before its next start, since the change would reset its sessions.
+    """
+    return f"protocol bgp {MESH}" not in text or re.search(r"^  neighbor \S+ as \d+; connect", text, re.M) is not None
 
 
 def quoted(value: str) -> str:
@@ -195,7 +219,7 @@ def quoted(value: str) -> str:
     return f'"{value}"'
 
 
-def _family_lines(config: Config, family: Family, passwords: Passwords) -> Iterable[str]:
+def _family_lines(config: Config, family: Family, passwords: Passwords, turns: bool) -> Iterable[str]:
     v, bits = family.version, BITS[family.version]
     source = f" krt_prefsrc = {family.own};" if family.own is not None and family.is_here else ""
     yield f"filter learned{v} {{"
@@ -235,7 +259,7 @@ def _family_lines(config: Config, family: Family, passwords: Passwords) -> Itera
     yield f"  local {family.own} as {config.as_num};" if family.is_here else f"  local as {config.as_num};"
     yield f"  multihop; graceful restart on; graceful restart time {min(config.hold_time, LONGEST_RESTART)};"
     yield f"  hold time {config.hold_time}; keepalive time {keepalive};"
-    yield "  connect delay time 1; connect retry time 5; error wait time 2, 30;"
+    yield f"  connect delay time {FIRST_CALL}; connect retry time 5; error wait time 2, 30;"
     # import table: after a change of pools, BIRD filters the routes again without requesting them from the peer
     yield f"  ipv{v} {{ import table on; import filter learned{v}; export where source = RTS_STATIC; next hop self; }};"
     yield "}"
@@ -243,5 +267,12 @@ def _family_lines(config: Config, family: Family, passwords: Passwords) -> Itera
         password = passwords.of(neighbour.address, neighbour.kind == MESH)
         secret = "" if password is None else f" password {quoted(password)};"
         yield f"protocol bgp {neighbour.name} from peer{v} {{"
-        yield f"  neighbor {neighbour.address} as {neighbour.as_num};{secret}"
+        turn = f" connect delay time {_turn(family, neighbour)};" if turns and neighbour.kind == MESH else ""
+        yield f"  neighbor {neighbour.address} as {neighbour.as_num};{turn}{secret}"
         yield "}"
+
+
+def _turn(family: Family, neighbour: Neighbour) -> int:
+    """Return the number of seconds until BIRD connects to another host of the mesh."""
+    is_first = family.own is not None and number_of(family.own) > number_of(neighbour.address)
+    return FIRST_CALL if is_first else SECOND_CALL

@@ -25,7 +25,7 @@ from typing import Callable
 from calicoctl import files, netlink, proc
 from calicoctl.addresses import FAMILIES
 from calicoctl.errors import CalicoError, one_line
-from calicoctl.felix.bgp import bird
+from calicoctl.felix.bgp import bird, config
 from calicoctl.felix.bgp.processes import USER, birds
 from calicoctl.felix.daemon import Daemon, Process
 from calicoctl.workloads.locks import DIRECTORY
@@ -174,6 +174,10 @@ class Instance:
             return self.configuration.read_text()
         except OSError:
             return None
+
+    def has_turns(self) -> bool:
+        """Return whether BIRD's configuration has turns, or does not exist: see config.has_turns."""
+        return config.has_turns(self._configured() or "")
 
     def configure(self, text: str) -> None:
         """Have the running BIRD use the configuration `text`.

@@ -183,8 +183,10 @@ class BgpThread(threading.Thread):
         self._put = put
         self._wanted: Config | None = None
         self._passwords: passwords.Passwords | None = None
-        self._rendered: tuple[Config | None, passwords.Passwords | None, str | None] = (None, None, None)
-        """The configuration and the passwords that were last rendered, and the resulting text."""
+        self._turns = True
+        """Whether to render the configuration with turns. False while BIRD uses one without: see config.has_turns."""
+        self._rendered: tuple[Config | None, passwords.Passwords | None, bool, str | None] = (None, None, True, None)
+        """The arguments with which a configuration was last rendered, and the resulting text."""
         self._beside = _Beside()
         self._failures: dict[str, str | None] = {}
         """Subject -> the reason of the last Failure that was emitted; None if the failure has ended."""
@@ -287,8 +289,8 @@ class BgpThread(threading.Thread):
 
         May raise any exception, for example if BIRD is suspended or a foreign BIRD runs. The next call tries again.
         """
-        text = self._text(wanted)
         self._follow_process(self._instance.pid())
+        text = self._text(wanted)
         if self._state.pid is not None and text is not None and not self._instance.control().exists():
             log.warning("the folder of BIRD is gone, so it can be told nothing: it is ended, and started again")
             self._instance.stop()
@@ -326,10 +328,10 @@ class BgpThread(threading.Thread):
         self._fail(BGP_PASSWORDS, self._passwords.problem)
         if wanted is None or not self._passwords.known:
             return None
-        if self._rendered[0] is not wanted or self._rendered[1] is not self._passwords:
-            text = config.text(wanted, self._passwords, self._instance.directory)
-            self._rendered = wanted, self._passwords, text
-        return self._rendered[2]
+        if self._rendered[0] is not wanted or self._rendered[1:3] != (self._passwords, self._turns):
+            text = config.text(wanted, self._passwords, self._instance.directory, self._turns)
+            self._rendered = wanted, self._passwords, self._turns, text
+        return self._rendered[3]
 
     def _follow_process(self, pid: int | None) -> None:
         """Update the state if BIRD has ended, or if a new BIRD process runs.
@@ -340,6 +342,7 @@ class BgpThread(threading.Thread):
         if pid == before:
             return
         self._in_use, self._beside, self._poll_at = None, _Beside(), now
+        self._turns = pid is None or self._instance.has_turns()
         self._state = replace(self._state, pid=pid, running=False, sessions=())
         if pid is not None:
             self._wakeups.follow(self._instance.directory)
