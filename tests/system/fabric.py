@@ -200,6 +200,19 @@ def introduce(*hosts: FabricHost) -> None:
         run("ip", "-n", host.namespace, "-batch", "-", input="\n".join(entries))
 
 
+def await_recovery(*hosts: FabricHost) -> None:
+    """Wait until the BIRDs of hosts, whose sessions are up, have told each other all routes after a crash of one.
+
+    If that one crashes again before, its peers delete its routes: see RFC 4724, section 4.2.
+    """
+
+    def is_over() -> bool:
+        said = "".join(host.birdc("show", *what) for host in hosts for what in (["status"], ["protocols", "all"]))
+        return "recovery in progress" not in said and "Neighbor graceful restart active" not in said
+
+    wait_for(is_over, "the end of the recovery")
+
+
 @contextmanager
 def bridges(count: int = 1) -> Iterator[None]:
     """The bridges `fabric0` and, if there are two, `fabric1` with a router between them, which knows no pools.

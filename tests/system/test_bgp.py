@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from calicoctl.felix.bgp.bird import Refused
 from calicoctl.felix.bgp.instance import Instance
 from tests.system.agent import holds
-from tests.system.fabric import FabricHost, fabric
+from tests.system.fabric import FabricHost, await_recovery, fabric
 from tests.system.support import AS_NOBODY, Etcd, Host, gone, run, wait_for
 
 V6 = "fd80:24e2:f998:72d6::"
@@ -130,7 +131,7 @@ def steady_routes(host: FabricHost, peer: FabricHost) -> Iterator[None]:
     )
     assert there == []
     assert [line for line in here if line.startswith("Deleted") and "blackhole" not in line] == []
-    assert one_by_one(host) == before
+    wait_for(lambda: one_by_one(host) == before, "the routes as before", PATIENCE)
 
 
 def one_by_one(host: FabricHost) -> list[str]:
@@ -259,6 +260,7 @@ def test_no_end_but_a_removal_changes_a_route(two: list[FabricHost]) -> None:
         wait_for(lambda: gone(killed) and bird_of(one) != killed, "another BIRD", PATIENCE)
         await_sessions(one, *names)
         wait_for(lambda: status(one)["bird"]["restarts"] == 1, "the count", PATIENCE)
+        await_recovery(one, other)  # of two crashes, the second one deletes the peer's routes
         # the agent is killed, perhaps before it has written down which process BIRD is
         running = bird_of(one)
         os.kill(one.pid, 9)
@@ -283,6 +285,7 @@ def test_no_end_but_a_removal_changes_a_route(two: list[FabricHost]) -> None:
         assert bird_of(one) != running
         await_sessions(one, *names)
         await_sessions(other, *(name for name in sessions(other)))
+        await_recovery(one, other)
     assert one.reaches("a", "192.168.1.1", 5)
 
     # without BGP, BIRD ends, and its peers withdraw its routes at once
@@ -304,6 +307,32 @@ def test_no_end_but_a_removal_changes_a_route(two: list[FabricHost]) -> None:
     assert not list((one.home / "run").glob("*"))
 
 
+def test_of_two_hosts_the_one_with_the_higher_address_connects_first(two: list[FabricHost]) -> None:
+    """BIRD takes a second connection, just after a session is up on the first one, for another crash of its peer."""
+    one, other = two
+    connect(one, other)
+    await_routes(one, {"192.168.0.0/26": None, "192.168.1.0/26": other.ip})
+    await_routes(other, {"192.168.1.0/26": None, "192.168.0.0/26": one.ip})
+    await_sessions(one, *sessions(one))
+
+    def connections(host: FabricHost) -> list[str]:
+        return host.run("ss", "-Htn", "state", "established", "dport = :179").out.splitlines()
+
+    for host, peer in ((other, one), (one, other)):
+        waiting, killed = bird_of(peer), bird_of(host)
+        began = time.monotonic()
+        os.kill(waiting, signal.SIGSTOP)  # the kernel accepts connections for it
+        os.kill(killed, 9)
+        wait_for(lambda h=host, k=killed: gone(k) and bird_of(h) != k, "another BIRD", PATIENCE)
+        while host is one and time.monotonic() < began + 4:
+            found = connections(host)
+            assert not found or time.monotonic() > began + 4.4  # BIRD shortens its pause by up to a quarter
+        wait_for(lambda h=host: len(connections(h)) == 2, "its connections", PATIENCE)
+        os.kill(waiting, signal.SIGCONT)
+        await_sessions(host, *sessions(host))
+        await_sessions(peer, *sessions(peer))
+
+
 def test_bird_without_the_store(two: list[FabricHost]) -> None:
     """A dead one is started again with the configuration that it had in this boot."""
     one, other = two
@@ -323,6 +352,7 @@ def test_bird_without_the_store(two: list[FabricHost]) -> None:
         started = subprocess.Popen(one.inside("env", "-i", *environment, *command))
         wait_for(lambda: bird_of(one) != running, "another BIRD", PATIENCE)
         await_sessions(one, *names)
+        await_recovery(one, other)
         assert status(one)["bird"]["pid"] == bird_of(one)
     assert one.reaches("a", "192.168.1.1", 5)
     started.terminate()

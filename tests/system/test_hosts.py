@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.fabric import FabricHost, fabric, introduce
+from tests.system.fabric import FabricHost, await_recovery, fabric, introduce
 from tests.system.reach import Crowd
 from tests.system.support import Etcd, wait_for
 from tests.system.test_cluster import cluster_of
@@ -215,6 +215,7 @@ def losses_by_random_kills(net: Net, count: int, watched: set[str]) -> dict[tupl
             host.start_agent()
         if victims != "agent":
             await_bird(host, bird, sessions)
+            await_recovery(*net.hosts.values())
     return net.crowd.longest_losses()
 
 
@@ -228,7 +229,7 @@ def kill_bird(host: FabricHost) -> None:
 def await_bird(host: FabricHost, killed: int, sessions: int) -> None:
     """Wait until another BIRD than the killed one runs, has recovered, and has as many sessions."""
     wait_for(lambda: host.bird not in (None, killed) and host.sessions >= sessions, "BIRD", 20)
-    wait_for(lambda: "recovery" not in host.birdc("show", "status"), "its recovery", 20)
+    await_recovery(host)
 
 
 def test_all_are_right_soon_after_a_burst_that_etcd_does_not_remember(net: Net) -> None:
