@@ -103,12 +103,12 @@ def clear_host() -> None:
     for version, proto in product(("-4", "-6"), ("80", "81", "bird")):
         command = ("ip", version, "route", "flush", "proto", proto)
         # fails for a route that goes away by itself meanwhile
-        wait_for(lambda c=command: run(*c, check=False).status == 0, "flushing", 5)
+        wait_for(lambda c=command: run(*c, check=False).status == 0, "flushing")
     spaces = [line.split()[0] for line in run("ip", "netns", "list").out.splitlines()]
     for space in spaces:
         run("ip", "netns", "delete", space)
     with contextlib.suppress(AssertionError):  # the kernel takes a while to tear a namespace down
-        wait_for(lambda: not calico_links(), "namespaces", 5)
+        wait_for(lambda: not calico_links(), "namespaces")
     left = calico_links()
     for name in left:
         run("ip", "link", "delete", name)

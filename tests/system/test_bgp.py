@@ -463,14 +463,14 @@ def test_a_route_that_another_program_deletes_is_back_at_once(two: list[FabricHo
     ):
         one.run("ip", *words)
         if "address" in words:
-            wait_for(lambda: "192.168.1.0/26" not in learned(one), "the loss", 2)
+            wait_for(lambda: "192.168.1.0/26" not in learned(one), "the loss", PATIENCE)
             one.run("ip", "address", "add", f"{one.ip}/24", "dev", "eth0")
-        wait_for(lambda: (learned(one), learned(one, 6)) == (expected, expected6), f"all routes after {words}", 4)
+        wait_for(lambda: (learned(one), learned(one, 6)) == (expected, expected6), f"all routes after {words}", 10)
     assert troubles(one) == {}
     os.kill(bird_of(one), signal.SIGSTOP)
-    wait_for(lambda: "is suspended" in troubles(one).get("bgp", ""), "the suspension in the status", 6)
+    wait_for(lambda: "is suspended" in troubles(one).get("bgp", ""), "the suspension in the status", PATIENCE)
     os.kill(bird_of(one), signal.SIGCONT)
-    wait_for(lambda: troubles(one) == {}, "its end", 6)
+    wait_for(lambda: troubles(one) == {}, "its end", PATIENCE)
 
 
 def test_what_is_left_from_a_former_name_ends_and_a_foreign_bird_keeps_its_routes(one: FabricHost) -> None:
@@ -490,7 +490,7 @@ def test_what_is_left_from_a_former_name_ends_and_a_foreign_bird_keeps_its_route
     os.kill(running, 9)
     following = wait_for(lambda: one.bird if one.bird != running else None, "the next one", PATIENCE)
     os.kill(following, 9)
-    wait_for(lambda: "BIRD" in ask(one, "show", "status"), "one that serves", 8)
+    wait_for(lambda: "BIRD" in ask(one, "show", "status"), "one that serves", PATIENCE)
     running = one.bird
     run("rm", "-r", str(folder(one)))
     wait_for(lambda: one.bird not in (None, running) and "BIRD" in ask(one, "show", "status"), "another", PATIENCE)

@@ -183,7 +183,7 @@ def test_an_iptables_that_takes_its_time_keeps_no_policy_waiting(pair: AgentHost
     run("iptables", "-P", "FORWARD", "DROP")
     wait_for(waiting.exists, "iptables to be asked")
     pair.profile("web")
-    wait_for(lambda: not pair.status()["last_error"] and not tcp("a", "b", B4), pair.log(), 5)
+    wait_for(lambda: not pair.status()["last_error"] and not tcp("a", "b", B4), pair.log())
     pair.profile("web", inbound=[ALLOW])
     pair.sync()
     assert not ours("FORWARD")

@@ -293,7 +293,7 @@ def test_a_packet_from_an_interface_that_a_container_makes_on_the_host_is_droppe
         run("ip", "-n", "c", "link", "set", "evil0", "up")
         run("ip", "link", "set", name, "up")
         run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", f"net.ipv4.conf.{name}.rp_filter=0")
-        wait_for(lambda n=name: links()[n]["operstate"] == "UP", "the interface", 5)
+        wait_for(lambda n=name: links()[n]["operstate"] == "UP", "the interface")
         with udp_server("b", target, 5000) as server, udp_server(None, HOST if version == 4 else HOST6, 5000) as here:
             for receiver in (server, here):
                 address = receiver.getsockname()[0]

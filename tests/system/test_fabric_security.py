@@ -206,9 +206,9 @@ def test_no_machine_but_hosts_sends_from_addresses_of_workloads_and_hosts(hosts:
         # a new MAC of a host's is known at once
         two.run("ip", "link", "set", "eth0", "address", "02:00:00:00:99:12")
         introduce(one, two)
-        wait_for(lambda: two.reaches("b", A), "the new MAC", 5)
+        wait_for(lambda: two.reaches("b", A), "the new MAC")
         with second_network(one, two):
-            wait_for(lambda: mac(two.run, "eth1") in one.run(*HOST_MACS).out, "the MAC of the second interface", 5)
+            wait_for(lambda: mac(two.run, "eth1") in one.run(*HOST_MACS).out, "the MAC of the second interface")
             two.run("ip", "route", "replace", f"{A}/32", "via", "172.20.0.11")
             send(b, A, "by the other way")
             assert received.line() == "by the other way"
@@ -234,8 +234,8 @@ def test_a_host_reaches_workloads_of_other_hosts_but_nothing_that_it_translates_
         send(of_box, A, "from the container")
         for host, name in ((one, "a"), (two, "b")):
             host.set_profiles(name, "open")
-        wait_for(lambda: pings(of_box, A), "the open profile", 5)
-        wait_for(lambda: one.reaches("a", B), "the open profile", 5)
+        wait_for(lambda: pings(of_box, A), "the open profile")
+        wait_for(lambda: one.reaches("a", B), "the open profile")
         send(of_box, B, "from the container")
         send(of_box, A, "from the container")
         for source in (one.ip, two.ip, three.ip):
@@ -246,7 +246,7 @@ def test_a_host_reaches_workloads_of_other_hosts_but_nothing_that_it_translates_
         # a pool that overlaps the hosts' network, and a workload in there
         network, inside = f"{NETWORKS[0][0]}0/24", f"{NETWORKS[0][0]}200"
         one.ctl("pool", "add", network)
-        wait_for(lambda: network in one.run("nft", "list", "set", "inet", "calico", "pools4").out, "the pool", 5)
+        wait_for(lambda: network in one.run("nft", "list", "set", "inet", "calico", "pools4").out, "the pool")
         assert pings(of_box, f"{NETWORKS[0][0]}1") and pings(of_box, two.ip)
         two.add("d", inside)
         two.set_profiles("d", "open")
@@ -264,7 +264,7 @@ def test_a_host_reaches_workloads_of_other_hosts_but_nothing_that_it_translates_
         one.run("ip", "address", "delete", "172.18.0.111/24", "dev", "eth0")
     for host, name in ((one, "a"), (two, "b"), (three, "c")):
         host.set_profiles(name, "web")
-    wait_for(lambda: three.reaches("c", A) and one.reaches("a", C), "the profile", 5)
+    wait_for(lambda: three.reaches("c", A) and one.reaches("a", C), "the profile")
 
 
 def test_only_hosts_reach_bgp_and_the_overlay(hosts: list[FabricHost]) -> None:
@@ -354,7 +354,7 @@ def test_packets_of_hosts_may_come_another_way_than_the_one_that_leads_back(host
     three.run("sysctl", "-qw", "net.ipv4.conf.eth1.rp_filter=0")
     three.run("ip", "link", "set", "eth1", "up")
     in_fabric = ("nft", "list", "set", "inet", "calico", "fabric")
-    wait_for(lambda: "eth1" in three.run(*in_fabric).out, "the new way to the other hosts", 5)
+    wait_for(lambda: "eth1" in three.run(*in_fabric).out, "the new way to the other hosts")
     for host in (one, two):
         for address in (three.ip, three.ip6):
             wait_for(lambda h=host, a=address: pings(h.run, a), f"the way by the router from {host.name}", 10)
@@ -368,7 +368,7 @@ def test_packets_of_hosts_may_come_another_way_than_the_one_that_leads_back(host
     one.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.eth1.rp_filter=0")
     one.run("sysctl", "-qw", "net.ipv4.conf.eth0.rp_filter=0")
     one.run("ip", "link", "set", "eth1", "up")
-    wait_for(lambda: "eth1" in one.run(*in_fabric).out, "the second way", 5)
+    wait_for(lambda: "eth1" in one.run(*in_fabric).out, "the second way")
     run(*router, "address", "add", "172.20.0.254/24", "dev", "eth2")
     run(*router, "link", "set", "eth2", "up")
     run(*router, "route", "add", f"{one.ip}/32", "via", "172.20.0.11")

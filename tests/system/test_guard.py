@@ -146,7 +146,7 @@ def test_what_begins_while_there_are_no_tables_does_not_last(bare_host: Host, tm
         # while the agent cannot load its tables, nothing passes, not even what they allow
         busy.touch()
         run("nft", "flush", "ruleset")
-        wait_for(lambda: "no-agent" in run("nft", "list", "ruleset").out, "what drops everything", 5)
+        wait_for(lambda: "no-agent" in run("nft", "list", "ruleset").out, "what drops everything")
         assert not ping("a", B4)
         busy.unlink()
         wait_for(lambda: ping("a", B4), "the network")

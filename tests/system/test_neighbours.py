@@ -101,7 +101,7 @@ def test_the_agent_follows_the_mac_of_the_hosts_end(workloads: AgentHost) -> Non
     host = workloads
     names = {namespace: host_end(host, namespace) for namespace in ("a", "b")}
     run("ip", "link", "set", names["a"], "address", "02:00:00:00:00:0a")
-    wait_for(lambda: set(entries("a").values()) == {"02:00:00:00:00:0a"}, host.log(), 5)
+    wait_for(lambda: set(entries("a").values()) == {"02:00:00:00:00:0a"}, host.log())
     check_packets(host)
     for state in ("down", "up"):
         run("ip", "link", "set", names["a"], state)

@@ -663,7 +663,7 @@ def test_a_container_is_no_router_of_the_host(net: AgentHost) -> None:
         send_frame("a", "eth1", frame)
         assert holds(lambda: not is_router(), QUICK)
         run("nft", "insert rule inet calico anti-spoofing accept")
-        wait_for(lambda: send_frame("a", "eth1", frame) or is_router(), "what would have come of it", 5)
+        wait_for(lambda: send_frame("a", "eth1", frame) or is_router(), "what would have come of it")
     finally:
         os.kill(net.pid, signal.SIGCONT)
         run("sysctl", "-w", f"net.ipv6.conf.{interface}.accept_ra=0")

@@ -110,7 +110,7 @@ def test_a_user_of_the_v2_api_may_do_what_its_role_says(own_etcd: Etcd) -> None:
 def test_an_interrupted_lock_is_not_removed_either(guest: UserHost) -> None:
     """A pair that lost its record belongs to nobody; it goes only when another can be made."""
     run("ip", "link", "set", next(iter(calico_links())), "down")
-    wait_for(lambda: "linkdown" in run("ip", "-n", "a", "route").out, "the kernel to notice that the pair is down", 5)
+    wait_for(lambda: "linkdown" in run("ip", "-n", "a", "route").out, "the kernel to notice that the pair is down")
     before = state(guest)
     said = guest.ctl("container", "add", A, A4, status=1).err
     assert "does not permit this user" in said

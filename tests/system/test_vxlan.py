@@ -112,7 +112,7 @@ def test_workloads_reach_each_other_over_a_router_that_knows_no_pools(three: lis
     other.set_profiles("d", "web")
     for host, name, address in itertools.product((one, two), "ab", ("10.65.11.9", "fd65::11:9")):
         if (host, name) in ((one, "a"), (two, "b")):
-            wait_for(lambda h=host, n=name, a=address: h.reaches(n, a), f"{address} from {host.name}", 5)
+            wait_for(lambda h=host, n=name, a=address: h.reaches(n, a), f"{address} from {host.name}")
 
     # of the MTU, 50 bytes are the overlay's, also if the interface is made again
     assert [mtu(host, name) for host, name in zip(three, "abc")] == [1450] * 3
@@ -129,15 +129,15 @@ def test_workloads_reach_each_other_over_a_router_that_knows_no_pools(three: lis
     one.ctl("pool", "add", "10.66.0.0/16", "--vxlan=cross-subnet")
     other.add("e", "10.66.13.1")
     other.set_profiles("e", "web")
-    wait_for(lambda: one.reaches("a", "10.66.13.1"), "another pool", 5)
+    wait_for(lambda: one.reaches("a", "10.66.13.1"), "another pool")
     assert sender(one, "a", other.inside("ip", "netns", "exec", "e"), "10.66.13.1") == addresses(one)[0]
     for own, outside in ((one.ip, f"{NETWORKS[0][0]}{ROUTER}"), (one.ip6, f"{NETWORKS[0][1]}{ROUTER:x}")):
         assert sender(one, "a", ["ip", "netns", "exec", "router"], outside) == own
 
     # in the same network, packets need no tunnel
     one.ctl("pool", "add", POOL, POOL6, "--vxlan=cross-subnet", "--nat-outgoing")
-    wait_for(lambda: hop(one, "10.65.12.0/26") == f"{two.ip} eth0", "a route without a tunnel", 5)
-    wait_for(lambda: hop(two, "fd65::11:0/122") == f"{one.ip6} eth0", "a route without a tunnel", 5)
+    wait_for(lambda: hop(one, "10.65.12.0/26") == f"{two.ip} eth0", "a route without a tunnel")
+    wait_for(lambda: hop(two, "fd65::11:0/122") == f"{one.ip6} eth0", "a route without a tunnel")
     assert "vxlan.calico" in str(hop(one, "10.65.13.0/26")) and "vxlan.calico" in str(hop(other, "fd65::11:0/122"))
     wait_for(lambda: all_reach_each_other(three), "cross-subnet", 10)
 
@@ -187,7 +187,7 @@ def test_what_others_change_is_restored_and_node_remove_removes_it(three: list[F
     other.ctl("node", "remove", "--remove-endpoints")
     assert device(other) is None
     assert not [route for version in (4, 6) for route in other.routes("proto", OVERLAY, version=version)]
-    wait_for(lambda: not one.run("bridge", "fdb", "show", "dev", "vxlan.calico").out.count(other.ip), "its entry", 5)
+    wait_for(lambda: not one.run("bridge", "fdb", "show", "dev", "vxlan.calico").out.count(other.ip), "its entry")
 
 
 @contextlib.contextmanager
