@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -331,6 +332,24 @@ def test_of_two_hosts_the_one_with_the_higher_address_connects_first(two: list[F
         os.kill(waiting, signal.SIGCONT)
         await_sessions(host, *sessions(host))
         await_sessions(peer, *sessions(peer))
+
+    # a BIRD that an earlier version has started gets these pauses at its next start: they would reset its sessions
+    await_recovery(one, other)
+    one.ctl("node", "stop", "--force")
+    conf = folder(one) / "conf"
+    conf.write_text(re.sub(r"^(  neighbor .*;) connect delay time .*;", r"\1", conf.read_text(), flags=re.MULTILINE))
+    before, text = sessions(one), conf.read_text()
+    assert "Reconfiguration in progress" in ask(one, "configure")
+    wait_for(lambda: not before.items() & sessions(one).items(), "the end of the sessions", PATIENCE)
+    await_sessions(one, *before)
+    before = sessions(one)
+    one.start_agent()
+    one.ctl("pool", "add", "10.77.0.0/16")
+    one.add("c", "10.77.0.1")
+    wait_for(lambda: "10.77.0.0/26" in ask(one, "show", "route"), "its configuration", PATIENCE)
+    assert sessions(one) == before and "connect delay time 6" not in text + conf.read_text()
+    os.kill(bird_of(one), 9)
+    wait_for(lambda: conf.read_text().count("connect delay time 6") == 2, "another BIRD", PATIENCE)
 
 
 def test_bird_without_the_store(two: list[FabricHost]) -> None:
