@@ -77,6 +77,12 @@ def inspect_image(id: str) -> dict[str, Any]:
         return _checked(docker.inspect_image(id), {})  # type: ignore[no-any-return]
 
 
+def start(id: str) -> None:
+    """Start a container. Raises NoSuchContainer, or DockerUnavailable if the engine does not start it."""
+    with _client(f"to start {id}", timeout=60) as docker:
+        docker.start(id)
+
+
 @contextmanager
 def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]:
     """Yield the list of all containers (see `containers`), and an iterator over their events.

@@ -2,11 +2,12 @@
 
 Usage:
   calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>]
-      [--detach=<DETACH>] [--bgp=<BGP>] [--local-etcd] [--metrics-port=<PORT>]
-      [--force]
+      [--detach=<DETACH>] [--bgp=<BGP>] [--local-etcd] [--docker-hook]
+      [--metrics-port=<PORT>] [--force]
   calicoctl node restart
   calicoctl node stop [--force]
   calicoctl node remove [--hostname=<HOST>] [--remove-endpoints] [--force]
+  calicoctl node remove --docker-hook
   calicoctl node show [--output=<FORMAT>]
   calicoctl node bgp peer add <PEER_IP> as <AS_NUM>
   calicoctl node bgp peer remove <PEER_IP>
@@ -36,6 +37,10 @@ Options:
                          address to /etc/calico/node.env for all commands: for
                          a single host without an etcd. It listens on port
                          2379 or, if that is in use, on another one
+  --docker-hook          have Docker connect containers with labels before
+                         they run their first instruction, by a runtime of
+                         ours in its configuration (daemon.json); for
+                         `remove`: remove that again, and nothing else
   --metrics-port=<PORT>  serve metrics for Prometheus on this port of
                          127.0.0.1; default: none
   --force                register even if another host has the address or an
@@ -130,7 +135,7 @@ from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.netlink import OUR_PROTOCOLS
 from calicoctl.output import print_json, print_table, quantity, wants_json, warn
-from calicoctl.workloads import connected, locks
+from calicoctl.workloads import connected, docker_hook, locks
 from calicoctl.workloads.workload import DOCKER, NAMESPACE
 
 
@@ -141,6 +146,8 @@ def prepare(argv: list[str]) -> Prepared:
     if arguments["show"]:
         return partial(_show, wants_json(arguments))
     require_root()
+    if arguments["remove"] and arguments["--docker-hook"]:
+        return _remove_hook
     if arguments["stop"]:
         return partial(_stop, arguments["--force"])
     if arguments["restart"]:
@@ -201,6 +208,9 @@ def _start(
             if written:
                 print(f"All commands find it through {EnvironmentFile().path}.")
             _register(datastore, ipv4, given, every, as_num)
+            docker_hook.refresh()
+            if arguments["--docker-hook"]:
+                _set_hook_up(host)
             if in_background:
                 _start_agent(host, options)
                 undo.pop_all()
@@ -385,7 +395,22 @@ def _started_etcd(host: str, log_dir: str) -> tuple[LocalEtcd, bool]:
     return etcd, started
 
 
+def _set_hook_up(host: str) -> None:
+    done = docker_hook.set_up(host)
+    print("Docker's hook is set up." if done else "Docker's hook is set up already.")
+
+
+def _remove_hook() -> None:
+    if docker_hook.settings() is None:
+        raise NotFound("Docker's hook is not set up.")
+    left = docker_hook.remove()
+    print("Docker's hook is removed.")
+    if left is not None:
+        warn(f"Warning: {left}.")
+
+
 def _restart() -> None:
+    docker_hook.refresh()
     why = (process.report(hostname()) or {}).get("replaced")
     # a new agent would take over the name as soon as the other agent's heartbeat expires
     if why and process.running(hostname()):
@@ -468,6 +493,8 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
             ran = remove_former_bird(datastore.host, warn)
         registered = datastore.hosts.unregister()
     if this_one:
+        if docker_hook.settings() is not None:
+            _remove_hook()
         local_etcd.stop(host)
         local_etcd.unannounce(had_local_etcd)
         tokens.forget()

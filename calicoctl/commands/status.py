@@ -11,8 +11,9 @@ Shows since when the agent runs, and the age of its report; since when reads,
 writes and watches of etcd work or fail; how many endpoints are up, down and
 in error (endpoints of stopped containers are down, which is no problem); how
 many workloads the agent has re-attached, and how many it has
-garbage-collected; the MTU of new interfaces; the last error; the BGP sessions
-with other hosts and routers; then the current problems, worst first, ten
+garbage-collected; the MTU of new interfaces; Docker's hook, if it is set up
+(root only); the last error; the BGP sessions with other hosts and routers;
+then the current problems, worst first, ten
 lines at most. JSON has up to 100 problems of each kind, and 1,000 sessions;
 left_out has the number of the others, by list.
 
@@ -102,6 +103,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
         + ("" if status["first_update"] else " (initial sync pending)"),
         f"Workloads:  {status['healed']} re-attached, {status['collected']} garbage-collected",
         f"MTU:        {_mtu(status['mtu'])}",
+        *([f"Hook:       {status['docker_hook']['text']}"] if status["docker_hook"] else []),
         f"Last error: {error['time'] + ' ' + error['error'] if error else 'none'}",
         *_bgp_lines(status),
     ]

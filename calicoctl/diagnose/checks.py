@@ -32,7 +32,7 @@ from calicoctl.felix.dataplane import connection_limit, docker_firewall, vxlan
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.output import first_few
-from calicoctl.workloads import host_network, netns
+from calicoctl.workloads import docker_hook, host_network, netns
 
 MODULES = (
     *("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq"),
@@ -101,6 +101,7 @@ def check(libnetwork: bool = False) -> Iterator[Check]:
     docker = _docker(libnetwork)
     yield from _tools(docker.ok)
     yield docker
+    yield _hook(docker.ok)
     yield _firewall(docker.ok)
     yield nftables_service()
     yield _old_felix()
@@ -284,6 +285,22 @@ def _docker(libnetwork: bool) -> Check:
         libnetwork,
         f"use Docker {'.'.join(map(str, OLDEST_DOCKER))} or later",
     )
+
+
+def _hook(docker_runs: bool) -> Check:
+    name = "Docker's hook"
+    if os.geteuid() != 0:
+        return _needs_root(name)
+    works, found = docker_hook.state_of_hook() or (True, "not set up (see 'calicoctl node --help')")
+    with suppress(DockerUnavailable):
+        if (
+            docker_runs
+            and works
+            and docker_hook.is_set_up()
+            and engine.info().get("DefaultRuntime") != docker_hook.NAME
+        ):
+            works, found = False, "Docker has not read its configuration since the hook was set up"
+    return Check(name, works, found, False, "run 'calicoctl node --docker-hook'")
 
 
 def _needs_root(name: str) -> Check:

@@ -23,6 +23,7 @@ from calicoctl.felix import heartbeat, local_etcd, process
 from calicoctl.felix.bgp import passwords
 from calicoctl.felix.health import NO_MTU
 from calicoctl.output import first_few, quantity
+from calicoctl.workloads import docker_hook
 from calicoctl.workloads.workload import short_id
 
 OLDEST_REPORT = 30.0
@@ -116,6 +117,8 @@ def read(host: str) -> dict[str, Any]:
     * In `report`: `age`, the age of the report in seconds, null if there is no report, or if it is from before a
       reboot; `current`, whether the report is from the running agent, and not older than OLDEST_REPORT; `readable`,
       false if the report has the format of an unknown version.
+    * `docker_hook`: null if Docker's hook is not set up, or if the user is not root. If it is, an object: whether it
+      `works`, as far as files tell, and a `text`.
     * `issues`: a list of objects with the fields of Issue.
 
     If no agent runs and the store can be read, `unknown_interfaces` are determined anew, not taken from the report.
@@ -124,7 +127,9 @@ def read(host: str) -> dict[str, Any]:
     found = process.report(host)
     readable = found is not None and _has_shape(found, _OLDEST)
     status: dict[str, Any] = {**_NOTHING, **(found if found is not None and readable else {})}
+    hook = docker_hook.state_of_hook() if os.geteuid() == 0 else None
     status |= {"host": host, "running": pid is not None, "other_agent": None}
+    status["docker_hook"] = None if hook is None else {"works": hook[0], "text": hook[1]}
     if pid is None:
         with suppress(CalicoError):  # the store may be unreachable
             status |= _without_agent(DatastoreClient.from_environment())
@@ -167,6 +172,9 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     yield from _store(status)
     yield from _endpoints(status, "error")
     yield from _not_connected(status)
+    hook = status["docker_hook"]
+    if hook is not None and not hook["works"]:
+        yield Issue(HOST, f"Docker's hook does not work: {hook['text']}", "run 'calicoctl node --docker-hook'")
     yield from _host_failures(status)
     yield from _sessions(status)
     yield from _unknown_interfaces(status)

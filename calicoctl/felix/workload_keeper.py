@@ -29,7 +29,7 @@ from calicoctl.errors import CalicoError, Conflict, DockerUnavailable, Namespace
 from calicoctl.felix import events, sources
 from calicoctl.felix.workqueue import WorkerPool, WorkQueue
 from calicoctl.output import first_few
-from calicoctl.workloads import connected, labelling, learning, locks, upkeep
+from calicoctl.workloads import connected, labelling, learning, locks, starting, upkeep
 from calicoctl.workloads.labelling import LabelsRefused
 from calicoctl.workloads.upkeep import Action, NotConnectedHere
 from calicoctl.workloads.workload import (
@@ -174,6 +174,13 @@ class WorkResult:
     unlabelled: bool = False
 
 
+@dataclass(frozen=True)
+class StartedAgain:
+    """The attempt to start a container (`id`) whose start had failed, since it could not be connected, has ended."""
+
+    id: str
+
+
 @dataclass
 class _Tracked:
     """What the keeper knows of one workload between two reconciliations. All times are those of the keeper's clock."""
@@ -270,6 +277,8 @@ class WorkloadKeeper:
         self._refused = Refused(report)
         self._unlabelled: set[str] = set()
         """Ids of containers that do not ask to be connected. Labels and variables of a container never change."""
+        self._starting: set[str] = set()
+        """Ids of containers that a worker has the engine start."""
         self._engine_back: float | None = NEVER
         """When the engine last became available again, or last listed no container that has an endpoint.
 
@@ -388,6 +397,8 @@ class WorkloadKeeper:
             self._jobs |= {self._scan_store: now, self._compare_with_engine: now}
         elif isinstance(item, Compared):
             self._on_compared(item)
+        elif isinstance(item, StartedAgain):
+            self._starting.discard(item.id)
         elif isinstance(item, events.ThreadDied):
             self._report(item)
 
@@ -532,9 +543,9 @@ class WorkloadKeeper:
     def _sweep(self) -> None:
         """Enqueue workloads whose last change was interrupted, and namespaces that have changed or do not exist.
 
-        A namespace has changed if its path leads to another namespace than before. Also remove stale locks, stop
-        reporting refused workloads that somebody has connected meanwhile, apply a changed grace time, and drop state
-        that is no longer needed.
+        A namespace has changed if its path leads to another namespace than before. Also start containers that Docker's
+        hook could not connect, remove stale locks, stop reporting refused workloads that somebody has connected
+        meanwhile, apply a changed grace time, and drop state that is no longer needed.
         """
         now = self._clock()
         host = self._datastore.host
@@ -547,6 +558,10 @@ class WorkloadKeeper:
                 if orchestrator == DOCKER:
                     self._look_at_labels((DOCKER, id))  # connecting it may have been interrupted
                 self._add_after_backoff((orchestrator, id), now, (orchestrator, id) not in here)
+        if not self._queue.is_paused(DOCKER):
+            for id in set(starting.waiting(host)) - self._starting:
+                self._starting.add(id)
+                self._pool.submit(DOCKER, partial(_start_again, self._report, id))
         before, self._namespaces = self._namespaces, {}
         for id, one in known[NAMESPACE].items():
             try:
@@ -769,6 +784,19 @@ def _compare_states(
     except Exception as error:
         return Compared([], [], error=error)
     return Compared(found, running, frozenset(refused), unconnected)
+
+
+def _start_again(report: Callable[[Any], None], id: str, datastore: DatastoreClient) -> StartedAgain:
+    """Start a container whose start had failed, since it could not be connected. Raises nothing."""
+    try:
+        action = starting.start_again(datastore, id)
+        if action is not None:
+            report(action)
+    except StoreUnavailable as error:
+        log.debug("%s; container %s is started when the store is back", error, short_id(id))
+    except Exception as error:
+        log.warning("container %s could not be started again: %s", short_id(id), printable(str(error)))
+    return StartedAgain(id)
 
 
 def _forget_disconnected(host: str, containers: Collection[str], known: Collection[str]) -> None:

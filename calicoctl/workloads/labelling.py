@@ -73,7 +73,7 @@ def connect(datastore: DatastoreClient, id: str) -> Labelled:
         if not wanted.addresses:
             text = f"{called} is not connected: {'; '.join(wanted.ignored)}"
             return Labelled(False, Action(CHANGED, text) if wanted.ignored else None)
-        made = wiring.connect_started(datastore, workload, *_checked(wanted), wanted.profiles)
+        made = wiring.connect_started(datastore, workload, *checked(wanted), wanted.profiles)
     except (StoreUnavailable, DockerUnavailable, Conflict):
         raise
     except CalicoError as error:
@@ -85,7 +85,7 @@ def connect(datastore: DatastoreClient, id: str) -> Labelled:
     return Labelled(True, Action(CHANGED, "; ".join((text, *wanted.ignored))))
 
 
-def _checked(wanted: Wanted) -> tuple[list[AddressRequest], str | None]:
+def checked(wanted: Wanted) -> tuple[list[AddressRequest], str | None]:
     """Return the requested addresses and the name of the interface. Raises CalicoError if one of them is invalid."""
     with about(labels.IP):
         requests = [AddressRequest.parse(text) for text in wanted.addresses]

@@ -32,33 +32,33 @@ class WorkloadLock:
     acquired, until `clear_all` is called.
     """
 
-    def __init__(self, host: str, orchestrator: str, workload: str, wait: bool = True) -> None:
-        """`workload` is the workload's id. If the lock is held, `with` waits for it up to PATIENCE seconds.
+    def __init__(self, host: str, orchestrator: str, workload: str, patience: float | None = None) -> None:
+        """`workload` is the workload's id. If the lock is held, `with` waits for it up to `patience` seconds.
 
-        If `wait` is False, it does not wait.
+        If `patience` is None, it waits up to PATIENCE seconds.
         """
         self._directory = DIRECTORY / host
         self._workload = workload
         name = f"{orchestrator}.{file_name(workload)}"
         self.path = self._directory / name
         self.mark = self._directory / f"{_MARK}{name}"
-        self._wait = wait
+        self._patience = PATIENCE if patience is None else patience
         self._fd = -1
         self.interrupted = False
 
     def __enter__(self) -> WorkloadLock:
         """Acquire the lock. Raises CalicoError if the lock file cannot be used.
 
-        Raises Conflict if the lock is held: without `wait` at once, with `wait` if it is still held after PATIENCE
-        seconds.
+        Raises Conflict if the lock is still held when the seconds to wait are over.
         """
-        give_up = time.monotonic() + (PATIENCE if self._wait else 0)
+        give_up = time.monotonic() + self._patience
 
         def refuse() -> None:
             if time.monotonic() > give_up:
+                seconds = self._patience or PATIENCE
                 raise Conflict(
-                    f"another command has been working on this workload for {PATIENCE:.0f} s ({self.path} is "
-                    "locked); try again when it is done"
+                    f"another command has been working on this workload for {seconds:.0f} s ({self.path} is locked); "
+                    "try again when it is done"
                 )
 
         try:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Callable
 
 from calicoctl.addresses import host_net, parse_address, version_of
 from calicoctl.clock import now
-from calicoctl.errors import AddressTaken, CalicoError
+from calicoctl.errors import AddressTaken, CalicoError, Conflict
 from calicoctl.output import quantity
 from calicoctl.workloads import connected, locks, netns
-from calicoctl.workloads.connected import Connected
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.wiring import (
     DEFAULT_INTERFACE,
@@ -104,14 +103,23 @@ def reconcile(
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
     with_handle = datastore.ipam.handles.exists(f"{orchestrator}.{id}")
-    with WorkloadLock(datastore.host, orchestrator, id, wait=False) as lock:
+    asked = _ask_engine(datastore, id) if orchestrator == DOCKER else None
+    with WorkloadLock(datastore.host, orchestrator, id, patience=0) as lock:
         ids, held = _read(datastore, Workload(orchestrator, id, id))
         known = connected.get(datastore.host, orchestrator, id)
         path = known.path if known is not None else ""
+
+        def current_state() -> tuple[WorkloadState, Workload]:
+            if orchestrator != DOCKER:
+                return find_state(orchestrator, id, path, known.started if known is not None else None)
+            if asked is None or asked.interfaces != _interfaces(ids):
+                raise Conflict(f"container {short_id(id)} was changed by another process; retry")
+            return asked.state, asked.workload
+
         if not ids:
             workload = Workload(orchestrator, id, path or id)
             yield from _release_leaked(datastore, workload, [], held)
-            if known is not None and (lock.interrupted or _is_over(orchestrator, id, known, may_collect)):
+            if known is not None and (lock.interrupted or _is_over(current_state()[0], may_collect)):
                 connected.forget(datastore.host, orchestrator, id)
             lock.clear_all()
             if with_handle and not held and not datastore.ipam.handles.exists(workload.handle):
@@ -123,7 +131,7 @@ def reconcile(
                 endpoints = endpoints_of(datastore, workload)
                 yield from _set_inactive(datastore, workload, endpoints, WorkloadState.MISSING)
             raise NotConnectedHere(id)
-        state, workload = find_state(orchestrator, id, path, known.started if known is not None else None)
+        state, workload = current_state()
         if state is WorkloadState.GONE and not removed:
             _refuse_other_engines(workload, ids)
         is_absent = state in (WorkloadState.MISSING, WorkloadState.GONE)
@@ -146,6 +154,39 @@ def reconcile(
         lock.clear_all()
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The state of a container as the engine has told it, and the interfaces of its endpoints just before that."""
+
+    state: WorkloadState
+    workload: Workload
+    interfaces: dict[str, int]
+
+
+def _ask_engine(datastore: DatastoreClient, id: str) -> _Asked | None:
+    """Ask the engine about a container that is connected on this host; return None for one that is not.
+
+    The caller must not hold the container's lock. While a container is being started, the engine answers no question
+    about it, and the start waits for Docker's hook (starting.py), which waits for the lock.
+    """
+    ids = endpoint_ids_of(datastore, Workload(DOCKER, id, id))
+    if not ids and connected.get(datastore.host, DOCKER, id) is None:
+        return None
+    interfaces = _interfaces(ids)
+    state, workload = find_state(DOCKER, id, "", None)
+    return _Asked(state, workload, interfaces)
+
+
+def _interfaces(ids: list[EndpointId]) -> dict[str, int]:
+    """Return the indices of the endpoints' interfaces by their names; 0 for one that does not exist.
+
+    No two interfaces of a host have the same index, also one after the other. So a difference says that a workload was
+    attached meanwhile.
+    """
+    found = {id.interface: netns.find_interface(id.interface) for id in ids}
+    return {name: interface.index if interface is not None else 0 for name, interface in found.items()}
+
+
 def _has_anything(datastore: DatastoreClient, orchestrator: str, id: str) -> bool:
     workload = Workload(orchestrator, id, id)
     return (
@@ -163,9 +204,8 @@ def _read(datastore: DatastoreClient, workload: Workload) -> tuple[list[Endpoint
     }
 
 
-def _is_over(orchestrator: str, id: str, known: Connected, may_collect: Callable[[WorkloadState], bool]) -> bool:
-    """Return whether a connected workload is MISSING or GONE, and `may_collect` returns True for this state."""
-    state, _ = find_state(orchestrator, id, known.path, known.started)
+def _is_over(state: WorkloadState, may_collect: Callable[[WorkloadState], bool]) -> bool:
+    """Return whether a workload is MISSING or GONE, and `may_collect` returns True for this state."""
     return may_collect(state) and state in (WorkloadState.MISSING, WorkloadState.GONE)
 
 

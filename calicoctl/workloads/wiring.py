@@ -234,14 +234,47 @@ def connect_started(
     it was started (connected.py). Does not wait for the workload's lock. Raises NotFound if a profile does not exist,
     Conflict if another process holds the lock, and any other CalicoError after a rollback.
     """
-    with WorkloadSession.enter(datastore, workload, wait=False) as session:
+    with WorkloadSession.enter(datastore, workload, patience=0) as session:
         if session.endpoint is not None:
             return None
         if connected.is_disconnected(datastore.host, workload.id, workload.started_at or ""):
             return None
-        for profile in profiles:
-            datastore.require_profile(profile)
-        return _connect_new(session, requests, interface or DEFAULT_INTERFACE, profiles)
+        return _connect_as_asked(session, requests, interface, profiles)
+
+
+def connect_starting(
+    datastore: DatastoreClient,
+    workload: Workload,
+    requests: Sequence[AddressRequest],
+    interface: str | None,
+    profiles: Sequence[str],
+    patience: float,
+) -> None:
+    """Connect a container that is being started, before its first instruction.
+
+    If the container has an endpoint, its interface is recreated. A container without an endpoint gets an address for
+    each of `requests`, and these profiles. `patience` is for how many seconds to wait for the workload's lock. Raises
+    NotFound if a profile does not exist, Conflict if another process keeps the lock, and any other CalicoError after a
+    rollback.
+    """
+    with WorkloadSession.enter(datastore, workload, patience=patience) as session:
+        if session.endpoint is None:
+            _connect_as_asked(session, requests, interface, profiles)
+        elif session.attached_interface() is None:
+            if session.known is None:
+                raise CalicoError(
+                    f"{workload.name} has an endpoint in etcd, and nobody has connected it on this host. 'calicoctl "
+                    f"container remove {short_id(workload.id)}' removes it"
+                )
+            reattach(session, session.endpoint)
+
+
+def _connect_as_asked(
+    session: WorkloadSession, requests: Sequence[AddressRequest], interface: str | None, profiles: Sequence[str]
+) -> Attachment:
+    for profile in profiles:
+        session.datastore.require_profile(profile)
+    return _connect_new(session, requests, interface or DEFAULT_INTERFACE, profiles)
 
 
 def _connect_new(
@@ -597,16 +630,16 @@ class WorkloadSession:
     @classmethod
     @contextmanager
     def enter(
-        cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True, wait: bool = True
+        cls, datastore: DatastoreClient, workload: Workload, must_run: bool = True, patience: float | None = None
     ) -> Iterator[WorkloadSession]:
         """Lock the workload, open its namespace, and read its state from the store and the kernel. Raises CalicoError.
 
-        If `must_run` is False, the workload need not have a namespace. `wait` says whether to wait for the lock (see
-        WorkloadLock). If a namespace's endpoint is stored under the other spelling of its path, the session is for the
-        workload Workload.other_spelling.
+        If `must_run` is False, the workload need not have a namespace. For `patience`, see WorkloadLock. If a
+        namespace's endpoint is stored under the other spelling of its path, the session is for the workload
+        Workload.other_spelling.
         """
         with ExitStack() as stack:
-            lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id, wait))
+            lock = stack.enter_context(WorkloadLock(datastore.host, workload.orchestrator, workload.id, patience))
             namespace = None
             try:
                 namespace = stack.enter_context(netns.Namespace(workload.namespace_path(), workload.name))

@@ -136,5 +136,5 @@ def test_paths_that_an_older_version_has_kept_are_read(directory: Path) -> None:
 
 
 def test_without_waiting_a_held_lock_is_a_conflict() -> None:
-    with WorkloadLock("vm", "docker", "c"), pytest.raises(Conflict), WorkloadLock("vm", "docker", "c", wait=False):
+    with WorkloadLock("vm", "docker", "c"), pytest.raises(Conflict), WorkloadLock("vm", "docker", "c", patience=0):
         pass
