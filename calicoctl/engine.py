@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Callable
 
 from calicoctl import answers
 from calicoctl.errors import DockerNotRunning, DockerUnavailable, NoSuchContainer, NoSuchImage, redact_userinfo
@@ -33,6 +33,9 @@ LARGEST_EVENT = answers.MiB
 
 CHANGES = ("start", "die", "destroy", "rename")
 """The events of containers that `followed` requests."""
+
+NETWORK_CHANGES = ("create", "connect", "destroy")
+"""The events of networks that `followed_networks` requests."""
 
 
 def may_be_there() -> bool:
@@ -91,15 +94,57 @@ def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]
     It blocks until the next event. If the iterator fails, for example because an event has more than LARGEST_EVENT
     bytes, the `with` statement raises DockerUnavailable.
     """
+    with _followed("container", CHANGES, since, _listed) as found:
+        yield found
+
+
+@contextmanager
+def followed_networks(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]:
+    """Do what `followed` does, but for networks: see `networks`, and NETWORK_CHANGES."""
+    with _followed("network", NETWORK_CHANGES, since, _listed_networks) as found:
+        yield found
+
+
+@contextmanager
+def _followed(
+    kind: str, changes: Iterable[str], since: int, read: Callable[[Any], list[dict[str, Any]]]
+) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]:
+    """Yield what `read` returns of docker-py's client, and an iterator over the events `changes` of objects of a kind.
+
+    For the iterator, see `followed`.
+    """
     with _client("for its events") as docker, answers.bounded(LARGEST_EVENT) as bounds:
-        parts = docker.events(since=since, filters={"type": "container", "event": list(CHANGES)}, decode=False)
+        parts = docker.events(since=since, filters={"type": kind, "event": list(changes)}, decode=False)
         try:
             with answers.bounded(LARGEST):
-                listed = _listed(docker)
+                listed = read(docker)
             yield listed, _events(parts, bounds)
         finally:
             with suppress(OSError):  # the engine may have ended it
                 parts.close()
+
+
+def networks() -> list[dict[str, Any]]:
+    """Return all networks, as the engine lists them: without their containers. Raises DockerUnavailable.
+
+    In each network, `Id`, `Name` and `Driver` are strings, and `Internal` is a boolean.
+    """
+    with _client("for its networks") as docker:
+        return _listed_networks(docker)
+
+
+def network(id: str) -> dict[str, Any]:
+    """Return the engine's description of a network. Raises DockerUnavailable, also if there is no such network.
+
+    In the result, `Containers` maps the id of each container that has an endpoint in the network to an object with the
+    strings `EndpointID` and `Name`. For an endpoint without a container, the key is another text.
+    """
+    with _client(f"about the network {id}") as docker:
+        found: dict[str, Any] = _checked(docker.inspect_network(id), {"Id": str, "Name": str})
+        found["Containers"] = found.get("Containers") or {}
+        for endpoint in _checked(found["Containers"], {}).values():
+            _checked(endpoint, {"EndpointID": str, "Name": str})
+        return found
 
 
 def _events(parts: Iterable[bytes], bounds: answers.Bounds) -> Iterator[Any]:
@@ -145,6 +190,10 @@ _ID = re.compile("[0-9a-f]{1,64}")
 def is_id(value: Any) -> bool:
     """Return whether a JSON value can be the id of a container: 1 to 64 lower-case hexadecimal digits."""
     return isinstance(value, str) and _ID.fullmatch(value) is not None
+
+
+def _listed_networks(docker: Any) -> list[dict[str, Any]]:
+    return _checked(docker.networks(), [{"Id": str, "Name": str, "Driver": str, "Internal": bool}])  # type: ignore[no-any-return]
 
 
 def _listed(docker: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 Usage:
   calicoctl node [--ip=<IP>] [--ip6=<IP6>] [--as=<AS_NUM>] [--log-dir=<DIR>]
       [--detach=<DETACH>] [--bgp=<BGP>] [--local-etcd] [--docker-hook]
-      [--metrics-port=<PORT>] [--force]
+      [--libnetwork] [--metrics-port=<PORT>] [--force]
   calicoctl node restart
   calicoctl node stop [--force]
   calicoctl node remove [--hostname=<HOST>] [--remove-endpoints] [--force]
@@ -41,6 +41,10 @@ Options:
                          they run their first instruction, by a runtime of
                          ours in its configuration (daemon.json); for
                          `remove`: remove that again, and nothing else
+  --libnetwork           also run the process that serves Docker networks, for
+                         'docker network create --driver calico --ipam-driver
+                         calico-ipam NAME'; calico-docker.socket of systemd
+                         does that instead, from before Docker starts
   --metrics-port=<PORT>  serve metrics for Prometheus on this port of
                          127.0.0.1; default: none
   --force                register even if another host has the address or an
@@ -76,13 +80,13 @@ name back.
 
 `restart` replaces the agent in the background with one of this version, with
 the options and the environment that it was started with.
-`stop` stops the agent and the local etcd; the data plane and BIRD stay, and
-packets are routed and filtered as before. `remove` stops the agent and BIRD,
-whose peers withdraw this host's routes, and removes everything that they have
-set up from the kernel, the host from etcd, and the local etcd's line from
-/etc/calico/node.env. `bgp peer` is about peers of this host only; for global
-peers, and for passwords, see calicoctl bgp --help. All commands but `bgp` and
-`show` must be run as root.
+`stop` stops the agent, the local etcd and the process for Docker networks;
+the data plane and BIRD stay, and packets are routed and filtered as before.
+`remove` stops the agent and BIRD, whose peers withdraw this host's routes,
+and removes everything that they have set up from the kernel, the host from
+etcd, and the local etcd's line from /etc/calico/node.env. `bgp peer` is about
+peers of this host only; for global peers, and for passwords, see calicoctl
+bgp --help. All commands but `bgp` and `show` must be run as root.
 
 `show` lists all hosts that etcd knows, whether their agents are alive, and
 how many endpoints they have. The agent of a host is `up`, `starting` until it
@@ -128,14 +132,15 @@ from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
 from calicoctl.errors import CalicoError, Frozen, NotFound, StoreError, about
-from calicoctl.felix import heartbeat, kept_addresses, local_etcd, process
+from calicoctl.felix import heartbeat, kept_addresses, local_etcd, plugin_process, process
 from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.local_etcd import LocalEtcd
+from calicoctl.felix.plugin_process import PluginProcess
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.netlink import OUR_PROTOCOLS
 from calicoctl.output import print_json, print_table, quantity, wants_json, warn
-from calicoctl.workloads import connected, docker_hook, locks
+from calicoctl.workloads import connected, docker_hook, libnetwork, locks
 from calicoctl.workloads.workload import DOCKER, NAMESPACE
 
 
@@ -176,7 +181,9 @@ def _start(
 ) -> None:
     in_background = arguments["--detach"] != "false"
     log_dir = _absolute(arguments["--log-dir"], process.DEFAULT_LOG_DIR if in_background else None)
-    options = process.Options(log_dir, metrics_port, arguments["--local-etcd"], arguments["--bgp"] != "off")
+    options = process.Options(
+        log_dir, metrics_port, arguments["--local-etcd"], arguments["--bgp"] != "off", arguments["--libnetwork"]
+    )
     host = DatastoreClient.from_environment().host
 
     from calicoctl.workloads import host_network
@@ -211,6 +218,8 @@ def _start(
             docker_hook.refresh()
             if arguments["--docker-hook"]:
                 _set_hook_up(host)
+            if options.libnetwork:
+                _start_plugins(host, log_dir or process.DEFAULT_LOG_DIR)
             if in_background:
                 _start_agent(host, options)
                 undo.pop_all()
@@ -409,6 +418,21 @@ def _remove_hook() -> None:
         warn(f"Warning: {left}.")
 
 
+def _start_plugins(host: str, log_dir: str) -> None:
+    """Start the process for Docker networks, unless it runs.
+
+    Raises CalicoError if it cannot be started, or if the running agent would not supervise it.
+    """
+    pid = process.running(host)
+    if pid and not (process.report(host) or {}).get("libnetwork"):
+        raise CalicoError(
+            f"The host agent (process {pid}) was started without --libnetwork, and would not supervise the process for "
+            "Docker networks. Stop it with 'calicoctl node stop --force', which interrupts no traffic, and repeat this."
+        )
+    if PluginProcess(host, log_dir).start():
+        print(f"Docker networks are served (process {plugin_process.running(host)}).")
+
+
 def _restart() -> None:
     docker_hook.refresh()
     why = (process.report(hostname()) or {}).get("replaced")
@@ -416,6 +440,8 @@ def _restart() -> None:
     if why and process.running(hostname()):
         raise CalicoError(f"{why}. It is not restarted.")
     print(f"The host agent is restarted (process {process.restart(hostname())}).")
+    if (process.report(hostname()) or {}).get("libnetwork"):
+        plugin_process.await_replacement(hostname())
 
 
 def _stop_local_etcd_without_agent(host: str) -> None:
@@ -426,7 +452,7 @@ def _stop_local_etcd_without_agent(host: str) -> None:
 
 def _stop(force: bool) -> None:
     host = hostname()
-    runs = process.running(host) or local_etcd.running(host)
+    runs = process.running(host) or local_etcd.running(host) or plugin_process.running(host)
     if runs and not force:
         try:
             endpoints, _ = DatastoreClient.from_environment().readable_endpoints(host)
@@ -440,6 +466,7 @@ def _stop(force: bool) -> None:
                 "what is connected, or stop with --force: it stays connected as it is."
             )
     stopped = process.stop(host)
+    plugins_stopped = plugin_process.stop(host)
     instance = Instance(host)
     bird = instance.find()
     etcd_stopped = local_etcd.stop(host)
@@ -447,9 +474,11 @@ def _stop(force: bool) -> None:
         print(f"The host agent (process {stopped}) has ended; the data plane stays.")
     if bird is not None and (stopped or etcd_stopped):
         print(f"BIRD (process {bird}) keeps running, with its routes; 'calicoctl node' takes it over.")
+    if plugins_stopped:
+        print(f"The process for Docker networks (process {plugins_stopped}) has ended.")
     if etcd_stopped:
         print("The local etcd has ended.")
-    if not (stopped or etcd_stopped):
+    if not (stopped or plugins_stopped or etcd_stopped):
         raise NotFound("The host agent is not running.")
 
 
@@ -483,7 +512,12 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
             for orchestrator in (DOCKER, NAMESPACE):
                 left = {*locks.interrupted(host, orchestrator), *connected.every(host, orchestrator)}
                 workloads |= {(orchestrator, id) for id in left}
+        if this_one:
+            plugin_process.stop(host)
         disconnected = _disconnect(datastore, workloads)
+        for handle in datastore.ipam.handles.names():
+            if handle.startswith(libnetwork.requests_of(datastore.host)):
+                datastore.ipam.release_by_handle(handle)
         from calicoctl.felix.removal import remove_all, remove_former_bird
 
         if this_one:
@@ -503,6 +537,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
     last_api.forget(datastore.host)
     kept_addresses.write(datastore.host, ())
     connected.forget_all(datastore.host)
+    libnetwork.forget_networks(datastore.host)
     if not registered and not disconnected and not ran:
         raise NotFound(f"Host {datastore.host} is not registered.")
     if registered:

@@ -243,6 +243,43 @@ class Ipam:
             self.handles.recount(owner.handle)
         return found
 
+    def transfer(self, address: IPAddress, holders: str, owner: Owner) -> None:
+        """Assign `address` to `owner` instead of its present owner, whose handle must begin with the text `holders`.
+
+        Does nothing if `owner` has the address already. Raises AddressTaken if it is free, or if its owner has another
+        handle; InvalidValue if the block or a handle is invalid; and Conflict if other writers keep changing the block.
+        """
+        version, first, ordinal = place(address)
+        cidr = block_cidr(version, first)
+        key, handle = keys.ipam_block(version, cidr), str(owner.handle)
+        with self._recount_on_failure(owner):
+            for attempt in range(ATTEMPTS):
+                entry = self._store.get(key)
+                block = None if entry is None else Block.from_entry(entry)
+                present = None if block is None else block.owner(ordinal)
+                if present == owner:
+                    return
+                if entry is None or block is None or present is None or not (present.handle or "").startswith(holders):
+                    raise AddressTaken(f"IP {address} was released, or given to another, meanwhile")
+                before = str(present.handle)
+                block.release(ordinal)
+                block.allocate(ordinal, owner)
+                (new, old), _ = self._store.read([keys.ipam_handle(handle), keys.ipam_handle(before)])
+                # a handle may count too much for a moment, but never too little
+                writes = [
+                    counted(handle, new, {cidr: block.count(handle)}),
+                    Update(entry, block.to_json()),
+                    counted(before, old, {cidr: block.count(before)}),
+                ]
+                try:
+                    self._store.commit([write for write in writes if write is not None])
+                    return
+                except (KeyExists, CompareFailed):
+                    pause(attempt)
+                    if not self._store.atomic:  # the block may be written, and the handles not
+                        self.handles.recount(before)
+        raise Conflict(f"block {cidr} keeps being modified concurrently; retry")
+
     def release(self, addresses: Iterable[IPAddress], holders: set[str | None] | None = None) -> list[IPAddress]:
         """Release `addresses`; return those that were not released, since they were not assigned.
 

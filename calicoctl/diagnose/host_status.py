@@ -41,6 +41,7 @@ _NOTHING: dict[str, Any] = {
     "metrics_port": None,
     "local_etcd": None,
     "bgp": None,
+    "libnetwork": None,
     "first_update": False,
     "waiting_for": None,
     "replaced": None,
@@ -80,7 +81,7 @@ _NOTHING: dict[str, Any] = {
 _NO_ROOM = "Kernel MD5 auth"
 """BIRD's error if the kernel refuses the password of a session (TCP_MD5SIG), usually because there are too many."""
 
-_LATER = ("bgp", "bird", "mtu", "left_out", "containers_not_connected")
+_LATER = ("bgp", "libnetwork", "bird", "mtu", "left_out", "containers_not_connected")
 """Fields that reports of older agents lack."""
 
 _OLDEST = {name: value for name, value in _NOTHING.items() if name not in _LATER}

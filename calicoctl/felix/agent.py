@@ -47,6 +47,7 @@ from calicoctl.felix.health import Health
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.metrics import Metrics
 from calicoctl.felix.network_monitor import NetworkMonitor
+from calicoctl.felix.plugin_process import PluginProcess
 from calicoctl.felix.process import Options
 from calicoctl.felix.report import EndpointStatuses, ReportFile, StoreReporter
 from calicoctl.felix.workload_keeper import WorkloadKeeper
@@ -93,6 +94,8 @@ def _run(host: str, options: Options) -> None:
 
     if options.local_etcd:
         LocalEtcd(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
+    if options.libnetwork:
+        PluginProcess(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
     queue: events.Events[Any] = SimpleQueue()
     with IPRoute() as netlink:
         conntrack = Conntrack(queue.put)

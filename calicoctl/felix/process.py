@@ -50,13 +50,14 @@ class Options:
 
     `log_dir` is the folder of the log file; if it is None, the agent logs to standard error. `metrics_port` is a TCP
     port on loopback; if it is None, the agent serves no metrics. `local_etcd` says whether the agent supervises the
-    local etcd, `bgp` whether it runs BIRD.
+    local etcd, `bgp` whether it runs BIRD, and `libnetwork` whether it supervises the process for Docker networks.
     """
 
     log_dir: str | None = None
     metrics_port: int | None = None
     local_etcd: bool = False
     bgp: bool = True
+    libnetwork: bool = False
 
 
 def _file(host: str, name: str) -> Path:

@@ -69,8 +69,8 @@ class Interface:
     """An interface, as seen in its own namespace.
 
     `up` is the administrative state, not the carrier. For a veth, `peer_index` is the index that the other end has in
-    its own namespace. `kind` is the kernel's name for the interface's type, such as `veth` or `bridge`; None for
-    hardware and for lo.
+    its own namespace, and `peer_is_elsewhere` says that this is another namespace. `kind` is the kernel's name for the
+    interface's type, such as `veth` or `bridge`; None for hardware and for lo.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Interface:
     peer_index: int | None = None
     kind: str | None = None
     mtu: int = 0
+    peer_is_elsewhere: bool = False
 
     @property
     def is_loopback(self) -> bool:
@@ -355,6 +356,18 @@ def create_veth(name: str, namespace: Namespace, interface: str, mtu: int, mac: 
         netlink.link("add", ifname=name, kind="veth", address=HOST_MAC, mtu=mtu, peer=peer)
 
 
+def create_veth_here(name: str, peer: str, mtu: int, mac: str) -> None:
+    """Create a veth pair with both ends, `name` and `peer`, on the host. Both are down.
+
+    `mac` is the MAC of `peer`; the MAC of the other end is HOST_MAC. If NamespaceError is raised, no pair was created.
+    """
+    from pyroute2.iproute.linux import IPRoute
+
+    with _explained(f"creating the veth pair {name} and {peer}"), IPRoute() as netlink:
+        other = {"ifname": peer, "mtu": mtu, "address": mac}
+        netlink.link("add", ifname=name, kind="veth", address=HOST_MAC, mtu=mtu, peer=other)
+
+
 def set_up(name: str) -> None:
     """Set the sysctls HOST_END_IPV6 on the host end of a veth pair, and bring it up."""
     from pyroute2.iproute.linux import IPRoute
@@ -485,6 +498,7 @@ def _interface(link: Any) -> Interface:
         peer_index=link.get_attr("IFLA_LINK"),
         kind=info.get_attr("IFLA_INFO_KIND") if info is not None else None,
         mtu=link.get_attr("IFLA_MTU") or 0,
+        peer_is_elsewhere=link.get_attr("IFLA_LINK_NETNSID") is not None,
     )
 
 

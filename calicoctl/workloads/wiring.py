@@ -57,12 +57,16 @@ DEFAULT_INTERFACE = "eth1"
 class AddressRequest:
     """A request for an address: for `address` if it is set, or for any address of the pool `cidr` if that is set.
 
-    If neither is set, any address of the IP version `version` is requested. `version` is always set.
+    If neither is set, any address of the IP version `version` is requested; if `subnet` is set, any address of this
+    CIDR, which must be a pool or a part of one. `version` is always set. `any_other` completes
+    the advice to choose another address, and says how the user gets any free one; it is empty for a command's option.
     """
 
     version: int
     address: IPAddress | None = None
     cidr: str | None = None
+    subnet: str | None = None
+    any_other: str = ""
 
     @classmethod
     def parse(cls, text: str) -> AddressRequest:
@@ -83,6 +87,12 @@ class AddressRequest:
             ) from None
         return cls(address.version, address=address)
 
+    @property
+    def advice(self) -> str:
+        """The end of an error's text for a certain address that cannot be assigned."""
+        any_other = self.any_other or f"'ipv{self.version}'"
+        return f"another, or {any_other} for any."
+
     def pools(self, datastore: DatastoreClient, entries: list[Entry] | None = None) -> list[Pool]:
         """Return the pools from which an address may be assigned for this request; raise CalicoError if there is none.
 
@@ -98,6 +108,10 @@ class AddressRequest:
         elif self.address is not None:
             chosen = [pool for pool in pools if self.address in IPNetwork(pool.cidr)]
             missing = f"IP {self.address} is in no pool"
+        elif self.subnet is not None:
+            part = IPNetwork(self.subnet)
+            chosen = [replace(pool, cidr=self.subnet) for pool in pools if part in IPNetwork(pool.cidr)]
+            missing = f"{self.subnet} is neither a pool nor a part of one"
         else:
             chosen = pools
             missing = f"There is no IPv{self.version} pool"
@@ -303,7 +317,7 @@ def _connect_new(
         # certain addresses first: one of them might be assigned to a request for any address otherwise
         for number in sorted(range(len(requests)), key=lambda number: requests[number].address is None):
             if number not in found:
-                found[number] = _assign(session, owner, requests[number], terms[number])
+                found[number] = assign(datastore, owner, requests[number], terms[number], session.handle)
                 # what was read before has been changed by this
                 session.handle, terms = UNREAD, [replace(one, affine=None) for one in terms]
         addresses = [found[number] for number in range(len(requests))]
@@ -379,7 +393,7 @@ def reattach(
             # its last address was removed before it lost its interface
             undo(_release_unlisted, datastore, workload, endpoint)
             owner = owner_of(workload, endpoint.id, interface)
-            address = _assign(session, owner, request, terms)
+            address = assign(datastore, owner, request, terms, session.handle)
             nets.append(host_net(address))
         for own in addresses:
             if own not in session.held:
@@ -505,7 +519,7 @@ def add_address(
             left = [a for a in session.held if host_net(a) not in endpoint.nets and _usable(request, a, terms.reserved)]
             undo(_release_unlisted, datastore, workload, endpoint)
             # an interrupted command has left it
-            address = left[0] if left else _assign(session, owner, request, terms)
+            address = left[0] if left else assign(datastore, owner, request, terms, session.handle)
 
             net = host_net(address)
             if version == 6 and session.namespace.ipv6_is_off(attached):
@@ -870,9 +884,7 @@ def _attach(
 ) -> str:
     """Create a veth pair and configure both ends, the end on the host last; return the MAC of the workload's end.
 
-    If there are neither the agent's nftables tables nor those of guard.py, the tables of guard.py are created first.
-    They drop the workload's packets until the agent programs its policy. They are not created if Felix of 2015, which
-    has rules of its own, runs on this host.
+    Until the agent programs its policy, the workload's packets are dropped: see `ensure_guard`.
 
     `name` is the name of the host end, `interface` that of the workload's end. `nets` are the addresses of the
     workload's end, as `address/32` or `address/128`, and `next_hops` the gateways by IP version. `mac` is the MAC of
@@ -881,15 +893,24 @@ def _attach(
     """
     if netns.find_interface(name) is not None:
         raise CalicoError(f"this host has an interface {name} already, of another endpoint; try again")
-    with Guard() as tables:
-        if not tables.exists() and not _has_old_felix(session.datastore):
-            tables.create()
+    ensure_guard(session.datastore)
     undo(netns.delete_interface, name)
     netns.create_veth(name, session.namespace, interface, size, mac)
     undo(session.namespace.restore_loopback, session.loopback)
     mac = session.namespace.configure(interface, nets, next_hops, netns.HOST_MAC)
     netns.set_up(name)
     return mac
+
+
+def ensure_guard(datastore: DatastoreClient) -> None:
+    """Create the nftables tables of guard.py, unless these or the agent's exist. Raises CalicoError.
+
+    They drop all packets of workloads until the agent programs its policy. They are not created if Felix of 2015, which
+    has rules of its own, runs on this host.
+    """
+    with Guard() as tables:
+        if not tables.exists() and not _has_old_felix(datastore):
+            tables.create()
 
 
 def _has_old_felix(datastore: DatastoreClient) -> bool:
@@ -935,11 +956,18 @@ def _is_like(owner: Owner, other: Owner) -> bool:
     return owner.handle == other.handle and facts == others
 
 
-def _assign(session: WorkloadSession, owner: Owner, request: AddressRequest, terms: Terms) -> IPAddress:
-    datastore, pools = session.datastore, terms.pools
+def assign(
+    datastore: DatastoreClient, owner: Owner, request: AddressRequest, terms: Terms, handle: Entry | None = UNREAD
+) -> IPAddress:
+    """Assign an address that satisfies `request` to `owner`; return the address.
+
+    `terms` are the terms for the request. `handle` is the entry of the owner's handle, if the caller has just read it.
+    Raises AddressTaken if the requested address has another owner, and CalicoError if no address is free.
+    """
+    pools = terms.pools
     if request.address is None:
         taken = datastore.ipam.auto_assign(
-            1, pools, owner, terms.reserved, terms.affine, session.handle, lambda invalid: warn(f"Warning: {invalid}")
+            1, pools, owner, terms.reserved, terms.affine, handle, lambda invalid: warn(f"Warning: {invalid}")
         )
         if not taken:
             networks = {network for pool in pools for network in terms.reserved.network.overlapping(pool.cidr)}
@@ -948,12 +976,10 @@ def _assign(session: WorkloadSession, owner: Owner, request: AddressRequest, ter
             )
         return taken[0]
     try:
-        datastore.ipam.assign(request.address, owner, session.handle)
+        datastore.ipam.assign(request.address, owner, handle)
     except AddressTaken as error:
         holder = datastore.ipam.owner(request.address)
-        raise AddressTaken(
-            f"{error}{_owner_text(holder)}. Give it another, or 'ipv{request.version}' for any."
-        ) from None
+        raise AddressTaken(f"{error}{_holder_text(datastore, holder)}. Give it {request.advice}") from None
     return request.address
 
 
@@ -989,7 +1015,7 @@ def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> 
 def _refuse_reserved(request: AddressRequest, reserved: Reserved) -> None:
     why = None if request.address is None else reserved.refusal(str(request.address))
     if why is not None:
-        raise CalicoError(f"IP {request.address} is {why}. Give another, or 'ipv{request.version}' for any.")
+        raise CalicoError(f"IP {request.address} is {why}. Give {request.advice}")
 
 
 def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
@@ -1043,6 +1069,17 @@ def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: 
         )
 
 
+def _holder_text(datastore: DatastoreClient, owner: Owner | None) -> str:
+    """Do what `_owner_text` does, but name the container of an endpoint whose owner does not name it."""
+    facts = owner.secondary if owner is not None else {}
+    if owner is not None and not facts.get("workload_name") and facts.get("endpoint"):
+        id = EndpointId(*(str(facts.get(part)) for part in ("host", "orchestrator", "workload", "endpoint")))
+        endpoint = datastore.readable(id)
+        if endpoint is not None and endpoint.workload_name:
+            owner = replace(owner, secondary={**facts, "workload_name": endpoint.workload_name})
+    return _owner_text(owner)
+
+
 def _owner_text(owner: Owner | None) -> str:
     facts = owner.secondary if owner is not None else {}
     name = facts.get("namespace") or facts.get("workload_name") or short_id(str(facts.get("workload") or ""))
@@ -1079,7 +1116,8 @@ def _new_endpoint() -> str:
 
 def _endpoint_of(owner: Owner) -> str | None:
     id = owner.secondary.get("endpoint")
-    return id if isinstance(id, str) and len(id) == 32 and is_endpoint_id(id) else None
+    # those of Docker's networks have the engine's ids
+    return id if isinstance(id, str) and len(id) in (32, 64) and is_endpoint_id(id) else None
 
 
 def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.agent import B4, LOG_DIR, FreeHost
-from tests.system.support import CALICOCTL, HOST_IP, Host, Result, free_port, gone, run
+from tests.system.support import CALICOCTL, HOST_IP, Host, Result, free_port, gone, run, wait_for
 from tests.system.traffic import PATIENT, ping
 
 pytestmark = pytest.mark.api("etcdv3")
@@ -119,8 +119,10 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     older_version(prefix)
     library, program_path = prefix / "lib/calicoctl", str(prefix / "bin/calicoctl")
     port = free_port()
-    options = (f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}", f"--metrics-port={port}")
+    options = (f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}", f"--metrics-port={port}", "--libnetwork")
     host.ctl("node", *options, command=[program_path])
+    plugins = Path(f"/run/calico/{host.name}/plugins.pid")
+    assert program(int(plugins.read_text())).startswith(f"{library}/bin/")
     host.add_pair()
     host.sync()
     old = host.pid
@@ -148,6 +150,8 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     assert gone(old) and host.pid != old
     (version,) = library.iterdir()
     assert Path(program(host.pid)).parent == version / "bin"
+    new = [version / "bin"]
+    wait_for(lambda: plugins.exists() and [Path(program(int(plugins.read_text()))).parent] == new, "its process")
     assert (prefix / "bin/calicoctl").resolve() == version / "bin/calicoctl"
     assert host.status()["metrics_port"] == port, "its options"
     host.sync()  # its environment: it still follows this store
@@ -158,10 +162,15 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     completion = prefix / "share/bash-completion/completions/calicoctl"
     assert "calicoctl" in run("bash", "-c", f". {completion} && complete -p calicoctl").out
     assert (prefix / "share/zsh/site-functions/_calicoctl").read_text().startswith("#compdef calicoctl\n")
-    unit = prefix / "lib/systemd/system/calico-node.service"
+    units = prefix / "lib/systemd/system"
+    unit = units / "calico-node.service"
     assert f"ExecStart={prefix}/bin/calicoctl node --detach=false" in unit.read_text()
     assert run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit)).err == ""
     run("systemd-analyze", "security", "--offline=true", "--threshold=50", "--no-pager", str(unit))
+    sockets, service = units / "calico-docker.socket", units / "calico-docker.service"
+    said = run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(sockets), str(service)).err
+    assert said == ""
+    run("systemd-analyze", "security", "--offline=true", "--threshold=50", "--no-pager", str(service))
     assert run("find", str(prefix), "!", "-type", "l", "!", "-perm", "-o=r").out == "", "all of it is for everybody"
 
     before = tree(prefix)
@@ -172,7 +181,9 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     assert tree(prefix) == before
     assert make("uninstall", prefix).status == 0
     assert tree(prefix) == set()
-    assert not list(Path("/run/calico").glob("*/felix.pid")) and ping("a", B4, PATIENT)
+    assert not [pid for name in ("felix", "plugins") for pid in Path("/run/calico").glob(f"*/{name}.pid")]
+    assert not list(Path("/run/docker/plugins").iterdir())
+    assert ping("a", B4, PATIENT)
 
 
 def test_an_agent_of_systemds_is_restarted_and_ended_by_systemd(

@@ -102,6 +102,24 @@ class IpamMachine(RuleBasedStateMachine):
 
     @rule(
         host=st.sampled_from(HOSTS),
+        address=ANY_ADDRESS,
+        holders=st.sampled_from(["h", "h1", "h2"]),
+        handle=st.sampled_from(["h1", "h2", "h3"]),
+        fault=FAULTS,
+    )
+    def transfer(self, host: str, address: IPAddress, holders: str, handle: str, fault: list) -> None:
+        self.fault(fault)
+        before = self.model.get(str(address))
+        try:
+            self.hosts[host].transfer(address, holders, self.owner(handle))
+        except AddressTaken:
+            assert before is None or not before.startswith(holders)
+        else:
+            assert before is not None and before.startswith(holders)
+            self.model[str(address)] = handle
+
+    @rule(
+        host=st.sampled_from(HOSTS),
         count=st.integers(1, 70),
         version=st.sampled_from([4, 6]),
         handle=HANDLES,
@@ -239,7 +257,13 @@ def test_a_change_takes_few_requests(modern: bool, limits: tuple[int, ...]) -> N
         made.append(store.requests)
     assert tuple(made) == limits
     assert raw_allocations(store) == {} == raw_handles(store)
-    ipam.assign(one, owner)
+    ipam.assign(one, Owner("h2", {}))
+    store.requests = 0
+    ipam.transfer(one, "h2", owner)
+    assert store.requests == (3 if modern else 6)
+    store.requests = 0
+    ipam.transfer(one, "h2", owner)  # it has it already
+    assert store.requests == 1
     ipam.assign(three, owner)
     store.requests = 0
     ipam.release_held(*held())

@@ -11,6 +11,7 @@ from calicoctl.datastore.blocks import Owner
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.handles import UNREAD
 from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import Reserved
 from calicoctl.errors import CalicoError
 from calicoctl.workloads.wiring import AddressRequest, _adopt, _new_endpoint, check_interface_name, owner_of
@@ -74,6 +75,17 @@ def test_address_requests() -> None:
     assert str(AddressRequest.parse("fd00:0::1").address) == "fd00::1"
     with pytest.raises(CalicoError, match="'ipv5' is not a valid IP address"):
         AddressRequest.parse("ipv5")
+
+
+def test_a_subnet_is_a_pool_or_a_part_of_one() -> None:
+    datastore = DatastoreClient(MemoryStore(), "vm")
+    datastore.put_pool(Pool("10.0.0.0/16", vxlan="always"))
+    for subnet in ("10.0.0.0/16", "10.0.7.0/24"):
+        (pool,) = AddressRequest(4, subnet=subnet).pools(datastore)
+        assert (pool.cidr, pool.vxlan) == (subnet, "always")
+    for subnet in ("10.1.0.0/16", "10.0.0.0/8"):
+        with pytest.raises(CalicoError, match=f"{subnet} is neither a pool nor a part of one. IPv4 pools: 10.0.0.0/16"):
+            AddressRequest(4, subnet=subnet).pools(datastore)
 
 
 def test_names_of_interfaces() -> None:

@@ -1,0 +1,117 @@
+"""The process that serves Docker networks (plugins/), as `calicoctl node --libnetwork` starts it, and the agent again.
+
+It outlives the agent: containers must be able to start and stop while no agent runs. Where systemd starts it instead,
+as calico-docker.service, nothing of this module is used.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+
+from calicoctl import proc
+from calicoctl.felix.daemon import Daemon, Process
+from calicoctl.workloads.locks import DIRECTORY
+
+SOCKET = Path("/run/docker/plugins/calico.sock")
+"""The socket of the network driver."""
+
+ARGUMENT = "--plugins-of="
+"""The beginning of the argument by which the process is found. The name of the host follows."""
+
+START_PATIENCE = 30.0
+"""Seconds to wait until the process serves."""
+
+
+def running(host: str) -> int | None:
+    """Return the id of a host's process, or None if it does not run, or if systemd has started it."""
+    return _process(host).pid()
+
+
+def stop(host: str) -> int | None:
+    """End a host's process, unless systemd has started it. Return its id, None if it does not run.
+
+    Raises CalicoError if it does not end.
+    """
+    pid = running(host)
+    _process(host).stop()
+    return pid
+
+
+def is_of_other_version(host: str) -> bool:
+    """Return whether a host's process runs, and belongs to another installed version of this program."""
+    pid = running(host)
+    try:
+        return pid is not None and proc.arguments(pid)[:1] != [sys.executable]
+    except OSError:
+        return False
+
+
+def await_replacement(host: str) -> None:
+    """Wait until the agent, which was just restarted, has ended a process of another version.
+
+    Returns after START_PATIENCE in any case.
+    """
+    give_up = time.monotonic() + START_PATIENCE
+    while is_of_other_version(host) and time.monotonic() < give_up:
+        time.sleep(0.05)
+
+
+def _process(host: str) -> Process:
+    return Process("the plugin for Docker networks", DIRECTORY / host / "plugins.pid", f"{ARGUMENT}{host}")
+
+
+class PluginProcess:
+    """The process of a host, in the background."""
+
+    def __init__(self, host: str, log_dir: str) -> None:
+        """`log_dir` is the folder of its log."""
+        self._host = host
+        self._daemon = Daemon(
+            _process(host),
+            Path(log_dir) / "plugins.log",
+            lock=DIRECTORY / host / "plugins.starting",
+            is_ready=lambda: _listener() == running(host),
+            start_patience=START_PATIENCE,
+            environment=os.environ,
+        )
+
+    def start(self) -> bool:
+        """Start the process unless it runs, and wait until it serves. Return whether it was started.
+
+        A process of another version of this program is replaced. Raises CalicoError.
+        """
+        self._end_other_version()
+        return self._daemon.start(self._command, lambda pid: None)
+
+    def supervise(self) -> None:
+        """Have a thread start the process if it does not run, and again whenever it ends. Returns at once."""
+        self._daemon.supervise(self._launch)
+
+    def _launch(self) -> None:
+        self._end_other_version()
+        self._daemon.launch(self._command, lambda pid: None)
+
+    def _end_other_version(self) -> None:
+        DIRECTORY.joinpath(self._host).mkdir(mode=0o755, parents=True, exist_ok=True)
+        if is_of_other_version(self._host):
+            self._daemon.process.stop()
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "calicoctl.plugins", self._daemon.process.marker]
+
+
+def _listener() -> int | None:
+    """Return the id of the process that listens at SOCKET, None if nothing accepts connections there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(SOCKET))
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError:
+            return None
+    return int(struct.unpack("3i", credentials)[0])

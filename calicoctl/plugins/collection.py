@@ -1,0 +1,171 @@
+"""Removes what the engine's calls have not removed: endpoints, addresses, veth pairs and networks that are not in use.
+
+Something is left when the engine, this process, or the host was killed, or when etcd did not answer. What is in use is
+what the engine says. So nothing is removed while it does not answer, or while it starts; and only what it has not known
+for GRACE seconds, since it makes and removes an endpoint in several calls. What has its interface in a container is in
+use, whatever the engine says: the wrong one may have been asked. Nothing is removed, either, while another machine's
+agent has this host's name.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from calicoctl import engine
+from calicoctl.datastore.keys import INTERFACE_PREFIX
+from calicoctl.errors import CalicoError, DockerUnavailable, InvalidValue, NotFound
+from calicoctl.felix.heartbeat import Identity
+from calicoctl.plugins.endpoints import PEER_PREFIX
+from calicoctl.plugins.engine_events import EngineEvents
+from calicoctl.plugins.networks import DRIVER, Networks
+from calicoctl.plugins.stores import Stores
+from calicoctl.workloads import libnetwork, locks, netns, wiring
+from calicoctl.workloads.docker_networks import LIBNETWORK
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.plugins.network_driver import NetworkDriver
+
+log = logging.getLogger("calico.plugins")
+
+INTERVAL = 60.0
+"""Seconds between two looks, if nothing has happened."""
+
+GRACE = 15.0
+"""Seconds for which something must be unknown to the engine before it is removed; a call takes fewer."""
+
+REQUEST_GRACE = 60.0
+"""The same for an address that was requested, and has no endpoint yet."""
+
+POLL = 1.0
+"""Seconds until it is noticed that something has happened."""
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that may be left: `text` names it, and `remove` removes it after `grace` seconds."""
+
+    text: str
+    remove: Callable[[], object]
+    grace: float = GRACE
+
+
+class Collection:
+    """Looks for what is left, in a thread of its own."""
+
+    def __init__(self, stores: Stores, known: Networks, events: EngineEvents, driver: NetworkDriver) -> None:
+        self._stores = stores
+        self._networks = known
+        self._events = events
+        self._driver = driver
+        self._since: dict[str, float] = {}
+        """Text of a Leftover -> the time (monotonic) since which every look has found it."""
+        self._foreign: set[str] = set()
+        """Handles whose addresses are on other hosts."""
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="collecting what is left", daemon=True).start()
+
+    def _run(self) -> None:
+        due = 0.0
+        while True:
+            happened = self._events.connected.is_set() or self._stores.failed.is_set()
+            if happened or time.monotonic() >= due:
+                self._events.connected.clear()
+                self._stores.failed.clear()
+                try:
+                    self.look()
+                except DockerUnavailable:
+                    self._since.clear()
+                except CalicoError as error:
+                    log.warning("it cannot be seen what is left of Docker networks: %s", error)
+                except Exception:  # of whatever kind: nothing else would look again
+                    log.exception("looking for what is left failed")
+                due = time.monotonic() + (GRACE / 2 if self._since else INTERVAL)
+            time.sleep(POLL)
+
+    def look(self) -> None:
+        """Remove what is left; note since when what may be left is there. Raises CalicoError."""
+        # before the engine is asked, so that what is made meanwhile counts as known
+        with self._stores.client() as datastore:
+            status = datastore.statuses.of_host()
+            if status is not None and Identity.of(status).is_other_machine(Identity.own()):
+                self._since.clear()
+                return
+            found = list(self._stored(datastore))
+        networks = {one["Id"]: one for one in engine.networks() if one["Driver"] == DRIVER}
+        for network in networks.values():
+            self._events.learn(network)
+        used: set[str] = set()
+        for id in networks:
+            for container, endpoint in engine.network(id)["Containers"].items():
+                used.add(endpoint["EndpointID"])
+                if libnetwork.is_id(container):
+                    self._events.connect(container, endpoint)
+        self._driver.forget_others(used)
+        left = [leftover for id, leftover in found if id not in used]
+        left += [
+            Leftover(f"network {network.name or id[:12]}", partial(self._networks.remove, id))
+            for id, network in self._networks.all().items()
+            if id not in networks
+        ]
+        now = time.monotonic()
+        self._since = {leftover.text: self._since.get(leftover.text, now) for leftover in left}
+        for leftover in left:
+            if now - self._since[leftover.text] >= leftover.grace:
+                self._remove(leftover)
+
+    def _remove(self, leftover: Leftover) -> None:
+        try:
+            leftover.remove()
+            log.warning("%s was left, and is removed: the Docker Engine does not know it", leftover.text)
+            del self._since[leftover.text]
+        except NotFound:
+            del self._since[leftover.text]
+        except CalicoError as error:
+            log.warning("%s is left, and cannot be removed: %s", leftover.text, error)
+
+    def _stored(self, datastore: DatastoreClient) -> Iterator[tuple[str, Leftover]]:
+        """Yield (endpoint id, leftover) for what exists of this host's endpoints. The id of a request is empty."""
+        ids = {id.endpoint for id in datastore.endpoint_ids() if libnetwork.is_ours(id)}
+        interfaces = {libnetwork.endpoint_id(datastore.host, id).interface for id in ids}
+        ids |= {id for id in locks.interrupted(datastore.host, LIBNETWORK) if libnetwork.is_id(id)}
+        requests = libnetwork.requests_of(datastore.host)
+        handles = {handle for handle in datastore.ipam.handles.names() if handle.startswith(f"{LIBNETWORK}.")}
+        self._foreign &= handles
+        for handle in sorted(handles - self._foreign):
+            id = handle[len(LIBNETWORK) + 1 :]
+            if id in ids or not (libnetwork.is_id(id) or handle.startswith(requests)):
+                continue
+            with suppress(InvalidValue):
+                if not datastore.ipam.held_by(handle):
+                    self._foreign.add(handle)
+                elif libnetwork.is_id(id):
+                    ids.add(id)
+                else:
+                    release = partial(self._release, handle)
+                    yield "", Leftover(f"the address of {handle}", release, REQUEST_GRACE)
+        present = {interface.name: interface for interface in netns.interfaces()}
+        for id in sorted(ids):
+            interface = present.get(libnetwork.endpoint_id(datastore.host, id).interface)
+            if interface is not None and interface.peer_is_elsewhere:
+                continue
+            yield id, Leftover(f"endpoint {id[:12]}", partial(self._disconnect, id))
+        for name in sorted(present):
+            # the engine moves the other end into the container, or has moved it back
+            peer = PEER_PREFIX + name[len(INTERFACE_PREFIX) :]
+            if name.startswith(INTERFACE_PREFIX) and peer in present and name not in interfaces:
+                yield "", Leftover(f"interface {name}", partial(netns.delete_interface, name))
+
+    def _disconnect(self, id: str) -> None:
+        self._stores.call(lambda datastore: wiring.disconnect(datastore, libnetwork.workload(id)))
+
+    def _release(self, handle: str) -> None:
+        self._stores.call(lambda datastore: datastore.ipam.release_by_handle(handle))

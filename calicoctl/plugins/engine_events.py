@@ -1,0 +1,105 @@
+"""Follows the Docker Engine's events, for what its calls do not say: the names of networks, and whose an endpoint is.
+
+This runs in a thread of its own. No call waits for the engine: it may not answer while it waits for a call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from calicoctl import engine
+from calicoctl.errors import CalicoError, DockerUnavailable
+from calicoctl.plugins import endpoints, networks
+from calicoctl.plugins.networks import DRIVER, Networks
+from calicoctl.plugins.stores import Stores
+from calicoctl.workloads.libnetwork import is_id
+
+log = logging.getLogger("calico.plugins")
+
+PAUSE = 0.5
+"""Seconds until the engine is asked again after it has not answered, or has ended its events."""
+
+
+class EngineEvents:
+    """Follows the networks of the engine, and stores what their events say."""
+
+    def __init__(self, stores: Stores, known: Networks) -> None:
+        """`connected` is set whenever the engine's events are followed anew."""
+        self._stores = stores
+        self._networks = known
+        self.connected = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="following Docker's networks", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.follow()
+            except DockerUnavailable as error:
+                log.debug("%s", error)
+            except Exception:  # of whatever kind: nothing else would follow the events again
+                log.exception("following Docker's networks failed")
+            time.sleep(PAUSE)
+
+    def follow(self) -> None:
+        """Read all networks, and then their events, until the engine ends these. Raises DockerUnavailable."""
+        with engine.followed_networks(int(time.time())) as (listed, events):
+            for network in listed:
+                self.learn(network)
+            self.connected.set()
+            for event in events:
+                self.on_event(event)
+
+    def on_event(self, event: Any) -> None:
+        """Take in an event: a JSON value of any shape. Raises DockerUnavailable."""
+        actor = event.get("Actor") if isinstance(event, dict) else None
+        facts = actor.get("Attributes") if isinstance(actor, dict) else None
+        if not isinstance(actor, dict) or not isinstance(facts, dict) or facts.get("type") != DRIVER:
+            return
+        id, name = actor.get("ID"), facts.get("name")
+        if not is_id(id) or not isinstance(name, str):
+            return
+        if event.get("Action") == "create":
+            self.name(str(id), name)
+        elif event.get("Action") == "connect" and is_id(facts.get("container")):
+            with suppress(DockerUnavailable):  # the network may just have been removed
+                endpoint = engine.network(str(id))["Containers"].get(facts["container"])
+                if endpoint is not None:
+                    self.connect(str(facts["container"]), endpoint)
+
+    def learn(self, listed: Mapping[str, Any]) -> None:
+        """Take in a network as the engine lists it, if it is one of ours."""
+        if listed["Driver"] != DRIVER or not is_id(listed["Id"]):
+            return
+        if self._networks.get(listed["Id"]) is None:  # its file was lost
+            options = listed.get("Options")
+            with suppress(CalicoError):
+                self._networks.put(
+                    networks.described(listed["Id"], options if isinstance(options, dict) else {}, listed["Internal"])
+                )
+        self.name(listed["Id"], listed["Name"])
+
+    def name(self, id: str, name: str) -> None:
+        """Set the name of a network, if it is one of ours, and create its profile, if that is missing."""
+        try:
+            network = self._networks.rename(id, name)
+            if network is not None and not network.has_profile and network.profiles is None:
+                self._stores.call(lambda datastore: networks.ensure_profile(datastore, self._networks, network))
+        except CalicoError as error:  # an endpoint in the network will need it, and try again
+            log.warning("network %s: %s", name, error)
+
+    def connect(self, container: str, endpoint: Mapping[str, Any]) -> None:
+        """Store which container an endpoint belongs to. `endpoint` is an item of `Containers` of engine.network."""
+        id, name = endpoint["EndpointID"], endpoint["Name"]
+        if not is_id(id):
+            return
+        try:
+            self._stores.call(lambda datastore: endpoints.set_container(datastore, id, container, name))
+        except CalicoError as error:  # collection.py does it later
+            log.warning("endpoint %s: %s", id[:12], error)

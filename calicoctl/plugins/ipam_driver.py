@@ -1,0 +1,105 @@
+"""The IPAM driver `calico-ipam` of Docker networks: pools, and the addresses of endpoints.
+
+A pool's id says all of it, so nothing is kept of a pool: `ipv4` and `ipv6` stand for all pools of that IP version, and
+a CIDR for itself.
+
+Source: libnetwork's docs/ipam.md and ipams/remote/api/api.go.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from calicoctl.addresses import BITS, parse_address, parse_pool_cidr
+from calicoctl.errors import CalicoError
+from calicoctl.plugins import endpoints, requests
+from calicoctl.plugins.server import Route
+from calicoctl.plugins.stores import Stores
+from calicoctl.workloads import libnetwork
+from calicoctl.workloads.wiring import AddressRequest, Terms, assign
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+
+SPACE = "calico"
+"""The address space of all pools. A pool in another space is of another IPAM driver."""
+
+_GATEWAY = "com.docker.network.gateway"
+_TYPE = "RequestAddressType"
+_EVERY = {4: "0.0.0.0/0", 6: "::/0"}
+"""What the engine is told to be a pool if the network has no subnet: it only checks that addresses are inside."""
+
+
+class IpamDriver:
+    """Answers the calls of an IPAM driver."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+
+    def routes(self) -> dict[str, Route]:
+        return {
+            "/Plugin.Activate": lambda request: {"Implements": ["IpamDriver"]},
+            "/IpamDriver.GetCapabilities": lambda request: {"RequiresMACAddress": False},
+            "/IpamDriver.GetDefaultAddressSpaces": lambda request: {
+                "LocalDefaultAddressSpace": SPACE,
+                "GlobalDefaultAddressSpace": SPACE,
+            },
+            "/IpamDriver.RequestPool": self.request_pool,
+            "/IpamDriver.ReleasePool": lambda request: {},
+            "/IpamDriver.RequestAddress": self.request_address,
+            "/IpamDriver.ReleaseAddress": self.release_address,
+        }
+
+    def request_pool(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Check that a network can have addresses of a subnet or, without a subnet, of an IP version."""
+        version = 6 if request.get("V6") is True else 4
+        pool, part = requests.text(request, "Pool"), requests.text(request, "SubPool")
+        subnet = str(parse_pool_cidr(pool)) if pool else None
+        wanted = str(parse_pool_cidr(part)) if part else subnet
+        asked = AddressRequest(version, subnet=wanted)
+        if wanted is not None and parse_pool_cidr(wanted).version != version:
+            raise CalicoError(f"{wanted} is not an IPv{version} subnet")
+
+        def check(datastore: DatastoreClient) -> None:
+            datastore.hosts.next_hop(version)
+            asked.pools(datastore)
+
+        self._stores.call(check)
+        return {
+            "PoolID": wanted or f"ipv{version}",
+            "Pool": subnet or _EVERY[version],
+            "Data": {_GATEWAY: _EVERY[version]},  # else, the engine would request an address for a gateway
+        }
+
+    def request_address(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Assign an address to an owner of its own, until an endpoint is created with it."""
+        if requests.fields(request, "Options").get(_TYPE) == _GATEWAY:
+            raise CalicoError("a Calico network has no gateway but the containers' own hosts: omit --gateway")
+        asked = _request_of(requests.text(request, "PoolID"), requests.text(request, "Address"))
+
+        def taken(datastore: DatastoreClient) -> str:
+            owner = libnetwork.request_owner(datastore.host)
+            return str(assign(datastore, owner, asked, Terms.read(datastore, asked), None))
+
+        return {"Address": f"{self._stores.call(taken)}/{BITS[asked.version]}", "Data": {}}
+
+    def release_address(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Release the address of a request or of an endpoint of this host, with the rest of the endpoint.
+
+        For any other address, nothing is done: the engine also releases what no network has had.
+        """
+        address = parse_address(requests.text(request, "Address").partition("/")[0])
+        self._stores.remove(lambda datastore: endpoints.release(datastore, address))
+        return {}
+
+
+def _request_of(pool: str, address: str) -> AddressRequest:
+    """Return the request for an address of a pool, or for a certain one if `address` is not empty."""
+    if address:
+        certain = parse_address(address.partition("/")[0])
+        any_other = "omit --ip" if certain.version == 4 else "omit --ip6"
+        return AddressRequest(certain.version, address=certain, any_other=any_other)
+    if pool in ("ipv4", "ipv6"):
+        return AddressRequest(int(pool[-1]))
+    network = parse_pool_cidr(pool)
+    return AddressRequest(network.version, subnet=str(network))

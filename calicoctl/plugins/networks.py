@@ -1,0 +1,203 @@
+"""The Docker networks of this host whose driver is Calico's: their names, their options and their profiles.
+
+Each network has a file, /var/lib/calico/HOST/networks/ID, which survives reboots: the engine starts containers before
+it can be asked anything. No call of the engine contains a network's name. It comes from the engine's events and lists,
+which engine_events.py reads.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from calicoctl import state
+from calicoctl.errors import CalicoError, about
+from calicoctl.limits import PROFILES
+from calicoctl.policy.rules import check_name
+from calicoctl.workloads import libnetwork
+from calicoctl.workloads.libnetwork import NETWORKS
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.client import DatastoreClient
+
+DRIVER = "calico"
+"""The name of the network driver, which is the name of its socket."""
+
+PROFILE = "calico.profile"
+"""The option of a network, or of an endpoint, with the names of profiles, separated by commas."""
+
+NAME_PATIENCE = 3.0
+"""Seconds for which an endpoint waits until the name of its network is known."""
+
+_GENERIC = "com.docker.network.generic"
+_INTERNAL = "com.docker.network.internal"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A Docker network. `name` is None as long as it is unknown.
+
+    `internal` says that its containers reach other workloads only. `profiles` are the names in the option PROFILE, None
+    if the network does not have this option. `has_profile` says that the profile with the network's name has been
+    created, or existed: it is created only once.
+    """
+
+    id: str
+    name: str | None = None
+    internal: bool = False
+    profiles: tuple[str, ...] | None = None
+    has_profile: bool = False
+
+
+def parse_profiles(value: object) -> tuple[str, ...]:
+    """Parse the value of the option PROFILE. Raises CalicoError if it is invalid."""
+    with about(PROFILE):
+        if not isinstance(value, str) or not value.strip():
+            raise CalicoError("it must be the name of a profile, or several with commas")
+        names = tuple(dict.fromkeys(check_name(name.strip(), "profile") for name in value.split(",")))
+        if len(names) > PROFILES:
+            raise CalicoError(f"there can be {PROFILES} profiles, and these are {len(names)}")
+        return names
+
+
+def described(id: str, options: Mapping[str, Any], internal: bool) -> Network:
+    """Return a network of unknown name from the options that its creator has given. Raises CalicoError."""
+    for name in options:
+        if name.startswith("calico.") and name != PROFILE:
+            raise CalicoError(f"there is no option {name}; a Calico network has the option {PROFILE}")
+    profiles = parse_profiles(options[PROFILE]) if PROFILE in options else None
+    return Network(id, internal=internal, profiles=profiles)
+
+
+def of_request(request: Mapping[str, Any]) -> Network:
+    """Return the network that a call of CreateNetwork describes. Raises CalicoError for invalid options.
+
+    Source: libnetwork's netlabel/labels.go.
+    """
+    options = request.get("Options") or {}
+    if not isinstance(options, dict):
+        raise CalicoError("Options is not an object")
+    generic = options.get(_GENERIC) or {}
+    if not isinstance(generic, dict):
+        raise CalicoError(f"{_GENERIC} is not an object")
+    return described(str(request.get("NetworkID")), generic, options.get(_INTERNAL) is True)
+
+
+class Networks:
+    """The networks of this host. Thread-safe."""
+
+    def __init__(self, host: str) -> None:
+        """Read the networks' files. Raises CalicoError."""
+        self._host = host
+        self._changed = threading.Condition()
+        self._networks = {}
+        for id, content in state.read_all(host, NETWORKS).items():
+            network = _parsed(id, content)
+            if network is not None:
+                self._networks[id] = network
+
+    def all(self) -> dict[str, Network]:
+        """Return all networks, by id."""
+        with self._changed:
+            return dict(self._networks)
+
+    def get(self, id: str) -> Network | None:
+        with self._changed:
+            return self._networks.get(id)
+
+    def put(self, network: Network) -> None:
+        """Add or replace a network, and write its file. Raises CalicoError."""
+        with self._changed:
+            if self._networks.get(network.id) != network:
+                content = {name: value for name, value in asdict(network).items() if name != "id"}
+                state.write(self._host, NETWORKS, network.id, content=json.dumps(content).encode())
+                self._networks[network.id] = network
+                self._changed.notify_all()
+
+    def rename(self, id: str, name: str) -> Network | None:
+        """Set the name of a network; return the network, None if it is not one of ours. Raises CalicoError."""
+        with self._changed:
+            network = self._networks.get(id)
+            if network is not None and network.name != name:
+                network = replace(network, name=name, has_profile=False)
+                self.put(network)
+            return network
+
+    def remove(self, id: str) -> None:
+        """Remove a network, and its file, if there is one. Raises CalicoError."""
+        with self._changed:
+            state.remove(self._host, NETWORKS, id)
+            self._networks.pop(id, None)
+
+    def named(self, id: str) -> Network:
+        """Return the network with this id, as soon as its profiles are known.
+
+        Raises CalicoError if there is no such network, or if its name does not become known within NAME_PATIENCE.
+        """
+        give_up = time.monotonic() + NAME_PATIENCE
+        with self._changed:
+            while True:
+                network = self._networks.get(id)
+                if network is not None and (network.name is not None or network.profiles is not None):
+                    return network
+                left = give_up - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+        if network is None:
+            raise CalicoError(f"network {id[:12]} is not known to Calico on this host: remove it and create it again")
+        raise CalicoError(
+            f"the name of network {id[:12]} is not known yet, since the Docker Engine has not reported it; try again"
+        )
+
+
+def profiles_of(network: Network, option: object = None) -> list[str]:
+    """Return the names of the profiles of a new endpoint in a network whose profiles are known.
+
+    `option` is the value of the endpoint's own option PROFILE, None if it has none. Without it, they are those of the
+    network's option; without that, too, the profile with the network's name. Raises CalicoError if the option is
+    invalid, or if the network's name cannot be the name of a profile.
+    """
+    if option is not None:
+        return list(parse_profiles(option))
+    if network.profiles is not None:
+        return list(network.profiles)
+    assert network.name is not None, "see Networks.named"
+    try:
+        return [check_name(network.name, "profile")]
+    except CalicoError as error:
+        raise CalicoError(
+            f"the network's profile would have its name, but {error}. Create the network with -o {PROFILE}=NAME"
+        ) from None
+
+
+def ensure_profile(datastore: DatastoreClient, known: Networks, network: Network) -> None:
+    """Create the profile with the network's name, with the default rules, if it is missing. Raises CalicoError.
+
+    Does nothing if the network has other profiles, or if that was done before: then the user may have deleted it.
+    """
+    if network.has_profile or network.profiles is not None or network.name is None:
+        return
+    datastore.create_profile(*profiles_of(network))
+    known.put(replace(network, has_profile=True))
+
+
+def _parsed(id: str, content: bytes) -> Network | None:
+    """Return the network in a file; None if the file is invalid: then engine_events.py learns it from the engine."""
+    with suppress(ValueError, TypeError, AttributeError):
+        value = json.loads(content)
+        profiles = value.get("profiles")
+        if libnetwork.is_id(id) and (profiles is None or all(isinstance(name, str) for name in profiles)):
+            return Network(
+                id,
+                value.get("name") if isinstance(value.get("name"), str) else None,
+                value.get("internal") is True,
+                None if profiles is None else tuple(profiles),
+                value.get("has_profile") is True,
+            )
+    return None

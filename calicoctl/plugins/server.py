@@ -1,0 +1,201 @@
+"""Serves calls over Unix sockets: HTTP requests with a JSON object, which are answered with a JSON object.
+
+This is the protocol of the Docker Engine's plugins. An error is answered with status 400 or 500 and `{"Err": TEXT}`;
+the engine shows the text to the user. Requests are bounded in size and time, and so are the calls.
+
+The sockets belong to root, and no other user may connect to them. They are created here, or by systemd, which passes
+them on when the engine first connects to one.
+
+Source: Docker Engine managed plugin API, "Plugin API design"; sd_listen_fds(3).
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import logging
+import os
+import socket
+import socketserver
+import stat
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, Callable
+
+from calicoctl.answers import Bounds
+from calicoctl.errors import CalicoError, one_line
+from calicoctl.plugins.stores import bounded
+
+log = logging.getLogger("calico.plugins")
+
+Route = Callable[[dict[str, Any]], dict[str, Any]]
+"""Answers a call: from the JSON object of the request to that of the answer. Raises CalicoError."""
+
+LARGEST = 2**20
+"""The maximum size of a request, in bytes, headers included."""
+
+PATIENCE = 5.0
+"""Seconds within which a request must arrive. A large one may take some seconds longer: see answers.Bounds.left."""
+
+CALL = 5.0
+"""The maximum number of seconds that a call takes."""
+
+BACKLOG = 128
+
+_FIRST_PASSED = 3
+"""The file descriptor of the first socket that systemd passes on. Source: sd_listen_fds(3)."""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A socket and its calls: `routes` maps the path in a request to what answers it, within `seconds`."""
+
+    path: Path
+    routes: Mapping[str, Route]
+    seconds: float = CALL
+
+
+class Server(socketserver.ThreadingUnixStreamServer):
+    """Accepts connections at one socket. Each is served in a thread of its own, and closed after one request."""
+
+    daemon_threads = True
+    request_queue_size = BACKLOG
+
+    def __init__(self, listening: Listening, passed: socket.socket | None = None) -> None:
+        """Listen at `listening.path`, or at `passed`, the socket that systemd has created. Raises OSError."""
+        super().__init__(str(listening.path), _Handler, bind_and_activate=False)
+        self.listening = listening
+        self._inode = 0
+        if passed is not None:
+            self.socket.close()
+            self.socket = passed
+            return
+        path = listening.path
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        before = os.umask(0o177)
+        try:
+            self.socket.bind(str(aside))
+        finally:
+            os.umask(before)
+        self.server_activate()
+        self._inode = aside.stat().st_ino
+        aside.rename(path)  # over the socket of a process that was killed
+
+    def start(self) -> None:
+        """Start a thread that accepts connections."""
+        name = f"serving {self.listening.path.name}"
+        threading.Thread(target=self.serve_forever, args=(0.5,), name=name, daemon=True).start()
+
+    def stop(self) -> None:
+        """Accept no more connections, and remove the socket, if it was created here."""
+        with suppress(OSError):
+            if self._inode == self.listening.path.stat().st_ino:
+                self.listening.path.unlink()
+        self.shutdown()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("a request at %s failed", self.listening.path)
+
+
+def servers(table: Sequence[Listening]) -> list[Server]:
+    """Return a Server for each entry of `table`. Those that systemd has passed on are used. Raises CalicoError."""
+    passed = _passed()
+    found = []
+    for listening in table:
+        try:
+            if str(listening.path) not in passed:
+                _check_folder(listening.path.parent)
+            found.append(Server(listening, passed.get(str(listening.path))))
+        except OSError as error:
+            raise CalicoError(f"cannot listen at {listening.path}: {error.strerror or error}") from None
+    return found
+
+
+def _check_folder(folder: Path) -> None:
+    """Create a folder unless it exists. Raise CalicoError if another user than this one may write to it."""
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise CalicoError(f"{folder} must belong to root, and nobody else may write to it")
+
+
+def _passed() -> dict[str, socket.socket]:
+    """Return path -> socket for the sockets that systemd has passed on to this process."""
+    count = os.environ.pop("LISTEN_FDS", "0")
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not count.isdecimal():
+        return {}
+    found = {}
+    for number in range(_FIRST_PASSED, _FIRST_PASSED + int(count)):
+        if stat.S_ISSOCK(os.fstat(number).st_mode):
+            one = socket.socket(fileno=number)
+            one.set_inheritable(False)
+            found[str(one.getsockname())] = one
+    return found
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one request."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "calicoctl", ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.settimeout(PATIENCE)
+        self.rfile.close()
+        self.rfile: io.BufferedReader = Bounds(LARGEST).attach(self.connection)
+
+    def handle(self) -> None:
+        # the caller may have gone, or may send too much, or too slowly
+        with suppress(OSError, http.client.HTTPException):
+            self.handle_one_request()
+
+    def do_POST(self) -> None:
+        try:
+            self._answer(200, self._called())
+        except CalicoError as error:
+            log.warning("%s: %s", one_line(self.path), one_line(str(error)))
+            self._answer(400, {"Err": str(error)})
+        except (OSError, http.client.HTTPException):
+            raise
+        except Exception:
+            log.exception("%s failed", one_line(self.path))
+            self._answer(500, {"Err": "Internal error of Calico's plugin; its log says more"})
+
+    def _called(self) -> dict[str, Any]:
+        route = self.server.listening.routes.get(self.path)
+        if route is None:
+            raise CalicoError(f"there is no call {self.path}")
+        length = self.headers.get("Content-Length", "0")
+        if not (length.isascii() and length.isdecimal()) or self.headers.get("Transfer-Encoding") is not None:
+            raise CalicoError("a request must have a Content-Length")
+        body = self.rfile.read(int(length))
+        try:
+            request = json.loads(body) if body.strip() else {}
+        except (ValueError, RecursionError):
+            request = None
+        if not isinstance(request, dict):
+            raise CalicoError("a request must be a JSON object")
+        called, asked = route, request
+        return bounded(self.server.listening.seconds, lambda: called(asked))
+
+    def _answer(self, status: int, value: dict[str, Any]) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def address_string(self) -> str:
+        return "a local process"  # the client of a Unix socket has no address
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)

@@ -1,0 +1,484 @@
+"""The drivers of Docker networks, on two hosts with one store: what is made and removed there, and what is refused.
+
+The fakes are at the kernel: `netns`, the guard, and what this host's network is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calicoctl import state
+from calicoctl.addresses import parse_address
+from calicoctl.datastore.blocks import Owner
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.reserved import HostNetwork
+from calicoctl.errors import CalicoError, DockerUnavailable, NamespaceError, StoreUnavailable
+from calicoctl.felix.heartbeat import Identity
+from calicoctl.plugins import collection, endpoints, networks, stores
+from calicoctl.plugins.collection import Collection
+from calicoctl.plugins.engine_events import EngineEvents
+from calicoctl.plugins.ipam_driver import IpamDriver
+from calicoctl.plugins.network_driver import NetworkDriver
+from calicoctl.plugins.networks import Network, Networks
+from calicoctl.plugins.stores import Stores
+from calicoctl.workloads import libnetwork, netns, wiring
+from tests.unit.memory_store import MemoryStore
+
+NETWORK, OTHER = "a" * 64, "b" * 64
+ONE, TWO, THREE = "1" * 64, "2" * 64, "3" * 64
+CONTAINER = "c" * 64
+SANDBOX = "/var/run/docker/netns/0123456789ab"
+POOLS = {"IPv4Data": [{"AddressSpace": "calico", "Pool": "0.0.0.0/0"}], "IPv6Data": []}
+
+
+class Kernel:
+    """The interfaces of one host."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.attached: set[str] = set()
+        """Those of `names` whose other end is in a container."""
+
+    def create(self, name: str, peer: str, mtu: int, mac: str) -> None:
+        self.names |= {name, peer}
+
+    def interfaces(self) -> list[netns.Interface]:
+        return [netns.Interface(name, 1, "", True, peer_is_elsewhere=name in self.attached) for name in self.names]
+
+    def delete(self, name: str) -> bool:
+        found = name in self.names
+        self.names -= {name, endpoints.PEER_PREFIX + name[4:]}
+        return found
+
+
+class OneStore(Stores):
+    """Clients of a store in memory."""
+
+    def __init__(self, host: str, store: MemoryStore) -> None:
+        super().__init__(host, {})
+        self.store = store
+
+    @contextmanager
+    def client(self) -> Iterator[DatastoreClient]:
+        yield DatastoreClient(self.store, self.host)
+
+
+class Node:
+    """A host with its drivers."""
+
+    def __init__(self, name: str, store: MemoryStore, address: str) -> None:
+        self.stores = OneStore(name, store)
+        self.datastore = DatastoreClient(store, name)
+        self.datastore.hosts.register(address, "fd00::" + address[-1], None)
+        self.networks = Networks(name)
+        self.driver = NetworkDriver(self.stores, self.networks)
+        self.ipam = IpamDriver(self.stores)
+        self.events = EngineEvents(self.stores, self.networks)
+        self.collection = Collection(self.stores, self.networks, self.events, self.driver)
+
+    def call(self, name: str, **request: Any) -> dict[str, Any]:
+        routes = {**self.driver.routes(), **self.ipam.routes()}
+        return json.loads(json.dumps(routes[name](json.loads(json.dumps(request)))))
+
+    def network(self, id: str = NETWORK, name: str = "net1", **options: Any) -> None:
+        generic = {f"calico.{option}": value for option, value in options.items()}
+        self.call(
+            "/NetworkDriver.CreateNetwork", NetworkID=id, Options={"com.docker.network.generic": generic}, **POOLS
+        )
+        self.events.name(id, name)
+
+    def address(self, pool: str = "ipv4", address: str = "") -> str:
+        return str(self.call("/IpamDriver.RequestAddress", PoolID=pool, Address=address, Options=None)["Address"])
+
+    def endpoint(self, id: str, network: str = NETWORK, address: str = "", **options: Any) -> str:
+        given = address or self.address()
+        request = {"NetworkID": network, "EndpointID": id, "Options": options}
+        self.call("/NetworkDriver.CreateEndpoint", Interface={"Address": given}, **request)
+        return given
+
+    def join(self, id: str, sandbox: str = SANDBOX, network: str = NETWORK) -> dict[str, Any]:
+        return self.call("/NetworkDriver.Join", NetworkID=network, EndpointID=id, SandboxKey=sandbox)
+
+    def remove(self, id: str, address: str) -> None:
+        for call in ("Leave", "DeleteEndpoint"):
+            self.call(f"/NetworkDriver.{call}", NetworkID=NETWORK, EndpointID=id)
+        self.call("/IpamDriver.ReleaseAddress", PoolID="ipv4", Address=address.partition("/")[0])
+
+    def record(self, id: str) -> Any:
+        return self.datastore.readable(libnetwork.endpoint_id(self.datastore.host, id))
+
+    def held(self) -> dict[str, int | None]:
+        return self.datastore.ipam.handles.totals()
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    kernel = Kernel()
+    monkeypatch.setattr(netns, "create_veth_here", kernel.create)
+    monkeypatch.setattr(netns, "delete_interface", kernel.delete)
+    monkeypatch.setattr(netns, "set_up", lambda name: None)
+    monkeypatch.setattr(netns, "interfaces", kernel.interfaces)
+    monkeypatch.setattr(endpoints, "ensure_guard", lambda datastore: None)
+    monkeypatch.setattr(endpoints.mtu, "of_interface", lambda *arguments: 1500)
+    monkeypatch.setattr(wiring.host_network, "read", HostNetwork)
+    monkeypatch.setattr(networks, "NAME_PATIENCE", 0.05)
+    return kernel
+
+
+@pytest.fixture(params=[False, True], ids=["v2", "v3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
+    monkeypatch.setattr("calicoctl.workloads.locks.DIRECTORY", tmp_path / "run")
+    return MemoryStore(request.param)
+
+
+@pytest.fixture
+def node(store: MemoryStore, kernel: Kernel) -> Node:
+    found = Node("host1", store, "192.0.2.1")
+    found.network()
+    return found
+
+
+def test_an_endpoint_from_beginning_to_end(node: Node, kernel: Kernel) -> None:
+    address = node.address()
+    assert list(node.held().values()) == [1]
+    answer = node.call(
+        "/NetworkDriver.CreateEndpoint",
+        NetworkID=NETWORK,
+        EndpointID=ONE,
+        Options={"com.docker.network.endpoint.exposedports": []},
+        Interface={"Address": address, "AddressIPv6": "", "MacAddress": ""},
+    )
+    assert answer == {"Interface": {"MacAddress": "02:11:11:11:11:11"}}
+    assert node.held() == {f"libnetwork.{ONE}": 1}
+    found = node.record(ONE)
+    assert (found.state, found.name, found.mac) == ("active", "cali11111111111", "02:11:11:11:11:11")
+    assert (found.ipv4_nets, found.profile_ids, found.ipv4_gateway) == ([address], ["net1"], "192.0.2.1")
+    assert found.extra["docker_network"] == {"id": NETWORK, "name": "net1"}
+    joined = node.join(ONE)
+    assert joined["InterfaceName"] == {"SrcName": "tmp11111111111", "DstPrefix": "eth"}
+    assert (joined["Gateway"], joined["GatewayIPv6"], joined["DisableGatewayService"]) == ("192.0.2.1", "", True)
+    assert joined["StaticRoutes"] == [
+        {"Destination": "192.0.2.1/32", "RouteType": 1},
+        {"Destination": "192.168.0.0/16", "RouteType": 0, "NextHop": "192.0.2.1"},
+    ]
+    assert kernel.names == {"cali11111111111", "tmp11111111111"}
+    for call in ("ProgramExternalConnectivity", "EndpointOperInfo", "RevokeExternalConnectivity"):
+        node.call(f"/NetworkDriver.{call}", NetworkID=NETWORK, EndpointID=ONE)
+    node.call("/NetworkDriver.Leave", NetworkID=NETWORK, EndpointID=ONE)
+    assert kernel.names == set()
+    node.call("/NetworkDriver.DeleteEndpoint", NetworkID=NETWORK, EndpointID=ONE)
+    assert node.record(ONE).state == "inactive" and node.held() == {f"libnetwork.{ONE}": 1}
+    node.call("/IpamDriver.ReleaseAddress", PoolID="ipv4", Address=address.partition("/")[0])
+    assert node.record(ONE) is None and node.held() == {}
+    node.remove(ONE, address)  # each call can be repeated
+
+
+def test_each_call_of_a_creation_can_be_repeated(node: Node, kernel: Kernel) -> None:
+    address = node.address()
+    for _ in range(2):
+        node.endpoint(ONE, address=address)
+        node.join(ONE)
+    assert node.held() == {f"libnetwork.{ONE}": 1} and len(kernel.names) == 2
+    node.remove(ONE, address)
+    with pytest.raises(CalicoError, match="does not exist, or has been removed"):
+        node.join(ONE)
+
+
+def test_only_the_release_comes_after_the_engine_was_killed(node: Node, kernel: Kernel) -> None:
+    first, second = node.endpoint(ONE), node.endpoint(TWO)
+    node.join(ONE), node.join(TWO, SANDBOX + "1")
+    node.call("/IpamDriver.ReleaseAddress", PoolID="ipv4", Address=first.partition("/")[0])
+    assert node.record(ONE) is None and node.record(TWO) is not None
+    assert kernel.names == {"cali22222222222", "tmp22222222222"} and node.held() == {f"libnetwork.{TWO}": 1}
+    requested = node.address()
+    node.call("/IpamDriver.ReleaseAddress", PoolID="ipv4", Address=requested.partition("/")[0])
+    assert node.held() == {f"libnetwork.{TWO}": 1}
+    node.remove(TWO, second)
+    assert node.held() == {} and kernel.names == set()
+
+
+def test_the_addresses_of_others_are_not_released(node: Node, store: MemoryStore, kernel: Kernel) -> None:
+    other = Node("host2", store, "192.0.2.2")
+    other.network()
+    theirs, mine = other.endpoint(ONE), node.endpoint(TWO)
+    assert theirs != mine, "unique over all hosts"
+    with pytest.raises(CalicoError, match="is already assigned"):
+        node.address(address=theirs)
+    node.datastore.ipam.assign(parse_address("192.168.9.9"), Owner("docker.x", {"host": "host1"}))
+    node.datastore.ipam.assign(parse_address("192.168.9.8"), Owner(None, {}))
+    before = node.held()
+    for address in (theirs, "192.168.9.9", "192.168.9.8", "192.168.9.7", "0.0.0.0", "::"):
+        node.call("/IpamDriver.ReleaseAddress", PoolID="ipv4", Address=address.partition("/")[0])
+    assert node.held() == before and other.record(ONE) is not None
+
+
+def test_both_addresses_are_released_one_after_the_other(node: Node) -> None:
+    four, six = node.address(), node.address("ipv6")
+    interface = {"Address": four, "AddressIPv6": six}
+    node.call("/NetworkDriver.CreateEndpoint", NetworkID=NETWORK, EndpointID=ONE, Interface=interface)
+    assert node.record(ONE).nets == [four, six]
+    joined = node.join(ONE)
+    assert joined["GatewayIPv6"] == "fd00::1" and len(joined["StaticRoutes"]) == 4
+    node.remove(ONE, four)
+    assert node.held() == {f"libnetwork.{ONE}": 1} and node.record(ONE) is None
+    node.call("/IpamDriver.ReleaseAddress", PoolID="ipv6", Address=six.partition("/")[0])
+    assert node.held() == {}
+
+
+def test_pools(node: Node) -> None:
+    every = node.call("/IpamDriver.RequestPool", AddressSpace="calico", Pool="", SubPool="", V6=False)
+    assert (every["PoolID"], every["Pool"]) == ("ipv4", "0.0.0.0/0")
+    assert every["Data"] == {"com.docker.network.gateway": "0.0.0.0/0"}
+    part = node.call("/IpamDriver.RequestPool", Pool="192.168.5.0/24", SubPool="192.168.5.64/26", V6=False)
+    assert (part["PoolID"], part["Pool"]) == ("192.168.5.64/26", "192.168.5.0/24")
+    assert node.address(part["PoolID"]) == "192.168.5.64/32"
+    assert node.call("/IpamDriver.RequestPool", Pool="", V6=True)["PoolID"] == "ipv6"
+    for pool, text in (
+        ("10.0.0.0/8", "neither a pool nor"),
+        ("192.168.0.1/16", "host bits"),
+        ("x", "not a valid CIDR"),
+    ):
+        with pytest.raises(CalicoError, match=text):
+            node.call("/IpamDriver.RequestPool", Pool=pool, V6=False)
+    with pytest.raises(CalicoError, match="not an IPv6 subnet"):
+        node.call("/IpamDriver.RequestPool", Pool="192.168.5.0/24", V6=True)
+    node.datastore.hosts.register("192.0.2.1", None, None)
+    with pytest.raises(CalicoError, match="not configured for IPv6"):
+        node.call("/IpamDriver.RequestPool", Pool="", V6=True)
+    with pytest.raises(CalicoError, match="omit --ip for any"):
+        node.address(address="192.168.5.64")
+    with pytest.raises(CalicoError, match="is in no pool"):
+        node.address(address="10.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("call", "request_", "text"),
+    [
+        ("CreateEndpoint", {"EndpointID": "x"}, "EndpointID is not an id"),
+        ("CreateEndpoint", {"EndpointID": "../" * 20 + "etc"}, "EndpointID is not an id"),
+        ("CreateEndpoint", {"EndpointID": ["1"]}, "EndpointID is not an id"),
+        ("CreateEndpoint", {"NetworkID": None}, "NetworkID is not an id"),
+        ("CreateEndpoint", {"NetworkID": OTHER}, "is not known to Calico on this host"),
+        ("CreateEndpoint", {"Options": [1]}, "Options is not an object"),
+        ("CreateEndpoint", {"Options": {"com.docker.network.portmap": [{"Port": 80}]}}, "-p and -P have no effect"),
+        ("CreateEndpoint", {"Options": {"calico.profile": "a b"}}, "not a valid profile name"),
+        ("CreateEndpoint", {"Options": {"calico.profile": "nowhere"}}, "Profile nowhere does not exist"),
+        ("CreateEndpoint", {"Interface": {}}, "has no address"),
+        ("CreateEndpoint", {"Interface": {"Address": "192.168.0.0/24"}}, "not a single IPv4 address"),
+        ("CreateEndpoint", {"Interface": {"Address": "::1"}}, "not a single IPv4 address"),
+        ("CreateEndpoint", {"Interface": {"Address": "192.168.0.1/32"}}, "was released, or given to another"),
+        ("CreateEndpoint", {"Interface": {"Address": "192.168.0.1/32", "MacAddress": "x"}}, "not a MAC address"),
+        ("Join", {"SandboxKey": "/var/run/../../etc/shadow"}, "not the path of a network namespace"),
+        ("Join", {"SandboxKey": "relative"}, "not the path of a network namespace"),
+        ("Join", {}, "does not exist"),
+        ("CreateNetwork", {"IPv4Data": [{"AddressSpace": "LocalDefault"}]}, "--ipam-driver=calico-ipam, too"),
+        ("CreateNetwork", {"IPv4Data": [{"AddressSpace": "calico", "AuxAddresses": {"a": "b"}}]}, "--aux-address"),
+        ("CreateNetwork", {"IPv4Data": "x"}, "not a list"),
+        ("CreateNetwork", {"Options": {"com.docker.network.generic": {"calico.x": "1"}}}, "no option calico.x"),
+        ("DeleteNetwork", {"NetworkID": "/etc/passwd"}, "NetworkID is not an id"),
+        ("Leave", {"EndpointID": "%d"}, "EndpointID is not an id"),
+    ],
+)
+def test_what_is_refused(node: Node, call: str, request_: dict[str, Any], text: str) -> None:
+    valid = {"NetworkID": NETWORK, "EndpointID": ONE, "SandboxKey": SANDBOX, "Interface": {"Address": "192.168.0.1/32"}}
+    with pytest.raises(CalicoError, match=text):
+        node.call(f"/NetworkDriver.{call}", **{**valid, **request_})
+    assert node.held() == {} and node.record(ONE) is None
+
+
+def test_one_calico_interface_for_a_container(node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.network(OTHER, "net2")
+    node.endpoint(ONE)
+    node.endpoint(TWO, OTHER)
+    node.join(ONE)
+    with pytest.raises(CalicoError, match="docker network disconnect net2 NAME"):
+        node.join(TWO, network=OTHER)
+    node.join(TWO, SANDBOX + "1", OTHER)
+    node.call("/NetworkDriver.Leave", NetworkID=NETWORK, EndpointID=ONE)
+    node.endpoint(THREE)
+    node.join(THREE)
+
+    class Namespace:
+        def __init__(self, path: str, name: str) -> None:
+            if path != SANDBOX + "2":
+                raise NamespaceError("there is none")
+
+        def __enter__(self) -> Namespace:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def pairs(self) -> list[tuple[netns.Interface, netns.Interface]]:
+            own, host_end = (netns.Interface(name, 1, "", True) for name in ("eth1", "cali99999999999"))
+            return [(own, host_end)]
+
+    monkeypatch.setattr(netns, "Namespace", Namespace)
+    node.call("/NetworkDriver.Leave", NetworkID=NETWORK, EndpointID=THREE)
+    with pytest.raises(CalicoError, match="no second interface"):
+        node.join(THREE, SANDBOX + "2")  # as a command has connected it
+    node.join(THREE)
+
+
+def test_names_and_profiles_of_networks(store: MemoryStore, kernel: Kernel) -> None:
+    node = Node("host1", store, "192.0.2.1")
+    node.call("/NetworkDriver.CreateNetwork", NetworkID=NETWORK, **POOLS)
+    with pytest.raises(CalicoError, match="name of network aaaaaaaaaaaa is not known yet"):
+        node.endpoint(ONE)
+    event = {"Action": "create", "Actor": {"ID": NETWORK, "Attributes": {"name": "net1", "type": "calico"}}}
+    for other in (None, [], {}, {"Actor": 1}, {**event, "Actor": {"ID": "../x", "Attributes": {"type": "calico"}}}):
+        node.events.on_event(other)
+    node.events.on_event(event)
+    assert node.datastore.tags("net1") == ["net1"]
+    address = node.endpoint(ONE)
+    assert node.record(ONE).profile_ids == ["net1"]
+    node.remove(ONE, address)
+    # it survives a restart, and a profile that was removed stays removed
+    node.datastore.remove_profile("net1")
+    again = Node("host1", store, "192.0.2.1")
+    assert again.networks.get(NETWORK) == Network(NETWORK, "net1", has_profile=True)
+    again.endpoint(ONE)
+    assert not again.datastore.profile_exists("net1")
+    # options
+    for name in ("one", "two", "three"):
+        node.datastore.create_profile(name)
+    again.network(OTHER, "net2", profile="one, two")
+    again.endpoint(TWO, OTHER)
+    assert again.record(TWO).profile_ids == ["one", "two"] and not again.datastore.profile_exists("net2")
+    given = again.address()
+    options = {"calico.profile": "three"}
+    again.call(
+        "/NetworkDriver.CreateEndpoint",
+        NetworkID=OTHER,
+        EndpointID=THREE,
+        Interface={"Address": given, "MacAddress": "02:00:00:00:00:AA"},
+        Options=options,
+    )
+    assert again.record(THREE).profile_ids == ["three"] and again.record(THREE).mac == "02:00:00:00:00:aa"
+    # a network whose file was lost is learned from the engine's list
+    again.call("/NetworkDriver.DeleteNetwork", NetworkID=OTHER)
+    assert list(state.read_all("host1", "networks")) == [NETWORK]
+    listed = {"Id": OTHER, "Name": "net2", "Driver": "calico", "Internal": True, "Options": {"calico.profile": "one"}}
+    again.events.learn(listed)
+    assert again.networks.get(OTHER) == Network(OTHER, "net2", True, ("one",))
+    again.events.learn({**listed, "Id": "d" * 64, "Driver": "bridge"})
+    assert set(again.networks.all()) == {NETWORK, OTHER}
+    state.write("host1", "networks", NETWORK, content=b"{")
+    assert set(Networks("host1").all()) == {OTHER}
+    # a name that no profile can have
+    again.network("e" * 64, "a network")
+    with pytest.raises(CalicoError, match="the network's profile would have its name"):
+        again.endpoint("4" * 64, "e" * 64)
+
+
+class Engine:
+    """What the Docker Engine lists."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.endpoints: dict[str, dict[str, dict[str, str]]] = {NETWORK: {}}
+        self.answers = True
+        self.now = 1000.0
+        monkeypatch.setattr("calicoctl.engine.networks", self.networks)
+        monkeypatch.setattr("calicoctl.engine.network", lambda id: {"Containers": self.endpoints[id]})
+        monkeypatch.setattr(collection.time, "monotonic", lambda: self.now)
+
+    def networks(self) -> list[dict[str, Any]]:
+        if not self.answers:
+            raise DockerUnavailable("it does not answer")
+        return [{"Id": id, "Name": "net1", "Driver": "calico", "Internal": False} for id in self.endpoints]
+
+
+def test_what_the_engine_does_not_know_is_removed(
+    node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, store: MemoryStore
+) -> None:
+    engine = Engine(monkeypatch)
+    for id in (ONE, TWO, THREE):
+        node.endpoint(id)
+        node.join(id, f"{SANDBOX}{id[0]}")
+    node.datastore.remove_endpoint(libnetwork.endpoint_id("host1", THREE))  # by somebody else
+    requested = node.address()
+    node.network(OTHER, "net2")
+    other = Node("host2", store, "192.0.2.2")
+    other.network()
+    other.endpoint("4" * 64)
+    old = f"/calico/v1/host/host1/workload/libnetwork/libnetwork/endpoint/{'5' * 64}"
+    store.put(old, "{}")
+    engine.endpoints[NETWORK] = {CONTAINER: {"EndpointID": ONE, "Name": "web"}}
+    node.collection.look()
+    assert node.record(ONE).workload_name == "web" and node.record(ONE).extra["docker_container"] == CONTAINER
+    engine.now += collection.GRACE - 1
+    node.collection.look()
+    assert node.record(TWO) is not None and set(node.networks.all()) == {NETWORK, OTHER}
+    engine.now += 2
+    node.collection.look()
+    assert node.record(TWO) is None and node.record(ONE) is not None and set(node.networks.all()) == {NETWORK}
+    assert kernel.names == {"cali11111111111", "tmp11111111111"}
+    handles = node.held()
+    assert len(handles) == 3 and {f"libnetwork.{ONE}", f"libnetwork.{'4' * 64}"} < handles.keys()
+    engine.now += collection.REQUEST_GRACE
+    node.collection.look()
+    assert set(node.held()) == {f"libnetwork.{ONE}", f"libnetwork.{'4' * 64}"}
+    assert old in store.entries and other.record("4" * 64) is not None
+    assert node.address(address=requested) == requested
+
+
+def test_nothing_is_removed_while_the_engine_does_not_answer(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+    node.endpoint(ONE)
+    node.collection.look()
+    engine.answers = False
+    engine.now += 1000
+    with pytest.raises(DockerUnavailable):
+        node.collection.look()
+    assert node.record(ONE) is not None
+
+
+def test_what_is_in_use_is_not_removed(node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+    node.endpoint(ONE)
+    node.join(ONE)
+    kernel.attached.add("cali11111111111")
+
+    def look_for_long() -> None:
+        for _ in range(3):
+            node.collection.look()
+            engine.now += collection.GRACE
+
+    look_for_long()
+    assert node.record(ONE) is not None, "it is in a container: the engine that was asked is not the container's"
+    kernel.attached.clear()
+    monkeypatch.setattr(Identity, "own", lambda: Identity("here", "boot"))
+    node.datastore.statuses.write_host({"machine": "elsewhere", "boot": "boot"}, 30, None)
+    look_for_long()
+    assert node.record(ONE) is not None, "another machine's agent has this host's name"
+    node.datastore.unset("/calico/felix/v1/host/host1/status")
+    look_for_long()
+    assert node.record(ONE) is None
+
+
+def test_a_removal_succeeds_without_the_store(
+    node: Node, store: MemoryStore, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = node.endpoint(ONE)
+    node.join(ONE)
+
+    def away() -> None:
+        raise StoreUnavailable("etcd is away")
+
+    store.before_read = away
+    node.remove(ONE, address)
+    assert kernel.names == set() and node.stores.failed.is_set()
+    with pytest.raises(StoreUnavailable):
+        node.address()
+    store.before_read = lambda: None
+    monkeypatch.setattr(stores, "PAUSE", 0.0)
+    engine = Engine(monkeypatch)
+    node.collection.look()
+    engine.now += collection.GRACE
+    node.collection.look()
+    assert node.record(ONE) is None and node.held() == {}
