@@ -235,7 +235,8 @@ def bridges(count: int = 1) -> Iterator[None]:
             )
         for number, (prefix4, prefix6) in enumerate(NETWORKS[:count]):
             bridge = f"fabric{number}"
-            run("ip", "link", "add", bridge, "type", "bridge")
+            # else, a bridge takes the lowest MAC of its ports: with each new port, hosts might lose etcd for seconds
+            run("ip", "link", "add", bridge, "address", f"02:00:00:00:fb:0{number}", "type", "bridge")
             undo.callback(run, "ip", "link", "delete", bridge)
             run("ip", "address", "add", f"{prefix4}1/24", "dev", bridge)
             run("ip", "-6", "address", "add", f"{prefix6}1/64", "dev", bridge, "nodad")
