@@ -280,10 +280,13 @@ class Address:
     broadcast: str | None = None
 
 
-def addresses() -> Iterator[Address]:
-    """Yield all addresses of all interfaces, including interfaces that are down. Raises OSError."""
+def addresses(most: int | None = None) -> Iterator[Address]:
+    """Yield all addresses of all interfaces, including interfaces that are down. Raises OSError.
+
+    OSError is also raised if there are more than `most` addresses (None: no limit); see `dump`.
+    """
     # struct ifaddrmsg: family (any), length of the network, flags, scope, index
-    for body in dump(socket.NETLINK_ROUTE, _RTM_GETADDR, struct.pack("=4BI", 0, 0, 0, 0, 0)):
+    for body in dump(socket.NETLINK_ROUTE, _RTM_GETADDR, struct.pack("=4BI", 0, 0, 0, 0, 0), most=most):
         family, length, _, scope, index = struct.unpack_from("=4BI", body)
         found = attributes(body[8:])
         texts = {

@@ -220,7 +220,7 @@ _SOURCES: dict[str, Callable[[list[str]], Iterable[str]]] = {
     "--endpoint": _endpoints,
     "--host": _hosts,
     "--hostname": _hosts,
-    "--orchestrator": _fixed("docker", "namespace"),
+    "--orchestrator": _fixed("docker", "namespace", "cni"),
     "--output": _fixed(*FORMATS),
     "--vxlan": _fixed(*VXLAN_MODES),
     "--detach": _fixed("true", "false"),

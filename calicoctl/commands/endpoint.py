@@ -16,7 +16,7 @@ Options:
   <ENDPOINT_ID>          an endpoint's id, or the beginning of it
   --host=<HOST>          of this host only; default: of all hosts
   --orchestrator=<ORCHESTRATOR>
-                         of this orchestrator only: docker, namespace, or
+                         of this orchestrator only: docker, namespace, cni, or
                          another program's, such as libnetwork; default: of
                          all
   --workload=<WORKLOAD>  of the workload with this id, or this beginning of

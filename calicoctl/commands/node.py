@@ -141,7 +141,6 @@ from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.netlink import OUR_PROTOCOLS
 from calicoctl.output import print_json, print_table, quantity, wants_json, warn
 from calicoctl.workloads import connected, docker_hook, libnetwork, locks
-from calicoctl.workloads.workload import DOCKER, NAMESPACE
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -509,7 +508,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         # some workloads may have no endpoint: interrupted commands have left their addresses or locks
         workloads = {(id.orchestrator, id.workload) for id in ids} | datastore.ipam.workloads()
         if this_one:
-            for orchestrator in (DOCKER, NAMESPACE):
+            for orchestrator in connected.ORCHESTRATORS:
                 left = {*locks.interrupted(host, orchestrator), *connected.every(host, orchestrator)}
                 workloads |= {(orchestrator, id) for id in left}
         if this_one:

@@ -23,7 +23,8 @@ from calicoctl.datastore.model import Endpoint
 from calicoctl.desired.local_endpoint import usable_addresses
 from calicoctl.errors import CalicoError, InvalidValue
 from calicoctl.output import quantity
-from calicoctl.workloads.workload import DOCKER, NAMESPACE, Workload, workload_of
+from calicoctl.workloads.connected import ORCHESTRATORS
+from calicoctl.workloads.workload import Workload, workload_of
 
 if TYPE_CHECKING:
     from calicoctl.datastore.blocks import Block, Owner
@@ -275,7 +276,7 @@ def _of_address(
     orchestrator, _, workload = (owner.handle or "").partition(".")
     if not sound:
         yield Finding("address", address, problem, "fix the unreadable keys first: it may be an endpoint's")
-    elif orchestrator not in (DOCKER, NAMESPACE) or not workload:
+    elif orchestrator not in ORCHESTRATORS or not workload:
         yield Finding("address", address, problem, release)
     elif host != datastore.host:
         advice = release

@@ -33,6 +33,7 @@ from calicoctl.workloads import connected, labelling, learning, locks, starting,
 from calicoctl.workloads.labelling import LabelsRefused
 from calicoctl.workloads.upkeep import Action, NotConnectedHere
 from calicoctl.workloads.workload import (
+    CNI,
     DOCKER,
     NAMESPACE,
     WorkloadState,
@@ -70,7 +71,7 @@ reported.
 DELETED_PAUSE = 30.0
 """Seconds from the deletion of an endpoint until its workload is reconciled: another tool may recreate the endpoint."""
 
-WORKERS = {DOCKER: 8, NAMESPACE: 4}
+WORKERS = {DOCKER: 8, NAMESPACE: 4, CNI: 4}
 """How many workloads of each orchestrator are reconciled at a time."""
 
 REATTACH_INTERVAL = 10.0
@@ -270,8 +271,10 @@ class WorkloadKeeper:
         """Workload -> the number of addresses that its endpoints list."""
         self._tracked: dict[Key, _Tracked] = {}
         self._swept_grace_time: float = self.grace_time
-        self._namespaces: dict[str, tuple[int, int] | None] = {}
-        """Workload id -> the namespace (device and inode) that was last found at its path, None if none was found."""
+        self._namespaces: dict[Key, tuple[int, int] | None] = {}
+        """Workload -> the namespace (device and inode) that was last found at its path, None if none was found.
+
+        Containers of the Docker Engine are not included."""
         self._containers: dict[str, events.Container] | None = None
         """The engine's containers, by id, for the next comparison; if None, they are listed again."""
         self._refused = Refused(report)
@@ -370,7 +373,7 @@ class WorkloadKeeper:
             self._retry_labels(now)
         elif isinstance(item, RetryLabels):
             self._retry_labels(now)
-        elif isinstance(item, EndpointChanged) and item.key[0] == NAMESPACE and not self._is_connected(item.key):
+        elif isinstance(item, EndpointChanged) and item.key[0] != DOCKER and not self._is_connected(item.key):
             self._refused.keys.add(item.key)  # there may be many of them, so they take no worker's time
         elif isinstance(item, EndpointChanged):
             # a workload may remove its own interface again and again
@@ -482,10 +485,10 @@ class WorkloadKeeper:
     def _scan_store(self) -> None:
         """Compare workloads with the store, and enqueue those that do not match.
 
-        These are workloads that hold more or fewer addresses in IPAM than their endpoints list, and namespaces with an
-        endpoint that is inactive or not attached. Namespaces that have an endpoint, but that nobody has connected here,
-        are reported as refused, and enqueued if their endpoint is active. If the scan succeeds, it is not repeated
-        until the next resync. Raises StoreUnavailable.
+        These are workloads that hold more or fewer addresses in IPAM than their endpoints list, and namespaces and
+        containers attached through CNI with an endpoint that is inactive or not attached. Those that have an endpoint,
+        but that nobody has connected here, are reported as refused, and enqueued if their endpoint is active. If the
+        scan succeeds, it is not repeated until the next resync. Raises StoreUnavailable.
         """
         now = self._clock()
         totals = self._datastore.ipam.handles.totals()
@@ -494,22 +497,23 @@ class WorkloadKeeper:
             if total != self._expected.get((orchestrator, workload), 0):
                 self._add((orchestrator, workload), now)
         _learn_once(self._report, self._datastore.host, NAMESPACE, learning.learn_namespaces, self._datastore)
-        known = connected.every(self._datastore.host, NAMESPACE)
+        known = {orchestrator: connected.every(self._datastore.host, orchestrator) for orchestrator in (NAMESPACE, CNI)}
         paths: dict[EndpointId, str] = {}
         refused: set[Key] = set()
         for endpoint in self._datastore.readable_endpoints(self._datastore.host)[0]:
-            orchestrator, workload = workload_of(endpoint.id)
-            if orchestrator != NAMESPACE:
+            orchestrator, workload = key = workload_of(endpoint.id)
+            if orchestrator not in known:
                 continue
-            if workload not in known:
-                refused.add((NAMESPACE, workload))
+            if workload not in known[orchestrator]:
+                refused.add(key)
                 if endpoint.state == "active":
-                    self._add((NAMESPACE, workload), now, last=True)
+                    self._add(key, now, last=True)
             elif endpoint.state == "active":
-                paths[endpoint.id] = known[workload].path
+                paths[endpoint.id] = known[orchestrator][workload].path
             else:
-                self._add((NAMESPACE, workload), now, last=False)
-        self._refused.replace(NAMESPACE, refused)
+                self._add(key, now, last=False)
+        for orchestrator in known:
+            self._refused.replace(orchestrator, {key for key in refused if key[0] == orchestrator})
         for id in upkeep.misattached(paths):
             self._add(workload_of(id), now, last=False)
         del self._jobs[self._scan_store]
@@ -552,7 +556,7 @@ class WorkloadKeeper:
         known = {orchestrator: connected.every(host, orchestrator) for orchestrator in connected.ORCHESTRATORS}
         here = {(orchestrator, id) for orchestrator, ids in known.items() for id in ids}
         self._refused.remove(here)
-        for orchestrator in (DOCKER, NAMESPACE):
+        for orchestrator in connected.ORCHESTRATORS:
             locks.remove_stale(host, orchestrator)
             for id in locks.interrupted(host, orchestrator):
                 if orchestrator == DOCKER:
@@ -563,17 +567,18 @@ class WorkloadKeeper:
                 self._starting.add(id)
                 self._pool.submit(DOCKER, partial(_start_again, self._report, id))
         before, self._namespaces = self._namespaces, {}
-        for id, one in known[NAMESPACE].items():
+        paths = {key: known[key[0]][key[1]].path for key in here if key[0] != DOCKER}
+        for key, path in paths.items():
             try:
-                seen = self._namespaces[id] = namespace_at(one.path)
+                seen = self._namespaces[key] = namespace_at(path)
             except NamespaceError:
-                if id in before:
-                    self._namespaces[id] = before[id]
+                if key in before:
+                    self._namespaces[key] = before[key]
                 continue
-            if seen != before.get(id, seen):
-                self._add((NAMESPACE, id), now, last=False)
+            if seen != before.get(key, seen):
+                self._add(key, now, last=False)
             elif seen is None:
-                self._add_after_backoff((NAMESPACE, id), now, last=False)
+                self._add_after_backoff(key, now, last=False)
         if self.grace_time != self._swept_grace_time:
             self._swept_grace_time = self.grace_time
             for key, tracked in self._tracked.items():
@@ -614,7 +619,7 @@ class WorkloadKeeper:
         elif result.error is None or result.state in (WorkloadState.RUNNING, WorkloadState.STOPPED):
             tracked.kept_since = None
         if result.state is WorkloadState.MISSING:
-            self._namespaces[key[1]] = None  # so that a sweep notices when it is back, even with the same inode
+            self._namespaces[key] = None  # so that a sweep notices when it is back, even with the same inode
         self._note_reachability(tracked, result, now)
         if isinstance(result.error, NotConnectedHere):
             self._refused.keys.add(key)

@@ -1,1 +1,1 @@
-"""The process that serves the Docker Engine's plugin calls: networks whose driver and IPAM driver are Calico's."""
+"""What container engines call: Docker's networks, served by a process, and the plugin for CNI."""

@@ -3,8 +3,10 @@
 A connected workload has a file /var/lib/calico/HOST/workloads/ORCHESTRATOR/ID (see file_name). The file is removed when
 the workload is disconnected or no longer exists. It survives reboots, and the loss of etcd's data. A namespace's file
 contains the namespace's path. If the path leads through a process, as /proc/PID/ns/net does, the file also contains the
-id of the boot and the process's start time. A container's file is empty, or says that the container has labels that ask
-for a connection (labels.py).
+id of the boot and the process's start time. A Docker container's file is empty, or says that the container has labels
+that ask for a connection (labels.py). The file of a container that was attached through CNI contains the path of its
+namespace, the id of the boot, what identifies the namespace (Connected.started), the name of the CNI network, and the
+name of the interface.
 
 The file docker.disconnected/ID says that a command has disconnected a container that has labels (labels.py), and
 contains when the container had been started (`State.StartedAt` of the Docker Engine), or "until" and the time of the
@@ -26,7 +28,7 @@ from pathlib import Path
 from calicoctl import state
 from calicoctl.clock import now
 
-ORCHESTRATORS = ("docker", "namespace")
+ORCHESTRATORS = ("docker", "namespace", "cni")
 """The orchestrators whose workloads this program connects."""
 
 _FOLDER = "workloads"
@@ -41,17 +43,22 @@ _ANOTHER_BOOT = "in another boot"
 
 @dataclass(frozen=True)
 class Connected:
-    """The content of a connected workload's file. `path` is the namespace's path, empty for a container.
+    """The content of a connected workload's file. `path` is the namespace's path, empty for a Docker container.
 
-    `started` is what process_started returned for the path when the file was written: the start time of the process
-    that the path leads through, or None if it leads through no process. If a start time was written before the last
-    reboot, `started` is a text that process_started never returns. `labelled` says whether the container has labels
-    that ask for a connection.
+    For a namespace, `started` is what process_started returned for the path when the file was written: the start time
+    of the process that the path leads through, or None if it leads through no process. For a container that was
+    attached through CNI, it is what namespace_identity returned. If it was written before the last reboot, `started` is
+    a text that neither function returns. `labelled` says whether the container has labels that ask for a connection.
+
+    `network` and `interface` are the name of the CNI network and the name of the interface inside the container, empty
+    for a workload that was not attached through CNI.
     """
 
     path: str = ""
     started: str | None = None
     labelled: bool = False
+    network: str = ""
+    interface: str = ""
 
 
 def get(host: str, orchestrator: str, id: str) -> Connected | None:
@@ -67,13 +74,21 @@ def get(host: str, orchestrator: str, id: str) -> Connected | None:
 
 
 def put(
-    host: str, orchestrator: str, id: str, path: str = "", started: str | None = None, labelled: bool = False
+    host: str,
+    orchestrator: str,
+    id: str,
+    path: str = "",
+    started: str | None = None,
+    labelled: bool = False,
+    network: str = "",
+    interface: str = "",
 ) -> None:
     """Write a workload's file: from then on, the workload counts as connected. Raises CalicoError.
 
-    For `path`, `started` and `labelled`, see Connected.
+    For the parameters, see Connected. With `network`, `started` must not be None.
     """
     parts = [path, _boot(), started] if started else [path, _LABELLED] if labelled else [path]
+    parts += [network, interface] if network else []
     content = os.fsencode("\0".join(parts))
     state.write(host, _FOLDER, orchestrator, file_name(id), content=content)
 
@@ -91,7 +106,7 @@ def every(host: str, orchestrator: str) -> dict[str, Connected]:
     """
     contents = state.read_all(host, _FOLDER, orchestrator)
     found = {name: _parsed(content) for name, content in contents.items()}
-    return {id_of(name, known.path): known for name, known in found.items()}
+    return {id_of(name, known.path) if orchestrator == "namespace" else name: known for name, known in found.items()}
 
 
 def set_disconnected(host: str, id: str, started_at: str) -> None:
@@ -160,21 +175,21 @@ def file_name(id: str) -> str:
 
 
 def id_of(name: str, path: str) -> str:
-    """Return the id of the workload whose file has this name: the reverse of file_name.
+    """Return the id of the namespace whose file has this name: the reverse of file_name.
 
-    `path` is the namespace's path, empty for a container. A namespace's id is its path with each slash replaced by a
-    dash, so it begins with a dash. If a namespace's file name does not, it is the SHA-256 of the id, and the id is
-    computed from `path`. A container's file name is always its id.
+    `path` is the namespace's path. A namespace's id is its path with each slash replaced by a dash, so it begins with a
+    dash. If a namespace's file name does not, it is the SHA-256 of the id, and the id is computed from `path`. The name
+    of a container's file is always the container's id.
     """
     return path.replace("/", "-") if path and not name.startswith("-") else name
 
 
 def _parsed(content: bytes) -> Connected:
-    path, *process = os.fsdecode(content).split("\0")
-    if len(process) != 2:
-        return Connected(path, labelled=process == [_LABELLED])
-    boot, started = process
-    return Connected(path, started if boot == _boot() else _ANOTHER_BOOT)
+    path, *others = os.fsdecode(content).split("\0")
+    if len(others) not in (2, 4):
+        return Connected(path, labelled=others == [_LABELLED])
+    boot, started, *cni = others
+    return Connected(path, started if boot == _boot() else _ANOTHER_BOOT, False, *cni)
 
 
 def _boot() -> str:

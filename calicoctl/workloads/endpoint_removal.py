@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 from calicoctl.addresses import parse_address
 from calicoctl.errors import CalicoError, DockerUnavailable, NotFound
 from calicoctl.workloads import connected, docker_networks, netns
+from calicoctl.workloads.connected import Connected
 from calicoctl.workloads.docker_networks import LIBNETWORK
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.upkeep import is_managed
 from calicoctl.workloads.wiring import paths_of
 from calicoctl.workloads.workload import (
+    CNI,
     DOCKER,
+    NAMESPACE,
     WorkloadState,
     find_state,
     has_processes,
@@ -100,19 +103,20 @@ def _refuse_existing(datastore: DatastoreClient, id: EndpointId, held: dict[IPAd
         known = connected.get(datastore.host, orchestrator, workload)
         paths = [known.path if known is not None else None, *paths_of(held)]
         path = next((path for path in paths if isinstance(path, str) and path), "")
-        called = short_id(workload) if orchestrator == DOCKER else path or "PATH"
+        called = path or "PATH" if orchestrator == NAMESPACE else short_id(workload)
         disconnect = f"'calicoctl container remove {called}'"
         try:
-            state, _ = find_state(orchestrator, workload, path, known.started if known is not None else None)
+            state, _ = find_state(orchestrator, workload, known or Connected(path))
         except DockerUnavailable as error:
             raise CalicoError(f"{error} Without Docker, {disconnect} removes the endpoint.") from None
         is_kept = state in (WorkloadState.RUNNING, WorkloadState.STOPPED)
         if state is WorkloadState.GONE and orchestrator == DOCKER:
             is_kept = netns.find_interface(id.interface) is not None and has_processes(workload)
-        elif not path and orchestrator != DOCKER:  # nothing says where its namespace is
-            is_kept = netns.find_interface(id.interface) is not None
+        elif orchestrator == CNI or (orchestrator == NAMESPACE and not path):
+            # its namespace may exist, though no path leads to it: then its interface exists as well
+            is_kept = is_kept or netns.find_interface(id.interface) is not None
         if is_kept:
-            what = "container" if orchestrator == DOCKER else "namespace"
+            what = "namespace" if orchestrator == NAMESPACE else "container"
             raise CalicoError(
                 f"Endpoint {id.endpoint} is that of a {what} that exists: disconnect it with {disconnect}."
             )

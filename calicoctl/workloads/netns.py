@@ -22,13 +22,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
-from calicoctl.addresses import BITS, FAMILIES, host_net, version_of
+from calicoctl.addresses import BITS, FAMILIES, canonical, host_net, version_of
 from calicoctl.errors import CalicoError, NamespaceError
 from calicoctl.netlink import (
     IFF_UP,
     NUD_PERMANENT,
     PROTOCOL_STATIC,
     SCOPE_LINK,
+    addresses,
     name_of,
     neighbours,
     routes,
@@ -194,6 +195,18 @@ class Namespace:
         """Return the interface of this namespace with this name; None if there is none."""
         with _explained(f"{self.name}: reading its interface {name}"):
             return self.run(lambda netlink: _named(netlink, name))
+
+    def has_address(self, interface: str, net: str) -> bool:
+        """Return whether an interface of this namespace has an address, given as `address/32` or `address/128`."""
+        address, _, length = net.partition("/")
+
+        def work(_: IPRoute) -> bool:
+            index = _index(interface)
+            wanted = (index, canonical(address), int(length))
+            return any((one.index, one.address, one.length) == wanted for one in addresses(most=MOST))
+
+        with _explained(f"{self.name}: reading the addresses of {interface}"):
+            return self.run(work)
 
     def own_end(self, host_end: Interface) -> Interface | None:
         """Return the other end of the veth `host_end`, an interface of the host.

@@ -25,6 +25,7 @@ from calicoctl.workloads.wiring import (
     reserved_addresses,
 )
 from calicoctl.workloads.workload import (
+    CNI,
     DOCKER,
     NAMESPACE,
     Workload,
@@ -33,6 +34,7 @@ from calicoctl.workloads.workload import (
     endpoints_of,
     find_state,
     has_processes,
+    is_attachable,
     short_id,
 )
 
@@ -65,10 +67,13 @@ class NotConnectedHere(CalicoError):
 def is_managed(orchestrator: str, workload: str) -> bool:
     """Return whether a workload can be reconciled; `workload` is its id.
 
-    This is so for a container with a full id, and for a namespace whose id is derived from a path, with `-` for `/`.
+    This is so for a container of the Docker Engine with a full id, for a container that was attached through CNI with a
+    valid id, and for a namespace whose id is derived from a path, with `-` for `/`.
     """
     if orchestrator == DOCKER:
         return re.fullmatch("[0-9a-f]{64}", workload) is not None
+    if orchestrator == CNI:
+        return is_attachable(workload)
     return orchestrator == NAMESPACE and workload.startswith("-") and "\0" not in workload
 
 
@@ -88,6 +93,9 @@ def reconcile(
     * MISSING or GONE: if `may_collect` returns True, the workload is garbage-collected, that is, its endpoints,
       interfaces and addresses are removed. If `may_collect` returns False, its endpoints become inactive.
 
+    A container that was attached through CNI is not changed if it is GONE, but its interface exists. Its namespace then
+    exists, too: perhaps the kernel is just removing it, or its path is not visible to this process.
+
     `may_collect` is called with the state; its result has no effect if the workload is RUNNING or STOPPED. Addresses
     that no endpoint lists, which an interrupted command has left, are released if the workload is RUNNING or STOPPED,
     or has no endpoint.
@@ -95,10 +103,10 @@ def reconcile(
     `removed` says that the engine has reported the removal of the container. If `removed` is False, and a container
     that the engine does not know (GONE) still runs, under another engine, CalicoError is raised.
 
-    Raises NotConnectedHere for a namespace with an endpoint, and for a running container without its interface, if the
-    workload has no file that says that it was connected here (connected.py). Raises Conflict if another process holds
-    the workload's lock, DockerUnavailable or NamespaceError if the workload's state cannot be determined, and
-    CalicoError if a change fails.
+    Raises NotConnectedHere if the workload has no file that says that it was connected here (connected.py): for a
+    container of the Docker Engine only if it runs without its interface, for others if they have an endpoint. Raises
+    Conflict if another process holds the workload's lock, DockerUnavailable or NamespaceError if the workload's state
+    cannot be determined, and CalicoError if a change fails.
     """
     if not is_managed(orchestrator, id) or not _has_anything(datastore, orchestrator, id):
         return
@@ -111,13 +119,13 @@ def reconcile(
 
         def current_state() -> tuple[WorkloadState, Workload]:
             if orchestrator != DOCKER:
-                return find_state(orchestrator, id, path, known.started if known is not None else None)
+                return find_state(orchestrator, id, known)
             if asked is None or asked.interfaces != _interfaces(ids):
                 raise Conflict(f"container {short_id(id)} was changed by another process; retry")
             return asked.state, asked.workload
 
         if not ids:
-            workload = Workload(orchestrator, id, path or id)
+            workload = Workload(orchestrator, id, id if orchestrator == CNI else path or id)
             yield from _release_leaked(datastore, workload, [], held)
             if known is not None and (lock.interrupted or _is_over(current_state()[0], may_collect)):
                 connected.forget(datastore.host, orchestrator, id)
@@ -125,7 +133,7 @@ def reconcile(
             if with_handle and not held and not datastore.ipam.handles.exists(workload.handle):
                 yield Action(COLLECTED, f"{_called(workload)} had a handle that held nothing: removed")
             return
-        if orchestrator == NAMESPACE and known is None:
+        if orchestrator != DOCKER and known is None:
             workload = Workload(orchestrator, id, id)
             if not any(netns.find_interface(endpoint.interface) for endpoint in ids):
                 endpoints = endpoints_of(datastore, workload)
@@ -133,6 +141,8 @@ def reconcile(
             raise NotConnectedHere(id)
         state, workload = current_state()
         if state is WorkloadState.GONE and not removed:
+            if orchestrator == CNI and any(netns.find_interface(endpoint.interface) for endpoint in ids):
+                return
             _refuse_other_engines(workload, ids)
         is_absent = state in (WorkloadState.MISSING, WorkloadState.GONE)
         if may_collect(state) and is_absent:
@@ -173,7 +183,7 @@ def _ask_engine(datastore: DatastoreClient, id: str) -> _Asked | None:
     if not ids and connected.get(datastore.host, DOCKER, id) is None:
         return None
     interfaces = _interfaces(ids)
-    state, workload = find_state(DOCKER, id, "", None)
+    state, workload = find_state(DOCKER, id, None)
     return _Asked(state, workload, interfaces)
 
 
@@ -384,6 +394,8 @@ def _called(workload: Workload) -> str:
     if workload.orchestrator == DOCKER:
         name = f" ({workload.docker_name})" if workload.docker_name else ""
         return f"container {short_id(workload.id)}{name}"
+    if workload.orchestrator == CNI:
+        return f"CNI container {short_id(workload.id)}"
     return f"namespace {workload.name}"
 
 

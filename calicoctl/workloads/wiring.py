@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable, Iterator
 
 from calicoctl.addresses import host_net, parse_address, parse_pool_cidr, version_of
@@ -35,7 +35,9 @@ from calicoctl.workloads import connected, host_network, mtu, netns, servers
 from calicoctl.workloads.guard import Guard
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.workload import (
+    CNI,
     Workload,
+    namespace_identity,
     not_connected,
     process_started,
     refuse_other_path,
@@ -187,7 +189,8 @@ class Attachment:
 
     `address` is the address of the endpoint that satisfies the request. `interface` and `mac` are the name and the MAC
     of the interface; `mac` is None if the endpoint contains none. `existed` says that the workload was connected
-    already, and that nothing was changed. `others` are the further addresses of a new connection.
+    already, and that nothing was changed. `others` are the further addresses of a new connection, and `next_hops` its
+    gateways by IP version.
     """
 
     id: EndpointId
@@ -196,6 +199,7 @@ class Attachment:
     mac: str | None
     existed: bool = False
     others: tuple[IPAddress, ...] = ()
+    next_hops: Mapping[int, str] = field(default_factory=dict)
 
 
 def connect(
@@ -291,6 +295,64 @@ def _connect_as_asked(
     return _connect_new(session, requests, interface or DEFAULT_INTERFACE, profiles)
 
 
+def connect_container(
+    datastore: DatastoreClient, workload: Workload, requests: Sequence[AddressRequest], profiles: Sequence[str]
+) -> Attachment:
+    """Connect a container for its CNI runtime, with an address for each of `requests`, and with these profiles.
+
+    If the container was connected before, but not in its namespace of now, it is disconnected first. Raises CalicoError
+    if it is connected in this namespace already, NotFound if a profile does not exist, and any other CalicoError after
+    a rollback.
+    """
+    with WorkloadSession.enter(datastore, workload) as session:
+        attached = session.attached_interface(also_down=True)
+        if session.endpoint is not None and attached is not None:
+            raise CalicoError(
+                f"container {workload.name} has {', '.join(session.endpoint.addresses) or 'no address'} on {attached} "
+                "already: it can be in one Calico network, and profiles say with whom it may talk"
+            )
+        for profile in profiles:
+            datastore.require_profile(profile)
+        if session.endpoint is not None:
+            session.disconnect()
+        return _connect_new(session, requests, workload.interface, profiles)
+
+
+def verify(datastore: DatastoreClient, workload: Workload, nets: Collection[str], mac: str) -> None:
+    """Raise CalicoError unless a container that was attached through CNI is attached as it was.
+
+    `nets` are all addresses that it should have, as `address/32` or `address/128`, and `mac` is the MAC of its
+    interface; an empty `mac` stands for any. Compared are the store, and the container's namespace: there, the
+    interface must be up, have the addresses, and have a default route for each of their IP versions.
+    """
+
+    def differs(how: str) -> CalicoError:
+        return CalicoError(f"container {workload.name} {how}")
+
+    with WorkloadSession.enter(datastore, workload) as session:
+        name, endpoint = workload.interface, session.endpoint
+        if endpoint is None:
+            raise differs("has no endpoint in the store")
+        if sorted(endpoint.nets) != sorted(nets):
+            found = ", ".join(endpoint.nets) or "no address"
+            raise differs(f"should have {', '.join(nets) or 'no address'}, and its endpoint has {found}")
+        if session.attached_interface() != name:
+            raise differs(f"has lost its interface {name}")
+        interface = session.namespace.interface(name)
+        if interface is None or not interface.up:
+            raise differs(f"has its interface {name} down")
+        if mac not in ("", interface.mac):
+            raise differs(f"should have the MAC {mac}, and its interface {name} has {interface.mac}")
+        for net in nets:
+            if parse_address(net.partition("/")[0]) not in session.held:
+                raise differs(f"has {net}, which is not assigned to it")
+            if not session.namespace.has_address(name, net):
+                raise differs(f"lacks {net} on its interface {name}")
+        for version in sorted(set(map(version_of, nets))):
+            if not session.has_default_route(version, name):
+                raise differs(f"has no IPv{version} default route through its interface {name}")
+
+
 def _connect_new(
     session: WorkloadSession, requests: Sequence[AddressRequest], interface: str, profiles: Sequence[str] = ()
 ) -> Attachment:
@@ -336,7 +398,7 @@ def _connect_new(
         undo(datastore.remove_endpoint, id)
         datastore.create_endpoint(endpoint)
         session.lock.clear_all()  # what an interrupted command has left was adopted or removed
-    return Attachment(id, addresses[0], interface, mac, others=tuple(addresses[1:]))
+    return Attachment(id, addresses[0], interface, mac, others=tuple(addresses[1:]), next_hops=next_hops)
 
 
 def reattach(
@@ -789,19 +851,28 @@ class WorkloadSession:
             and now not in (None, self.known and self.known.started)
             and self.attached_interface(also_down=True) is None
         ):
-            _clear(self.datastore, self.workload, self.lock, self._entries, self.holding)
-            self.endpoint, self.known = None, None
-            self.held, self.holding, self.handle = {}, None, None
+            self.disconnect()
+
+    def disconnect(self) -> None:
+        """Remove the workload's endpoint, its interface and its addresses. Raises CalicoError if a step fails."""
+        _clear(self.datastore, self.workload, self.lock, self._entries, self.holding)
+        self._entries, self.endpoint, self.known = {}, None, None
+        self.held, self.holding, self.handle = {}, None, UNREAD
+        self.refresh()
 
     def remember(self, undo: Callable[..., object] | None = None) -> None:
         """Write the workload's file, which says that it is connected on this host (connected.py). Raises CalicoError.
 
         If `undo`, from _rollback_on_failure, is given, a rollback removes the file, unless it existed before.
         """
-        key, path = (self.datastore.host, self.workload.orchestrator, self.workload.id), self.workload.path or ""
+        workload, path = self.workload, self.workload.path or ""
+        key = (self.datastore.host, workload.orchestrator, workload.id)
         if undo is not None and self.known is None:
             undo(connected.forget, *key)
-        connected.put(*key, path, process_started(path), self.workload.started_at is not None)
+        # a container's namespace is open, but may have lost its path
+        started = namespace_identity(path) or "gone" if workload.orchestrator == CNI else process_started(path)
+        is_labelled = workload.started_at is not None
+        connected.put(*key, path, started, is_labelled, workload.network, workload.interface)
 
     def refuse_other_endpoint(self) -> None:
         """Raise CalicoError if a veth pair with a host end `cali…` leads into the workload's namespace.
@@ -815,9 +886,13 @@ class WorkloadSession:
                     f"{interface.name} is that of the endpoint with {host_end.name}."
                 )
 
+    def has_default_route(self, version: int, interface: str) -> bool:
+        """Return whether the workload has a default route of an IP version through its interface `interface`."""
+        return self._inspection.default_routes.get(version, "").endswith(f"dev {interface}")
+
     def refuse_default_route(self, version: int, but_through: str | None = None) -> None:
         route = self._inspection.default_routes.get(version)
-        if route is not None and not (but_through and route.endswith(f"dev {but_through}")):
+        if route is not None and not (but_through and self.has_default_route(version, but_through)):
             raise CalicoError(
                 f"{self.workload.name} has an IPv{version} default route already ({route}), and Calico's cannot be set "
                 "beside it. Run the container with --net=none."

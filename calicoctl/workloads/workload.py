@@ -1,4 +1,8 @@
-"""Finds workloads by a container's name or id, or by a namespace's path, and determines their state."""
+"""Finds workloads by a container's name or id, or by a namespace's path, and determines their state.
+
+There are three kinds of workloads: containers of the Docker Engine, network namespaces that a user connects by their
+path, and containers that another runtime attaches through CNI (plugins/cni.py).
+"""
 
 from __future__ import annotations
 
@@ -21,13 +25,14 @@ from calicoctl.errors import (
     NotFound,
 )
 from calicoctl.workloads import connected, labels, locks
+from calicoctl.workloads.connected import Connected
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.datastore.keys import EndpointId
     from calicoctl.datastore.model import Endpoint
 
-DOCKER, NAMESPACE = connected.ORCHESTRATORS
+DOCKER, NAMESPACE, CNI = connected.ORCHESTRATORS
 
 _LONGEST_TIME = 64
 """The maximum length of a time from the engine, in characters. It is stored in a file."""
@@ -40,14 +45,21 @@ _RUN, _VAR_RUN = "/run/", "/var/run/"
 class Workload:
     """A container or a namespace that is connected to the network, or is to be connected.
 
-    `orchestrator` is DOCKER for a container, and NAMESPACE for a namespace. `id` identifies the workload in the store:
-    the container's id, or the namespace's path with `-` for `/`. `name` stands for the workload in messages, usually as
-    the user typed it. `path` is the namespace's path, None for a container.
+    `orchestrator` is DOCKER for a container of the Docker Engine, NAMESPACE for a namespace, and CNI for a container
+    that was attached through CNI. `id` identifies the workload in the store: the container's id, or the namespace's
+    path with `-` for `/`. `name` stands for the workload in messages, usually as the user typed it. `path` is the
+    namespace's path, None for a container of the Docker Engine.
 
-    For a container, `docker_name` is its name in Docker, `pid` the id of its first process (None if it does not run),
-    and `network_mode` the value of `docker run --net`, such as `none` or `container:NAME`. If the container has labels
-    that ask for a connection (labels.py), `started_at` is when it was started, as the engine says. If the engine does
-    not answer, `started_at` is empty. In all other cases, it is None.
+    For a container, `docker_name` is its name in Docker, or the one that a CNI runtime has given; empty if it is not
+    known.
+
+    For a container of the Docker Engine, `pid` is the id of its first process (None if it does not run), and
+    `network_mode` the value of `docker run --net`, such as `none` or `container:NAME`. If the container has labels that
+    ask for a connection (labels.py), `started_at` is when it was started, as the engine says. If the engine does not
+    answer, `started_at` is empty. In all other cases, it is None.
+
+    For a container that was attached through CNI, `network` is the name of the CNI network, and `interface` the name
+    that the interface has, or is to have, inside the container.
     """
 
     orchestrator: str
@@ -58,6 +70,8 @@ class Workload:
     pid: int | None = None
     network_mode: str = ""
     started_at: str | None = None
+    network: str = ""
+    interface: str = ""
 
     @property
     def handle(self) -> str:
@@ -78,7 +92,7 @@ class Workload:
 
         None for a container, for a path that begins with neither, or if /run and /var/run are different directories.
         """
-        other = None if self.path is None else _other_spelling(self.path)
+        other = _other_spelling(self.path or "") if self.orchestrator == NAMESPACE else None
         return None if other is None else replace(self, id=other.replace("/", "-"), path=other)
 
     def namespace_path(self) -> str:
@@ -113,12 +127,13 @@ class WorkloadState(Enum):
     GONE = "no longer exists"
 
 
-def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tuple[WorkloadState, Workload]:
+def find_state(orchestrator: str, id: str, known: Connected | None) -> tuple[WorkloadState, Workload]:
     """Return the state of a workload of this host, and a Workload with its current name and process.
 
-    For a namespace, `path` is its path, and `started` is what process_started returned for the path when the workload
-    was connected; None if that is not known. For a container, `path` and `started` are not used. Raises
-    DockerUnavailable or NamespaceError if the state cannot be determined.
+    `known` is the content of the workload's file, None if there is none; it is not used for a container of the Docker
+    Engine. A container that was attached through CNI is GONE if its path does not lead to the namespace that it was
+    attached in: no runtime uses the path for this container again without another attachment. Raises DockerUnavailable
+    or NamespaceError if the state cannot be determined.
     """
     if orchestrator == DOCKER:
         try:
@@ -126,6 +141,11 @@ def find_state(orchestrator: str, id: str, path: str, started: str | None) -> tu
         except NoSuchContainer:
             return WorkloadState.GONE, Workload(DOCKER, id, id)
         return (WorkloadState.STOPPED if workload.pid is None else WorkloadState.RUNNING), workload
+    path, started = (known.path, known.started) if known is not None else ("", None)
+    if orchestrator == CNI:
+        is_there = started is not None and namespace_identity(path) == started
+        workload = attached_container(id, known)
+        return (WorkloadState.RUNNING if is_there else WorkloadState.GONE), workload
     workload = Workload(NAMESPACE, id, path, path=path)
     now = process_started(path)
     if namespace_at(path) is not None and started == now:
@@ -146,6 +166,35 @@ def namespace_at(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError) as error:
         raise NamespaceError(f"{path} cannot be read: {error}") from None
     return (there.st_dev, there.st_ino) if there.st_dev == here.st_dev else None
+
+
+def namespace_identity(path: str) -> str | None:
+    """Return a text that identifies the network namespace at a path until the next boot; None if there is none.
+
+    If the path leads through a process, the text is the process's start time. Otherwise, it consists of the device
+    number and the inode number of the namespace. Raises NamespaceError if the path cannot be read.
+    """
+    found = namespace_at(path)
+    return None if found is None else process_started(path) or "{}:{}".format(*found)
+
+
+def is_attachable(id: str) -> bool:
+    """Return whether `id` can be the id of a container that is attached through CNI.
+
+    It is a part of a key in etcd and the name of a file, so its length is limited. Source of the pattern: CNI's
+    SPEC.md, "Parameters", CNI_CONTAINERID.
+    """
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,189}", id, re.ASCII) is not None
+
+
+def attached_container(id: str, known: Connected | None, name: str = "") -> Workload:
+    """Return a container that was attached through CNI. `known` is the content of its file, None if it has none.
+
+    `name` stands for it in messages; by default, it is the id.
+    """
+    if known is None:
+        return Workload(CNI, id, name or id)
+    return Workload(CNI, id, name or id, path=known.path, network=known.network, interface=known.interface)
 
 
 def process_started(path: str) -> str | None:
@@ -315,13 +364,13 @@ def not_connected(name: str) -> NotFound:
 
 
 def refuse_other_path(workload: Workload, *paths: object) -> None:
-    """Raise CalicoError if `workload` is a namespace, and any of `paths` is not its path.
+    """Raise CalicoError if `workload` has the orchestrator NAMESPACE, and any of `paths` is not its path.
 
     `paths` are the paths that are stored for the workload's id; None and empty strings in `paths` are ignored. Two
     namespaces may have the same id, for example those at the paths `/a-b` and `/a/b`.
     """
     for path in paths:
-        if workload.path is not None and path not in (None, "", workload.path):
+        if workload.orchestrator == NAMESPACE and path not in (None, "", workload.path):
             raise CalicoError(f"{workload.name} has the same id as {path}, which is connected already: rename one.")
 
 
@@ -330,7 +379,7 @@ def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpo
 
     This is so if the attributes of the endpoint's first address contain another path.
     """
-    if workload.path is not None and endpoint.addresses:
+    if workload.orchestrator == NAMESPACE and endpoint.addresses:
         owner = datastore.ipam.owner(parse_address(endpoint.addresses[0]))
         if owner is not None and owner.handle == workload.handle:
             refuse_other_path(workload, owner.secondary.get("namespace"))

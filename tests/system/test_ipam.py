@@ -135,7 +135,7 @@ def test_what_is_not_this_hosts_is_left_alone(host: Host) -> None:
             [
                 ("namespace.-x", {"host": "host2"}),
                 ("docker.123", {"host": "host2"}),
-                ("cni.123", {"host": "host1"}),
+                ("openstack.123", {"host": "host1"}),
                 (None, {}),
             ]
         ):
@@ -144,7 +144,7 @@ def test_what_is_not_this_hosts_is_left_alone(host: Host) -> None:
 
     change_block(host, elsewhere)
     host.etcd.put("/calico/bgp/v1/host/host2/ip_addr_v4", "192.0.2.3")
-    for handle in ("namespace.-x", "docker.123", "cni.123"):
+    for handle in ("namespace.-x", "docker.123", "openstack.123"):
         host.etcd.put(f"/calico/ipam/v2/handle/{handle}", {"id": handle, "block": {"192.168.0.0/26": 1}})
     before = host.etcd.tree()
     found = check(host, "--fix")

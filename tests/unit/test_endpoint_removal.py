@@ -119,32 +119,43 @@ def test_an_address_that_is_assigned_to_another_workload_is_kept(world: World) -
 
 
 def test_of_a_workload_with_two_endpoints_the_other_stays_whole(world: World) -> None:
-    ids = [world.endpoint("cni", "pod", digit * 32, f"10.0.0.{digit}") for digit in "12"]
-    world.datastore.ipam.assign(IPAddress("10.0.0.8"), Owner("cni.pod", {"endpoint": "1" * 32}))
-    world.datastore.ipam.assign(IPAddress("10.0.0.9"), Owner("cni.pod", {}))
+    ids = [world.endpoint("openstack", "pod", digit * 32, f"10.0.0.{digit}") for digit in "12"]
+    world.datastore.ipam.assign(IPAddress("10.0.0.8"), Owner("openstack.pod", {"endpoint": "1" * 32}))
+    world.datastore.ipam.assign(IPAddress("10.0.0.9"), Owner("openstack.pod", {}))
     assert world.removed(ids[0]) == ["10.0.0.1", "10.0.0.8"]
     assert world.held() == ["10.0.0.2", "10.0.0.9"] and world.interfaces == {ids[1].interface}
     assert world.removed(ids[1]) == ["10.0.0.2", "10.0.0.9"]
-    assert world.held() == [] and not world.datastore.ipam.handles.exists("cni.pod")
+    assert world.held() == [] and not world.datastore.ipam.handles.exists("openstack.pod")
 
 
 def test_an_interface_whose_name_another_endpoint_has_is_kept(world: World) -> None:
-    id = world.endpoint("cni", "pod", "1" * 32, "10.0.0.1")
-    world.endpoint("cni", "other", "1" * 31 + "2", "10.0.0.2")
+    id = world.endpoint("openstack", "pod", "1" * 32, "10.0.0.1")
+    world.endpoint("openstack", "other", "1" * 31 + "2", "10.0.0.2")
     world.removed(id)
     assert world.interfaces == {id.interface}
 
 
 def test_an_invalid_endpoint_and_one_whose_id_names_no_interface_are_removed(world: World) -> None:
-    id = EndpointId("vm", "cni", "pod", "1" * 32)
-    world.datastore.set(f"/calico/v1/host/vm/workload/cni/pod/endpoint/{'1' * 32}", "{")
+    id = EndpointId("vm", "openstack", "pod", "1" * 32)
+    world.datastore.set(f"/calico/v1/host/vm/workload/openstack/pod/endpoint/{'1' * 32}", "{")
     assert world.removed(id) == [] and world.datastore.endpoint_ids() == []
-    strange = world.endpoint("cni", "pod", "%d", "10.0.0.1")
+    strange = world.endpoint("openstack", "pod", "%d", "10.0.0.1")
     assert world.removed(strange) == ["10.0.0.1"] and strange.interface in world.interfaces
 
 
+def test_a_container_that_is_attached_through_cni_keeps_its_endpoint_as_long_as_its_namespace_exists(
+    world: World,
+) -> None:
+    """Its namespace exists if its interface does, even if no path leads to it."""
+    id = world.endpoint("cni", "pod", "1" * 32, "10.0.0.1")
+    with pytest.raises(CalicoError, match=r"that of a container that exists: .* 'calicoctl container remove pod'"):
+        world.removed(id)
+    world.interfaces.clear()
+    assert world.removed(id) == ["10.0.0.1"]
+
+
 def test_an_endpoint_of_another_host_is_refused(world: World) -> None:
-    id = world.endpoint("cni", "pod", "1" * 32, "10.0.0.1", host="elsewhere")
+    id = world.endpoint("openstack", "pod", "1" * 32, "10.0.0.1", host="elsewhere")
     with pytest.raises(CalicoError, match=r"is on elsewhere, not on this host .*--hostname=elsewhere"):
         world.removed(id)
     assert world.datastore.readable(id) is not None
