@@ -31,6 +31,9 @@ from calicoctl.clock import now
 ORCHESTRATORS = ("docker", "namespace", "cni")
 """The orchestrators whose workloads this program connects."""
 
+_OLDER = ("docker", "namespace")
+"""The orchestrators whose workloads also older versions connected, which wrote no files."""
+
 _FOLDER = "workloads"
 _LEARNED = "learned"
 _DISCONNECTED = "docker.disconnected"
@@ -147,11 +150,11 @@ def is_learned(host: str, orchestrator: str) -> bool:
 
 
 def set_learned(host: str, *orchestrators: str) -> None:
-    """Create the file ORCHESTRATOR.learned for each of `orchestrators`, or for all if none is given.
+    """Create the file ORCHESTRATOR.learned for each of `orchestrators`, or for all in _OLDER if none is given.
 
     Raises CalicoError.
     """
-    for orchestrator in orchestrators or ORCHESTRATORS:
+    for orchestrator in orchestrators or _OLDER:
         state.write(host, _FOLDER, f"{orchestrator}.{_LEARNED}", content=b"")
 
 

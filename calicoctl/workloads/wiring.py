@@ -1157,7 +1157,7 @@ def _holder_text(datastore: DatastoreClient, owner: Owner | None) -> str:
 
 def _owner_text(owner: Owner | None) -> str:
     facts = owner.secondary if owner is not None else {}
-    name = facts.get("namespace") or facts.get("workload_name") or short_id(str(facts.get("workload") or ""))
+    name = facts.get("workload_name") or facts.get("namespace") or short_id(str(facts.get("workload") or ""))
     return f" ({name} on host {facts.get('host')})" if name else ""
 
 

@@ -306,8 +306,8 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     If `find` raises NoSuchContainer or DockerUnavailable, containers whose ids begin with `name` are searched in the
     store. If there are none, containers whose name is `name` are searched in the store and in the marks of interrupted
     changes on this host. After NoSuchContainer, those that Docker knows by their id are left out of this search: they
-    have another name now. If no container is found, the exception of `find` is raised. If several are found,
-    CalicoError is raised.
+    have another name now. In both searches, containers that were attached through CNI are found, too. If no container
+    is found, the exception of `find` is raised. If several are found, CalicoError is raised.
     """
     try:
         workload = find(name)
@@ -317,15 +317,20 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     except (NoSuchContainer, DockerUnavailable) as error:
         is_gone = isinstance(error, NoSuchContainer)
         ids = _stored_by_id(name, datastore)
-        if not ids:
+        attached = {id for id in datastore.workload_ids(CNI) if id == name or (id.startswith(name) and len(name) >= 4)}
+        if not ids and not attached:
             # a container whose first change was interrupted has its name in the mark alone
             ids = set(datastore.workloads_named(DOCKER, name)) | locks.interrupted_named(datastore.host, DOCKER, name)
             if is_gone:
                 ids = {id for id in ids if not _exists(id)}  # a container that exists has another name now
-        if not ids:
+            attached = {*datastore.workloads_named(CNI, name)}
+        if not ids and not attached:
             raise
-    if len(ids) > 1:
-        raise ambiguous(name, [(id, datastore.host) for id in ids])
+    if len(ids | attached) > 1:
+        raise ambiguous(name, [(id, datastore.host) for id in ids | attached])
+    if attached:
+        id = attached.pop()
+        return attached_container(id, connected.get(datastore.host, CNI, id), name)
     return Workload(DOCKER, ids.pop(), name, started_at=None if is_gone else "")
 
 

@@ -7,6 +7,7 @@ FAULT=term:N    the process gets a SIGTERM right after the N-th change
 FAULT=dead:N    etcd is gone from the N-th change on
 FAULT=none:0    no fault
 FAULT_LOG=FILE  gets a line for each change
+FAULTY=cni      runs the CNI plugin in place of calicoctl
 SETTLE=SECONDS  how long `datastore migrate` waits for commands that have begun
 
 The seams are the calls of the two libraries that change something, and what is sent to etcd's v3 API, so no step of
@@ -22,6 +23,7 @@ from calicoctl import slim
 from calicoctl.cli.main import entry
 from calicoctl.datastore import etcd3_http, migration
 from calicoctl.datastore.members import ConnectionLost, NotSent
+from calicoctl.plugins import cni
 from calicoctl.workloads import netns
 
 slim.install()
@@ -159,5 +161,7 @@ for request in ("link", "addr", "route", "neigh"):
     faulty_netlink(request)
 faulty_sysctl()
 migration.SETTLE = float(os.environ.get("SETTLE", migration.SETTLE))
+if os.environ.get("FAULTY") == "cni":
+    cni.entry()
 sys.argv = ["calicoctl", *sys.argv[1:]]
 entry()

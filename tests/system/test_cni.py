@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.system.agent import A4, B4, C4, AgentHost
+from tests.system.agent import A4, C4, AgentHost, holds
 from tests.system.support import (
     FAULTY,
     HOST_IP,
@@ -18,7 +19,6 @@ from tests.system.support import (
     Host,
     addresses,
     calico_links,
-    gone,
     links,
     routes,
     run,
@@ -26,7 +26,7 @@ from tests.system.support import (
 )
 
 PLUGIN = (sys.executable, "-I", "-m", "calicoctl.plugins.cni")
-A6 = "fd80:24e2:f998:72d6::1"
+FIRST4, FIRST6 = "192.168.0.0", "fd80:24e2:f998:72d6::"
 
 
 @dataclass
@@ -43,14 +43,15 @@ class Network:
     def __init__(self, host: Host, **config: object) -> None:
         self.host = host
         self.config: dict = {"cniVersion": "1.1.0", "name": "net1", "type": "calico", **config}
-        self.command = PLUGIN
+
+    def environment(self, command: str, id: str = "c1", **variables: str) -> dict[str, str]:
+        given = {"CNI_COMMAND": command, "CNI_CONTAINERID": id, "CNI_IFNAME": "eth0", "CNI_PATH": "/opt/cni/bin"}
+        return self.host.environment(**{**given, "CNI_NETNS": f"/var/run/netns/{id}", **variables})
 
     def call(self, command: str, id: str = "c1", config: dict | None = None, **variables: str) -> Answer:
         """Call the plugin for the container `id`, whose namespace has the same name; `config` adds to the network's."""
-        given = {"CNI_COMMAND": command, "CNI_CONTAINERID": id, "CNI_IFNAME": "eth0", "CNI_PATH": "/opt/cni/bin"}
-        given |= {"CNI_NETNS": f"/var/run/netns/{id}", **variables}
         text = json.dumps({**self.config, **(config or {})})
-        done = run(*self.command, check=False, input=text, env=self.host.environment(**given))
+        done = run(*PLUGIN, check=False, input=text, env=self.environment(command, id, **variables))
         assert "Traceback" not in done.err and "Internal error" not in done.out, done
         return Answer(done.status, json.loads(done.out) if done.out else None)
 
@@ -102,12 +103,12 @@ def test_a_container_is_attached_and_detached(host: Host, version: str) -> None:
     assert calico_links() == {outer["name"]} and outer["mac"] == "ee:ee:ee:ee:ee:ee" and "sandbox" not in outer
     assert inner == {"name": "eth0", "mac": links("c1")["eth0"]["address"], "sandbox": "/var/run/netns/c1"}
     assert [(ip["address"], ip["gateway"], ip["interface"]) for ip in result["ips"]] == [
-        (f"{A4}/32", HOST_IP, 1),
-        (f"{A6}/128", "2001:db8::2", 1),
+        (f"{FIRST4}/32", HOST_IP, 1),
+        (f"{FIRST6}/128", "2001:db8::2", 1),
     ]
     assert [ip.get("version") for ip in result["ips"]] == (["4", "6"] if version < "1" else [None, None])
     assert result["routes"] == [{"dst": "0.0.0.0/0", "gw": HOST_IP}, {"dst": "::/0", "gw": "2001:db8::2"}]
-    assert addresses("c1", "eth0") == {f"{A4}/32", f"{A6}/128"}
+    assert addresses("c1", "eth0") == {f"{FIRST4}/32", f"{FIRST6}/128"}
     assert f"default via {HOST_IP} dev eth0 proto static" in routes("c1")
     (key,) = host.records()
     assert "/workload/cni/c1/endpoint/" in key and host.record()["profile_ids"] == ["net1"]
@@ -130,7 +131,7 @@ def test_the_configuration_names_profiles_and_pools(host: Host) -> None:
     host.check_nothing_left(folders=False)
     host.ctl("profile", "add", "web")
     host.ctl("profile", "add", "db")
-    assert network.add()["ips"][0]["address"] == "10.9.0.0/32" or True
+    assert network.add()["ips"][0]["address"] == "10.9.0.0/32"
     assert host.record()["profile_ids"] == ["web", "db"]
     fixed = network.add("c2", CNI_ARGS="IgnoreUnknown=1;IP=10.9.0.77;K8S_POD_NAME=shop")
     assert [ip["address"] for ip in fixed["ips"]] == ["10.9.0.77/32"]
@@ -139,21 +140,231 @@ def test_the_configuration_names_profiles_and_pools(host: Host) -> None:
     assert code == 100 and "shop" in why
     assert "not in the pool" in network.refusal("ADD", "c3", CNI_ARGS=f"IP={A4}")[1]
     asked = network.add("c3", {"pool": ["ipv4", "ipv6"], "runtimeConfig": {"ips": [f"{C4}/16"]}})
-    assert [ip["address"].partition("/")[0] for ip in asked["ips"]] == [C4, A6]
+    assert [ip["address"].partition("/")[0] for ip in asked["ips"]] == [C4, FIRST6]
     host.check_consistent()
 
 
 def test_containers_reach_each_other_as_profiles_allow(node: AgentHost) -> None:
     namespaces("c1", "c2", "c3")
     network = Network(node, pool=["ipv4", "ipv6"])
-    network.add("c1")
-    network.add("c2")
-    Network(node, name="net2").add("c3")
+    network.add("c1", CNI_ARGS="K8S_POD_NAME=shop")
+    inside = [ip["address"].partition("/")[0] for ip in network.add("c2")["ips"]]
+    (other,) = [ip["address"].partition("/")[0] for ip in Network(node, name="net2").add("c3")["ips"]]
     for id in ("c1", "c2", "c3"):
         await_up(node, id)
-    assert pings("c1", B4, "5") and pings("c1", "fd80:24e2:f998:72d6::2", "5")
-    assert not pings("c1", C4)
-    traced = json.loads(node.ctl("profile", "trace", "c1", "c2", "--output=json", "tcp", status=None).out or "{}")
-    assert traced
+    assert all(pings("c1", address, "5") for address in inside)
+    assert not pings("c1", other)
+    for source in ("shop", "c1"):
+        allowed, denied = (
+            node.ctl("profile", "trace", source, to, "tcp", "80", status=None) for to in (inside[0], "c3")
+        )
+        assert (allowed.status, denied.status) == (0, 1), (allowed, denied)
+    node.ctl("container", "c3", "profile", "append", "net1")
+    node.sync()
+    assert pings("c3", inside[0], "5")
     assert node.ctl("ipam", "check").status == 0
-    assert node.status()["endpoints"]["up"] == 3
+    assert not node.status()["problems"]
+
+
+def test_an_attachment_ends_with_whatever_is_left_of_it(host: Host) -> None:
+    """As containerd's ctr does, which names no namespace, and for a namespace that no longer exists."""
+    namespaces("c1", "c2")
+    network = Network(host)
+    network.add("c1")
+    network.delete("c1", CNI_NETNS="")
+    network.add("c1")
+    run("ip", "netns", "delete", "c1")
+    network.delete("c1")
+    network.delete("never-attached", CNI_NETNS="/proc/4194304/ns/net")
+    network.add("c2")
+    run("ip", "link", "delete", *calico_links())
+    network.delete("c2")
+    host.check_nothing_left()
+
+
+def test_a_container_is_in_one_network(host: Host) -> None:
+    """What the runtime undoes after the refusal must not undo the first attachment."""
+    namespaces("c1")
+    network = Network(host)
+    network.add()
+    code, why = Network(host, name="net2").refusal("ADD", CNI_IFNAME="eth1")
+    assert code == 100 and "one Calico network" in why
+    Network(host, name="net2").delete(CNI_IFNAME="eth1")
+    host.check_consistent()
+    assert set(links("c1")) == {"eth0"}
+    network.delete()
+    host.check_nothing_left()
+
+
+def test_a_container_with_a_new_namespace_is_attached_anew(host: Host) -> None:
+    """As after a reboot: runtimes do not detach what was attached before."""
+    namespaces("c1")
+    network = Network(host)
+    network.add(CNI_ARGS=f"IP={A4}")
+    run("ip", "netns", "delete", "c1")
+    namespaces("c1")
+    network.add(CNI_ARGS=f"IP={A4}")
+    host.check_consistent()
+    assert addresses("c1", "eth0") == {f"{A4}/32"}
+
+
+def test_check_compares_the_kernel_and_the_store_with_the_result(host: Host) -> None:
+    namespaces("c1")
+    network = Network(host)
+    result = network.add()
+
+    def why(**changed: object) -> str:
+        code, text = network.refusal("CHECK", config={"prevResult": {**result, **changed}})
+        assert code == 100
+        return text
+
+    assert network.refusal("CHECK")[0] == 7
+    assert "should have 192.168.0.9/32" in why(ips=[{**result["ips"][0], "address": "192.168.0.9/32"}])
+    foreign = [{"name": "cni0"}, *result["interfaces"]]
+    moved = [{"address": "10.0.0.1/24", "interface": 0}, {**result["ips"][0], "interface": 2}]
+    assert network.call("CHECK", config={"prevResult": {**result, "interfaces": foreign, "ips": moved}}).status == 0
+    run("ip", "-n", "c1", "route", "delete", "default")
+    assert "default route" in why()
+    run("ip", "-n", "c1", "address", "flush", "dev", "eth0")
+    assert f"lacks {FIRST4}/32" in why()
+    run("ip", "-n", "c1", "link", "set", "eth0", "down")
+    assert "down" in why()
+    run("ip", "-n", "c1", "link", "set", "eth0", "address", "02:00:00:00:00:01", "up")
+    assert "MAC" in why()
+    run("ip", "link", "delete", *calico_links())
+    assert "lost its interface" in why()
+    host.etcd.delete(next(iter(host.records())))
+    assert "no endpoint" in why()
+
+
+def test_garbage_is_what_the_runtime_does_not_list(host: Host) -> None:
+    namespaces("c1", "c2", "c3", "c4")
+    network = Network(host)
+    for id in ("c1", "c2", "c3"):
+        network.add(id)
+    Network(host, name="net2").add("c4")
+    run("ip", "netns", "delete", "c3")
+    assert network.refusal("GC")[0] == 7
+    valid = [{"containerID": "c1", "ifname": "eth0"}, {"containerID": "c2", "ifname": "eth1"}]
+    variables = {"CNI_CONTAINERID": "", "CNI_NETNS": "", "CNI_IFNAME": ""}
+    assert network.call("GC", config={"cni.dev/valid-attachments": valid}, **variables) == Answer(0, None)
+    assert {owner["workload"] for owner in owners(host)} == {"c1", "c4"}
+    host.check_consistent()
+    assert network.call("GC", config={"cni.dev/valid-attachments": None}, **variables) == Answer(0, None)
+    assert {owner["workload"] for owner in owners(host)} == {"c4"}
+
+
+def owners(host: Host) -> list[dict]:
+    return [allocation["secondary"] for allocation in host.allocations().values()]
+
+
+def test_status_says_whether_containers_can_be_attached(bare_host: Host) -> None:
+    host = AgentHost(bare_host.etcd)
+    network = Network(host)
+    code, why = network.refusal("STATUS")
+    assert code == 50 and "not configured for IPv4" in why
+    host.register()
+    code, why = network.refusal("STATUS")
+    assert code == 50 and "agent" in why
+    host.start_agent()
+    assert network.call("STATUS") == Answer(0, None)
+    assert network.refusal("STATUS", config={"pool": "10.0.0.1"})[0] == 7
+
+
+def test_without_the_store_the_runtime_is_to_retry(own_etcd: Etcd) -> None:
+    host = Host(own_etcd)
+    host.register()
+    namespaces("c1")
+    network = Network(host)
+    network.add()
+    own_etcd.stop()
+    for command in ("ADD", "DEL"):
+        assert network.refusal(command)[0] == 11
+    assert network.refusal("GC", config={"cni.dev/valid-attachments": []})[0] == 11
+    assert network.refusal("STATUS")[0] == 50
+    own_etcd.start()
+    own_etcd.await_ready()
+    network.delete()
+    host.check_nothing_left()
+
+
+def test_a_container_that_vanishes_is_collected_by_the_agent(node: AgentHost) -> None:
+    """Both when its namespace loses its path, and when its process ends, without DEL."""
+    namespaces("c1", "c2", "kept")
+    network = Network(node)
+    sleeper = subprocess.Popen(["ip", "netns", "exec", "c2", "sleep", "1000"])
+    wait_for(lambda: run("ip", "netns", "pids", "c2").out.strip() == str(sleeper.pid), "the process")
+    network.add("c1")
+    network.add("c2", CNI_NETNS=f"/proc/{sleeper.pid}/ns/net")
+    network.add("kept")
+    for id in ("c1", "c2", "kept"):
+        await_up(node, id)
+    run("ip", "netns", "delete", "c2")
+    assert len(node.records()) == 3, "its process keeps the namespace"
+    sleeper.kill()
+    sleeper.wait()
+    run("ip", "netns", "delete", "c1")
+    wait_for(lambda: len(node.allocations()) == 1, f"the end of two\n{node.log()}", 60)
+    assert {owner["workload"] for owner in owners(node)} == {"kept"}
+    node.check_consistent()
+    assert "CNI container c1 no longer exists" in node.log()
+    network.delete("c1")
+
+
+def test_a_namespace_that_has_lost_its_path_stays_attached(node: AgentHost) -> None:
+    namespaces("c1", "c2")
+    network = Network(node)
+    network.add("c1")
+    (inside,) = network.add("c2")["ips"]
+    await_up(node, "c2")
+    sleeper = subprocess.Popen(["ip", "netns", "exec", "c2", "sleep", "1000"])
+    wait_for(lambda: run("ip", "netns", "pids", "c2").out.strip() == str(sleeper.pid), "the process")
+    run("ip", "netns", "delete", "c2")
+    node.ctl("node", "restart")
+    assert pings("c1", inside["address"].partition("/")[0], "5")
+    assert holds(lambda: len(node.allocations()) == 2, 12), "longer than between two searches"
+    sleeper.kill()
+    sleeper.wait()
+    wait_for(lambda: len(node.allocations()) == 1, f"the end\n{node.log()}", 60)
+    network.delete("c2")
+
+
+def test_an_interface_that_is_lost_is_recreated(node: AgentHost) -> None:
+    namespaces("c1", "c2")
+    network = Network(node)
+    result = network.add("c1")
+    (inside,) = network.add("c2")["ips"]
+    await_up(node, "c1")
+    run("ip", "link", "delete", result["interfaces"][0]["name"])
+    wait_for(lambda: pings("c1", inside["address"].partition("/")[0]), f"the interface\n{node.log()}", 30)
+    assert network.call("CHECK", config={"prevResult": result}).status == 0
+    node.kill_agent()
+    run("ip", "link", "delete", result["interfaces"][0]["name"])
+    node.start_agent()
+    wait_for(lambda: network.call("CHECK", config={"prevResult": result}).status == 0, "the interface", 30)
+    node.check_consistent()
+
+
+def test_a_plugin_that_is_killed_leaves_nothing_after_del(host: Host, tmp_path: Path) -> None:
+    """Killed after each change that it makes, in ADD and in DEL."""
+    network = Network(host, pool=["ipv4", "ipv6"])
+    counts = {}
+    for command in ("ADD", "DEL"):
+        for number in itertools.count():
+            namespaces("c1")
+            if command == "DEL":
+                network.add()
+            log = tmp_path / f"{command}{number}"
+            environment = network.environment(command, FAULT=f"kill:{number}", FAULT_LOG=str(log), FAULTY="cni")
+            text = json.dumps(network.config)
+            killed = run(sys.executable, FAULTY, check=False, input=text, env=environment)
+            if number % 2:
+                run("ip", "netns", "delete", "c1")
+            network.delete()
+            host.check_nothing_left(folders=False)
+            run("ip", "netns", "delete", "c1", check=False)
+            if killed.status == 0:
+                break
+            assert killed.status == -9, killed
+        counts[command] = number
+    assert counts["ADD"] > 10 and counts["DEL"] > 3, counts

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from calicoctl.errors import NamespaceError
+from calicoctl.workloads.connected import Connected
 from calicoctl.workloads.workload import WorkloadState, find_state, process_started
 
 
@@ -38,11 +39,11 @@ def test_a_path_that_leads_through_a_process_is_that_ones(tmp_path: Path) -> Non
 def test_a_process_that_cannot_be_inspected_is_not_considered_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     path = f"/proc/{os.getpid()}/ns/net"
     started = process_started(path)
-    assert find_state("namespace", path.replace("/", "-"), path, started)[0] is WorkloadState.RUNNING
+    assert find_state("namespace", path.replace("/", "-"), Connected(path, started))[0] is WorkloadState.RUNNING
 
     def no_files_left(*_: object, **__: object) -> str:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(Path, "read_text", no_files_left)
     with pytest.raises(NamespaceError, match="Too many open files"):
-        find_state("namespace", path.replace("/", "-"), path, started)
+        find_state("namespace", path.replace("/", "-"), Connected(path, started))
