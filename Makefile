@@ -4,6 +4,7 @@
 PYTHON ?= /usr/bin/python3
 PREFIX ?= /usr/local
 DESTDIR ?=
+CNI_BIN ?= /opt/cni/bin
 VENV = .venv
 
 # what each target needs, in the syntax of demo/packages: COMMAND:PACKAGE, or a package
@@ -11,7 +12,7 @@ RUN = python3-venv nft:nftables iptables:iptables ip:iproute2
 BGP = bird:bird2
 DEMO = $(RUN) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:docker-cli,docker.io busybox:busybox-static
 DEMO_HOSTS = $(RUN) $(BGP) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client
-TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh systemd-analyze:systemd
+TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh systemd-analyze:systemd podman:podman ctr:containerd
 BENCH = $(TEST) containernetworking-plugins
 
 # other releases of Debian and Ubuntu, by code name, and what `make` runs there
@@ -30,7 +31,7 @@ LEFT_OUT_trixie = $(LEFT_OUT) fault_injection concurrency connected container pr
 LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
 	host_attacks policy host_addresses lifeline
 
-.PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean install uninstall clean
+.PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean install uninstall install-cni uninstall-cni clean
 
 help:
 	@echo 'make demo         connect three containers for real; make demo-clean removes everything'
@@ -49,6 +50,7 @@ help:
 	@echo 'make bench        benchmarks, as ratios'
 	@echo 'make install      install or upgrade calicoctl, in a virtual environment of its own, with a systemd unit that is'
 	@echo '                  not enabled; make uninstall removes it'
+	@echo 'make install-cni  install the CNI plugin calico, for podman, containerd and others; make uninstall-cni removes it'
 
 # everything that the tests use
 packages:
@@ -151,8 +153,15 @@ install:
 		echo 'Continuing without BIRD 2: this host will exchange no routes with other hosts until it is installed.' >&2
 	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" PYTHON="$(PYTHON)" setup/calicoctl install
 
+# a CNI plugin that runs the installed calicoctl, for podman, containerd and others
+install-cni:
+	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" CNI_BIN="$(CNI_BIN)" setup/calicoctl install-cni
+
+uninstall-cni:
+	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" CNI_BIN="$(CNI_BIN)" setup/calicoctl uninstall-cni
+
 uninstall:
-	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" setup/calicoctl uninstall
+	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" CNI_BIN="$(CNI_BIN)" setup/calicoctl uninstall
 
 clean:
 	rm -rf $(VENV) build .tox *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

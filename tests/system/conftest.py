@@ -33,6 +33,7 @@ HOME = Path("/run/calico-tests")
 PROGRAMS = (
     *("etcd", "etcdctl", "dockerd", "docker", "busybox", "ip", "ss", "ping", "nft", "iptables", "conntrack"),
     *("openssl", "sysctl", "ps", "curl", "setpriv", "nsenter", "flock", "bash", "zsh", "tar", "bird"),
+    *("containerd", "ctr", "podman", "make"),
 )
 """What the tests run, beside calicoctl."""
 

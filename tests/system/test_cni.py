@@ -1,11 +1,14 @@
-"""Containers that a runtime attaches through CNI: by the plugin itself, by podman, and by containerd's ctr."""
+"""Containers that a runtime attaches through CNI: by the plugin itself, and by containerd's ctr."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +16,12 @@ import pytest
 
 from tests.system.agent import A4, C4, AgentHost, holds
 from tests.system.support import (
+    CALICOCTL,
     FAULTY,
     HOST_IP,
     Etcd,
     Host,
+    Result,
     addresses,
     calico_links,
     links,
@@ -25,6 +30,7 @@ from tests.system.support import (
     wait_for,
 )
 
+ROOT = Path(__file__).parent.parent.parent
 PLUGIN = (sys.executable, "-I", "-m", "calicoctl.plugins.cni")
 FIRST4, FIRST6 = "192.168.0.0", "fd80:24e2:f998:72d6::"
 
@@ -367,4 +373,96 @@ def test_a_plugin_that_is_killed_leaves_nothing_after_del(host: Host, tmp_path: 
                 break
             assert killed.status == -9, killed
         counts[command] = number
-    assert counts["ADD"] > 10 and counts["DEL"] > 3, counts
+    assert counts["ADD"] > 10 and counts["DEL"] >= 3, counts
+
+
+# Runtimes
+
+
+@contextmanager
+def installed_plugin() -> Iterator[None]:
+    """Install the plugin of the calicoctl under test in /opt/cni/bin, where runtimes look for it, inside `with`."""
+    assert make("install-cni").status == 0
+    try:
+        yield
+    finally:
+        make("uninstall-cni")
+
+
+def make(target: str) -> Result:
+    prefix = Path(CALICOCTL).parent.parent
+    return run("make", "--no-print-directory", target, f"PREFIX={prefix}", check=False, cwd=ROOT)
+
+
+def test_the_plugin_is_installed_and_removed_alone() -> None:
+    plugin = Path("/opt/cni/bin/calico")
+    assert make("install-cni").status == 0 and make("install-cni").status == 0
+    environment = {"CNI_COMMAND": "VERSION", "PATH": "/usr/bin:/bin"}
+    said = json.loads(run(str(plugin), input='{"cniVersion": "0.4.0"}', env=environment).out)
+    assert said["cniVersion"] == "0.4.0" and "1.1.0" in said["supportedVersions"]
+    assert "is removed" in make("uninstall-cni").out and not plugin.exists()
+    assert make("uninstall-cni").status == 0
+    plugin.write_text("#!/bin/sh\n")
+    for target in ("install-cni", "uninstall-cni"):
+        refused = make(target)
+        assert refused.status != 0 and "another program" in refused.err
+    assert plugin.read_text() == "#!/bin/sh\n"
+    plugin.unlink()
+
+
+@pytest.fixture
+def containerd(node: AgentHost, tmp_path: Path) -> Iterator[Callable[..., Result]]:
+    """A containerd of its own, with a network `net1`; yields a function that runs `ctr`."""
+    root = busybox_root(tmp_path / "root")
+    socket, config = tmp_path / "sock", tmp_path / "config.toml"
+    config.write_text(
+        f"""version = 2
+root = "{tmp_path}/data"
+state = "{tmp_path}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+address = "{socket}"
+"""
+    )
+    conflist = Path("/etc/cni/net.d/10-net1.conflist")
+    conflist.parent.mkdir(parents=True, exist_ok=True)
+    conflist.write_text(json.dumps({"cniVersion": "1.0.0", "name": "net1", "plugins": [{"type": "calico"}]}))
+
+    def ctr(*arguments: str, check: bool = True) -> Result:
+        words = [str(root) if word == "ROOT" else word for word in arguments]
+        return run("ctr", "--address", str(socket), *words, check=check, env=node.environment())
+
+    with installed_plugin(), (tmp_path / "log").open("ab") as log:
+        process = subprocess.Popen(["containerd", "--config", str(config)], stdout=log, stderr=log)
+        try:
+            wait_for(lambda: ctr("version", check=False).status == 0, "containerd")
+            yield ctr
+        finally:
+            for line in ctr("task", "list", "--quiet", check=False).out.split():
+                ctr("task", "delete", "--force", line, check=False)
+            process.terminate()
+            process.wait()
+            conflist.unlink()
+
+
+def busybox_root(root: Path) -> Path:
+    """Create the root of a container's file system; return its path."""
+    (root / "bin").mkdir(parents=True)
+    shutil.copy(shutil.which("busybox") or "", root / "bin/busybox")
+    for name in ("sh", "ip", "ping", "sleep"):
+        (root / "bin" / name).symlink_to("busybox")
+    return root
+
+
+def test_containers_of_containerd(node: AgentHost, containerd: Callable[..., Result]) -> None:
+    """ctr names no namespace when it detaches a container, and does not detach one that runs in the background."""
+    containerd("run", "--detach", "--cni", "--rootfs", "ROOT", "one", "/bin/sleep", "1000")
+    await_up(node, "default-one")
+    # until the agent has programmed its policy, the container's packets are dropped
+    ping = ("/bin/sh", "-c", f"until ping -c1 -W1 {FIRST4}; do :; done")
+    assert "1 packets received" in containerd("run", "--rm", "--cni", "--rootfs", "ROOT", "two", *ping).out
+    assert [owner["workload"] for owner in owners(node)] == ["default-one"]
+    containerd("task", "delete", "--force", "one")
+    wait_for(lambda: not node.allocations(), f"the end\n{node.log()}", 60)
+    containerd("container", "delete", "one")
+    node.check_consistent()

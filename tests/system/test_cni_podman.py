@@ -1,0 +1,98 @@
+"""Containers of podman, which are attached through CNI.
+
+podman does so up to version 4, and by its own configuration; later versions have no CNI.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.agent import AgentHost
+from tests.system.support import Result, run, wait_for
+from tests.system.test_cni import await_up, busybox_root, installed_plugin, owners
+
+SETTINGS = """[containers]
+log_driver = "k8s-file"
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+runtime = "runc"
+[network]
+network_backend = "cni"
+cni_plugin_dirs = ["/opt/cni/bin"]
+network_config_dir = "{folder}/networks"
+"""
+STORAGE = """[storage]
+driver = "vfs"
+graphroot = "{folder}/graph"
+runroot = "{folder}/run"
+"""
+
+
+@pytest.fixture
+def podman(node: AgentHost, tmp_path: Path) -> Iterator[Callable[..., Result]]:
+    """podman, with an image and a network `net1` of both IP versions; yields a function that runs it."""
+    (tmp_path / "networks").mkdir()
+    for name, text in (("containers.conf", SETTINGS), ("storage.conf", STORAGE)):
+        (tmp_path / name).write_text(text.format(folder=tmp_path))
+    plugin = {"type": "calico", "pool": ["ipv4", "ipv6"], "capabilities": {"ips": True}}
+    network = {"cniVersion": "0.4.0", "name": "net1", "plugins": [plugin]}
+    (tmp_path / "networks/net1.conflist").write_text(json.dumps(network))
+    settings = {
+        "CONTAINERS_CONF": str(tmp_path / "containers.conf"),
+        "CONTAINERS_STORAGE_CONF": str(tmp_path / "storage.conf"),
+    }
+
+    def podman(*arguments: str, check: bool = True) -> Result:
+        return run("podman", *arguments, check=check, env=node.environment(**settings))
+
+    tar = tmp_path / "image.tar"
+    subprocess.run(["tar", "-C", str(busybox_root(tmp_path / "root")), "-cf", str(tar), "."], check=True)
+    podman("import", str(tar), "busybox")
+    with installed_plugin():
+        yield podman
+        podman("rm", "--all", "--force", "--time=0", check=False)
+
+
+def run_container(podman: Callable[..., Result], name: str, *options: str) -> dict[str, str]:
+    """Run a container in the network net1; return its addresses by IP version, as `ipv4` and `ipv6`."""
+    podman("run", "--detach", "--name", name, "--net=net1", *options, "busybox", "/bin/sleep", "1000")
+    (network,) = json.loads(podman("inspect", name).out)[0]["NetworkSettings"]["Networks"].values()
+    return {"ipv4": network["IPAddress"], "ipv6": network["GlobalIPv6Address"]}
+
+
+def test_containers_of_podman(node: AgentHost, podman: Callable[..., Result]) -> None:
+    run_container(podman, "one")
+    two = run_container(podman, "two", "--ip=192.168.0.77")
+    assert two["ipv4"] == "192.168.0.77" and two["ipv6"].startswith("fd80:24e2:f998:72d6:")
+    for owner in owners(node):
+        await_up(node, owner["workload"])
+
+    def reached(address: str) -> bool:
+        return podman("exec", "one", "ping", "-c1", "-w3", address, check=False).status == 0
+
+    assert reached(two["ipv4"]) and reached(two["ipv6"])
+    assert {"one", "two"} == {owner["workload_name"] for owner in owners(node)}
+    node.ctl("profile", "add", "alone")
+    node.ctl("container", "two", "profile", "set", "alone")
+    node.sync()
+    assert not reached(two["ipv4"])
+
+    podman("restart", "--time=0", "two")
+    assert "192.168.0.77" in node.allocations(), "the address that was asked for stays"
+    wait_for(lambda: reached(two["ipv4"]), "the network's profile, of the new attachment")
+    node.kill_agent()
+    assert reached(two["ipv4"])
+    podman("stop", "--time=0", "two")
+    node.start_agent()
+    assert {"one"} == {owner["workload_name"] for owner in owners(node)}
+    refused = podman("run", "--name=bad", "--net=net1", "--ip=10.9.9.9", "busybox", "true", check=False)
+    assert refused.status != 0 and "10.9.9.9 is in no pool" in refused.err
+    podman("rm", "--all", "--force", "--time=0")
+    wait_for(lambda: not node.allocations(), "the end")
+    node.check_consistent()
