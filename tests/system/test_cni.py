@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -379,6 +380,11 @@ def test_a_plugin_that_is_killed_leaves_nothing_after_del(host: Host, tmp_path: 
 # Runtimes
 
 
+def documented_networks() -> list[str]:
+    """Return the networks in docs/cni.md: podman's and containerd's."""
+    return re.findall(r"```json\n(.*?)```", (ROOT / "docs/cni.md").read_text(), re.DOTALL)
+
+
 @contextmanager
 def installed_plugin() -> Iterator[None]:
     """Install the plugin of the calicoctl under test in /opt/cni/bin, where runtimes look for it, inside `with`."""
@@ -412,7 +418,8 @@ def test_the_plugin_is_installed_and_removed_alone() -> None:
 
 @pytest.fixture
 def containerd(node: AgentHost, tmp_path: Path) -> Iterator[Callable[..., Result]]:
-    """A containerd of its own, with a network `net1`; yields a function that runs `ctr`."""
+    """A containerd of its own, with the network `net1` of the documentation; yields a function that runs `ctr`."""
+    node.ctl("profile", "add", "net1")
     root = busybox_root(tmp_path / "root")
     socket, config = tmp_path / "sock", tmp_path / "config.toml"
     config.write_text(
@@ -426,7 +433,7 @@ address = "{socket}"
     )
     conflist = Path("/etc/cni/net.d/10-net1.conflist")
     conflist.parent.mkdir(parents=True, exist_ok=True)
-    conflist.write_text(json.dumps({"cniVersion": "1.0.0", "name": "net1", "plugins": [{"type": "calico"}]}))
+    conflist.write_text(documented_networks()[1])
 
     def ctr(*arguments: str, check: bool = True) -> Result:
         words = [str(root) if word == "ROOT" else word for word in arguments]

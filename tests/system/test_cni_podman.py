@@ -14,7 +14,7 @@ import pytest
 
 from tests.system.agent import AgentHost
 from tests.system.support import Result, run, wait_for
-from tests.system.test_cni import await_up, busybox_root, installed_plugin, owners
+from tests.system.test_cni import await_up, busybox_root, documented_networks, installed_plugin, owners
 
 SETTINGS = """[containers]
 log_driver = "k8s-file"
@@ -36,13 +36,11 @@ runroot = "{folder}/run"
 
 @pytest.fixture
 def podman(node: AgentHost, tmp_path: Path) -> Iterator[Callable[..., Result]]:
-    """podman, with an image and a network `net1` of both IP versions; yields a function that runs it."""
+    """podman, with an image and the network `net1` of the documentation; yields a function that runs it."""
     (tmp_path / "networks").mkdir()
     for name, text in (("containers.conf", SETTINGS), ("storage.conf", STORAGE)):
         (tmp_path / name).write_text(text.format(folder=tmp_path))
-    plugin = {"type": "calico", "pool": ["ipv4", "ipv6"], "capabilities": {"ips": True}}
-    network = {"cniVersion": "0.4.0", "name": "net1", "plugins": [plugin]}
-    (tmp_path / "networks/net1.conflist").write_text(json.dumps(network))
+    (tmp_path / "networks/net1.conflist").write_text(documented_networks()[0])
     settings = {
         "CONTAINERS_CONF": str(tmp_path / "containers.conf"),
         "CONTAINERS_STORAGE_CONF": str(tmp_path / "storage.conf"),

@@ -1,0 +1,217 @@
+"""The CNI plugin: what it accepts from a runtime, and the form of its answers."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from netaddr import IPAddress
+
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.errors import Conflict, StoreUnavailable
+from calicoctl.plugins import cni
+from calicoctl.workloads import connected
+from calicoctl.workloads.connected import Connected
+from calicoctl.workloads.upkeep import is_managed
+from calicoctl.workloads.wiring import Attachment
+from calicoctl.workloads.workload import CNI, WorkloadState, attached_container, find_state, namespace_identity
+
+CONFIG = {"cniVersion": "1.1.0", "name": "net1", "type": "calico"}
+VARIABLES = {"CNI_CONTAINERID": "c1", "CNI_NETNS": "/run/netns/c1", "CNI_IFNAME": "eth0"}
+
+
+def run(command: str, text: object = None, **variables: str) -> tuple[int, dict]:
+    """Run an operation; return the exit status and the answer."""
+    given = CONFIG if text is None else text
+    stdin = io.BytesIO(given if isinstance(given, bytes) else json.dumps(given).encode())
+    status, answer = cni.run({"CNI_COMMAND": command, **VARIABLES, **variables}, stdin)
+    assert answer is not None
+    json.dumps(answer)
+    return status, answer
+
+
+def request(command: str = "ADD", arguments: str = "", **config: object) -> cni.Request:
+    return cni._request(command, {**VARIABLES, "CNI_ARGS": arguments}, {**CONFIG, **config})
+
+
+def wanted(arguments: str = "", **config: object) -> list[str]:
+    """Return the requests for addresses, as texts."""
+    found = cni._address_requests(request(arguments=arguments, **config))
+    return [str(one.address or one.cidr or f"ipv{one.version}") for one in found]
+
+
+@pytest.mark.parametrize("version", ["0.3.0", "0.4.0", "1.1.0", "9.9.9", None])
+def test_the_versions_are_told_whatever_is_asked(version: str | None) -> None:
+    status, answer = run("VERSION", {"cniVersion": version}, CNI_CONTAINERID="dummy", CNI_NETNS="dummy")
+    assert status == 0 and answer["supportedVersions"] == ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]
+    assert answer["cniVersion"] == (version if version in cni.VERSIONS else "1.1.0")
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "variables", "code", "why"),
+    [
+        ("", None, {}, 4, "CNI_COMMAND"),
+        ("add", None, {}, 4, "CNI_COMMAND"),
+        ("ADD", b"{", {}, 6, "not JSON"),
+        ("ADD", b"[" * 100_000, {}, 6, "not JSON"),
+        ("ADD", b"\xff", {}, 6, "not JSON"),
+        ("ADD", b"[]", {}, 6, "not a JSON object"),
+        ("ADD", b" " * (cni.LARGEST + 1), {}, 6, "bytes"),
+        ("ADD", {"name": "net1"}, {}, 1, "'0.1.0'"),
+        ("ADD", {**CONFIG, "cniVersion": ["1.1.0"]}, {}, 1, "not supported"),
+        ("CHECK", {**CONFIG, "cniVersion": "0.3.1"}, {}, 1, "needs cniVersion 0.4.0"),
+        ("GC", {**CONFIG, "cniVersion": "1.0.0"}, {}, 1, "needs cniVersion 1.1.0"),
+        ("STATUS", {**CONFIG, "cniVersion": "1.0.0"}, {}, 1, "needs cniVersion 1.1.0"),
+        ("ADD", {**CONFIG, "name": "../net"}, {}, 7, "'name'"),
+        ("ADD", None, {"CNI_NETNS": "", "CNI_IFNAME": ""}, 4, "CNI_NETNS, CNI_IFNAME must be set"),
+        ("DEL", None, {"CNI_CONTAINERID": ""}, 4, "CNI_CONTAINERID must be set"),
+        ("ADD", None, {"CNI_CONTAINERID": "../../etc"}, 4, "CNI_CONTAINERID"),
+        ("ADD", None, {"CNI_CONTAINERID": "a" * 191}, 4, "CNI_CONTAINERID"),
+        ("ADD", None, {"CNI_CONTAINERID": "a\n"}, 4, "CNI_CONTAINERID"),
+        ("ADD", None, {"CNI_IFNAME": "eth0/../x"}, 4, "CNI_IFNAME"),
+        ("ADD", None, {"CNI_IFNAME": "cali%d"}, 4, "CNI_IFNAME"),
+        ("ADD", None, {"CNI_NETNS": "run/netns/c1"}, 4, "absolute"),
+        ("ADD", None, {"CNI_NETNS": "/run/netns/\udcff"}, 4, "absolute"),
+        ("ADD", None, {"CNI_NETNS": "/run/netns/none"}, 4, "no network namespace"),
+        ("ADD", None, {"CNI_ARGS": "IP"}, 4, "NAME=VALUE"),
+        ("ADD", None, {"CNI_ARGS": "IP=10.0.0"}, 4, "'10.0.0' is not a valid IP address"),
+        ("ADD", None, {"CNI_ARGS": "MAC=02:00:00:00:00:01"}, 100, "MAC"),
+        ("ADD", {**CONFIG, "prevResult": {}}, {}, 7, "first of the plugins"),
+        ("ADD", {**CONFIG, "ipam": {"type": "host-local"}}, {}, 2, "'ipam' of network net1 has the type 'host-local'"),
+        ("ADD", {**CONFIG, "ipam": [1]}, {}, 2, "'ipam'"),
+        ("ADD", {**CONFIG, "dns": []}, {"CNI_ARGS": ""}, 4, "no network namespace"),
+        ("ADD", {**CONFIG, "dns": [1]}, {}, 7, "'dns'"),
+        ("ADD", {**CONFIG, "profile": ["a", 1]}, {}, 7, "'profile'"),
+        ("ADD", {**CONFIG, "profile": "a/b"}, {}, 7, "'a/b' is not a valid profile name"),
+        ("ADD", {**CONFIG, "profile": [f"p{n}" for n in range(65)]}, {}, 7, "more than 64"),
+        ("ADD", {**CONFIG, "pool": "10.0.0.1"}, {}, 7, "'pool'"),
+        ("ADD", {**CONFIG, "pool": "10.0.0.1/24"}, {}, 7, "host bits"),
+        ("ADD", {**CONFIG, "pool": {}}, {}, 7, "'pool'"),
+        ("ADD", {**CONFIG, "runtimeConfig": 1}, {}, 7, "'runtimeConfig'"),
+        ("ADD", {**CONFIG, "runtimeConfig": {"ips": "10.0.0.1"}}, {}, 7, "'ips'"),
+        ("ADD", {**CONFIG, "runtimeConfig": {"mac": "02:00:00:00:00:01"}}, {}, 100, "MAC"),
+        ("CHECK", None, {}, 7, "'prevResult' of network net1 is missing"),
+        ("CHECK", {**CONFIG, "prevResult": {"interfaces": [{}]}}, {}, 7, "not a result"),
+        ("CHECK", {**CONFIG, "prevResult": {"interfaces": 1}}, {}, 7, "not a result"),
+        ("CHECK", {**CONFIG, "prevResult": {"ips": ["x"]}}, {}, 7, "not a result"),
+        ("CHECK", {**CONFIG, "prevResult": {}}, {}, 7, "no interface eth0"),
+        ("GC", None, {}, 7, "is missing"),
+        ("GC", {**CONFIG, "cni.dev/valid-attachments": [1]}, {}, 7, "objects"),
+        ("GC", {**CONFIG, "cni.dev/valid-attachments": {"a": 1}}, {}, 7, "objects"),
+    ],
+)
+def test_invalid_requests_have_the_codes_of_the_specification(
+    command: str, text: object, variables: dict[str, str], code: int, why: str
+) -> None:
+    status, answer = run(command, text, **variables)
+    assert (status, answer["code"]) == (1, code) and why in answer["msg"], answer
+    assert answer["cniVersion"] in cni.VERSIONS and answer["msg"].isprintable()
+
+
+def test_an_error_is_in_the_version_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {**CONFIG, "cniVersion": "0.3.1", "name": ""}
+    assert run("ADD", config)[1]["cniVersion"] == "0.3.1"
+    for error, code in ((StoreUnavailable("gone"), 11), (Conflict("locked"), 11), (RuntimeError("oops"), 100)):
+
+        def fails(_: cni.Request, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(cni, "_OPERATIONS", {"DEL": fails})
+        assert run("DEL")[1]["code"] == code
+
+
+def test_addresses_are_requested_of_each_pool_and_as_the_user_asks() -> None:
+    assert wanted() == ["ipv4"]
+    assert wanted(pool="ipv6") == ["ipv6"]
+    assert wanted(pool=["10.0.0.0/24", "ipv6", "ipv6"]) == ["10.0.0.0/24", "ipv6"]
+    assert wanted("IgnoreUnknown=1;IP=10.0.0.7;K8S_POD_NAME=web") == ["10.0.0.7"]
+    assert wanted("IP=10.0.0.7", pool=["10.0.0.0/24", "ipv6"]) == ["10.0.0.7", "ipv6"]
+    assert wanted("IP=10.0.0.7", runtimeConfig={"ips": ["10.0.0.7/24", "fd00::1/64"]}) == ["10.0.0.7", "fd00::1"]
+    with pytest.raises(cni.CniError, match=r"10.1.0.7 is not in the pool of network net1, 10.0.0.0/24"):
+        wanted("IP=10.1.0.7", pool="10.0.0.0/24")
+
+
+@pytest.mark.parametrize("version", cni.VERSIONS)
+def test_a_result_has_the_form_of_its_version(version: str) -> None:
+    id = EndpointId("vm", CNI, "c1", "0123456789ab" + "0" * 20)
+    attachment = Attachment(
+        id,
+        IPAddress("10.0.0.7"),
+        "eth0",
+        "02:00:00:00:00:07",
+        others=(IPAddress("fd00::7"),),
+        next_hops={6: "2001:db8::2", 4: "192.0.2.2"},
+    )
+    result = cni.result(request(cniVersion=version), attachment, "ee:ee:ee:ee:ee:ee", {"search": ["example.com"]})
+    versions = [{"version": "4"}, {"version": "6"}] if version in ("0.3.0", "0.3.1", "0.4.0") else [{}, {}]
+    assert result == {
+        "cniVersion": version,
+        "interfaces": [
+            {"name": "cali0123456789a", "mac": "ee:ee:ee:ee:ee:ee"},
+            {"name": "eth0", "mac": "02:00:00:00:00:07", "sandbox": "/run/netns/c1"},
+        ],
+        "ips": [
+            {"address": "10.0.0.7/32", "gateway": "192.0.2.2", "interface": 1, **versions[0]},
+            {"address": "fd00::7/128", "gateway": "2001:db8::2", "interface": 1, **versions[1]},
+        ],
+        "routes": [{"dst": "0.0.0.0/0", "gw": "192.0.2.2"}, {"dst": "::/0", "gw": "2001:db8::2"}],
+        "dns": {"search": ["example.com"]},
+    }
+    nets = ["10.0.0.7/32", "fd00::7/128"]
+    assert cni.attached_as(request("DEL", prevResult=result)) == ("02:00:00:00:00:07", nets)
+
+
+def test_what_other_plugins_have_added_to_a_result_is_not_compared() -> None:
+    interfaces = [{"name": "eth0"}, {"name": "eth1", "sandbox": "/x"}, {"name": "eth0", "sandbox": "/x"}]
+    ips = [{"address": f"10.0.0.{number}/32", "interface": number} for number in range(3)]
+    result = {"interfaces": interfaces, "ips": [*ips, {"address": "10.0.0.9/32"}]}
+    assert cni.attached_as(request("DEL", prevResult=result)) == ("", ["10.0.0.2/32"])
+
+
+def test_valid_attachments() -> None:
+    key = "cni.dev/valid-attachments"
+    listed = [{"containerID": "c1", "ifname": "eth0", "other": 1}]
+    assert cni.valid_attachments(request("GC", **{key: listed})) == {("c1", "eth0")}
+    assert cni.valid_attachments(request("GC", **{key: None})) == set()
+
+
+# How such a container is known on its host
+
+
+def test_a_container_is_known_by_its_namespace_network_and_interface() -> None:
+    here = "/proc/self/ns/net"
+    identity = namespace_identity(here)
+    assert identity is not None and namespace_identity("/none") is None
+    connected.put("vm", CNI, "c1", here, identity, network="net1", interface="eth0")
+    known = connected.get("vm", CNI, "c1")
+    assert known == Connected(here, identity, network="net1", interface="eth0")
+    assert connected.every("vm", CNI) == {"c1": known}
+    state, workload = find_state(CNI, "c1", known)
+    assert state is WorkloadState.RUNNING and workload == attached_container("c1", known)
+    assert (workload.path, workload.network, workload.interface) == (here, "net1", "eth0")
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        None,
+        Connected("/none", "1:2", network="net1", interface="eth0"),
+        Connected("/proc/self/ns/net", "1:2", network="net1", interface="eth0"),
+        Connected("/proc/self/ns/net", None, network="net1", interface="eth0"),
+    ],
+)
+def test_a_container_without_its_own_namespace_is_gone(known: Connected | None) -> None:
+    assert find_state(CNI, "c1", known)[0] is WorkloadState.GONE
+
+
+def test_no_namespace_survives_a_reboot(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = "/proc/self/ns/net"
+    connected.put("vm", CNI, "c1", here, namespace_identity(here), network="net1", interface="eth0")
+    monkeypatch.setattr(connected, "_boot", lambda: "another")
+    assert find_state(CNI, "c1", connected.get("vm", CNI, "c1"))[0] is WorkloadState.GONE
+
+
+@pytest.mark.parametrize(("id", "managed"), [("default-web", True), ("a" * 190, True), ("-x", False), ("a/b", False)])
+def test_ids_that_no_runtime_gives_are_left_alone(id: str, managed: bool) -> None:
+    assert is_managed(CNI, id) is managed
