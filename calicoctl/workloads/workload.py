@@ -369,13 +369,14 @@ def not_connected(name: str) -> NotFound:
 
 
 def refuse_other_path(workload: Workload, *paths: object) -> None:
-    """Raise CalicoError if `workload` has the orchestrator NAMESPACE, and any of `paths` is not its path.
+    """Raise CalicoError if `workload` is a namespace whose path is known, and any of `paths` is not its path.
 
     `paths` are the paths that are stored for the workload's id; None and empty strings in `paths` are ignored. Two
-    namespaces may have the same id, for example those at the paths `/a-b` and `/a/b`.
+    namespaces may have the same id, for example those at the paths `/a-b` and `/a/b`. Nothing is raised for a container
+    that was attached through CNI: its id does not depend on a path.
     """
     for path in paths:
-        if workload.orchestrator == NAMESPACE and path not in (None, "", workload.path):
+        if _is_namespace_at_path(workload) and path not in (None, "", workload.path):
             raise CalicoError(f"{workload.name} has the same id as {path}, which is connected already: rename one.")
 
 
@@ -384,10 +385,14 @@ def refuse_others_endpoint(datastore: DatastoreClient, workload: Workload, endpo
 
     This is so if the attributes of the endpoint's first address contain another path.
     """
-    if workload.orchestrator == NAMESPACE and endpoint.addresses:
+    if _is_namespace_at_path(workload) and endpoint.addresses:
         owner = datastore.ipam.owner(parse_address(endpoint.addresses[0]))
         if owner is not None and owner.handle == workload.handle:
             refuse_other_path(workload, owner.secondary.get("namespace"))
+
+
+def _is_namespace_at_path(workload: Workload) -> bool:
+    return workload.orchestrator == NAMESPACE and workload.path is not None
 
 
 def workload_of(id: EndpointId) -> tuple[str, str]:
