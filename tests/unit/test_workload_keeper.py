@@ -449,6 +449,24 @@ def test_a_namespace_whose_path_comes_back_is_reconciled_when_something_is_mount
     assert bench.take(events.MountsChanged()) == [id], "it was missing meanwhile, though it looks as before"
 
 
+def test_a_container_attached_through_cni_is_reconciled_when_its_namespace_changes(
+    bench: Bench, tmp_path: Path
+) -> None:
+    path = tmp_path / "netns-1"
+    path.symlink_to("/proc/self/ns/net")
+    connected.put("vm", "cni", "c1", str(path), "1:2", network="net1", interface="eth0")
+    put_endpoint(bench, EndpointId("vm", "cni", "c1", "1" * 32))
+    put_endpoint(bench, EndpointId("vm", "cni", "other", "2" * 32))
+    bench.take(workload_keeper.Resynced({}))
+    (said,) = bench.failures()
+    assert "connected 1 of the workloads" in said and "not attached: other." in said
+    assert bench.take(events.MountsChanged()) == []
+    path.unlink()
+    assert bench.take(events.MountsChanged()) == ["c1"]
+    bench.keeper.enqueue(EndpointId("vm", "cni", "c1", "1" * 32))
+    assert bench.take() == ["c1"]
+
+
 def test_a_namespace_that_nobody_has_connected_is_reported_and_costs_little_of_a_workers_time(bench: Bench) -> None:
     bench.outcomes["-a"] = Outcome(state=None, error=NotConnectedHere("-a"))
     put_endpoint(bench, namespace("-a"))
