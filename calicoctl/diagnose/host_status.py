@@ -19,7 +19,7 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.errors import CalicoError
-from calicoctl.felix import heartbeat, local_etcd, process
+from calicoctl.felix import heartbeat, local_etcd, plugin_process, process
 from calicoctl.felix.bgp import passwords
 from calicoctl.felix.health import NO_MTU
 from calicoctl.output import first_few, quantity
@@ -176,6 +176,9 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     hook = status["docker_hook"]
     if hook is not None and not hook["works"]:
         yield Issue(HOST, f"Docker's hook does not work: {hook['text']}", "run 'calicoctl node --docker-hook'")
+    if status["libnetwork"] and plugin_process.running(status["host"]) is None:
+        text = "the process for Docker networks does not run: their containers neither start nor stop"
+        yield Issue(HOST, text, f"see plugins.log in {status['log_dir'] or process.DEFAULT_LOG_DIR}")
     yield from _host_failures(status)
     yield from _sessions(status)
     yield from _unknown_interfaces(status)

@@ -16,7 +16,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE, Snapshot
 from calicoctl.diagnose import host_status
 from calicoctl.errors import CalicoError
-from calicoctl.felix import events, process
+from calicoctl.felix import events, plugin_process, process
 from calicoctl.felix.bgp.bird import Session
 from calicoctl.felix.health import Health, Status
 from calicoctl.felix.report import ReportFile
@@ -30,7 +30,7 @@ def health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Health:
     """A healthy agent, which is this process, on a host of its own."""
     monkeypatch.setattr(process, "DIRECTORY", tmp_path)
     monkeypatch.setenv("HOSTNAME", HOST)
-    options = {"log_dir": None, "metrics_port": None, "local_etcd": False, "bgp": True}
+    options = {"log_dir": None, "metrics_port": None, "local_etcd": False, "bgp": True, "libnetwork": False}
     health = Health(HOST, "1", options, frozenset(["/a", "/b"]), first_update=True)
     for ability in (health.store.reads, health.store.watch):
         ability.succeeded("/a")
@@ -69,6 +69,18 @@ def test_the_shape_is_the_same_whatever_runs(health: Health, capsys: pytest.Capt
     of_another_version = json.loads(told(capsys, "--output=json")[0])
     assert shape(of_another_version) == shape(without)
     assert "another version" in told(capsys)[1]
+
+
+def test_the_process_for_docker_networks_does_not_run(
+    health: Health, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(health)
+    assert "Docker networks" not in told(capsys)[0]
+    health.options["libnetwork"] = True
+    write(health)
+    assert "the process for Docker networks does not run: their containers" in told(capsys)[0]
+    monkeypatch.setattr(plugin_process, "running", {HOST: 5}.get)
+    assert "Docker networks" not in told(capsys)[0]
 
 
 def test_problems_are_listed_worst_first_in_ten_lines(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
