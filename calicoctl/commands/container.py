@@ -35,6 +35,10 @@ Options:
 The container runs on this host. It should have no other default route: run it
 with --net=none. `add`, `remove` and `ip` must be run as root. Profiles are
 evaluated in the order of the list; `set` without profiles clears it.
+A container in a Docker network with the driver calico is connected by Docker:
+`add`, `remove` and `ip` refuse it. `endpoint show` and `profile` work for it;
+`profile` must be run as root to change its profiles, which are kept for its
+next starts in the same network, and it need not run.
 
 Examples:
   sudo calicoctl container add workload 192.168.0.1
@@ -65,9 +69,12 @@ from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, NotFound, about, for_each
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, wants_json
+from calicoctl.workloads import docker_networks, network_profiles
+from calicoctl.workloads.docker_networks import Connection
 from calicoctl.workloads.workload import (
     Workload,
     check_workload_name,
+    endpoint_ids_of,
     endpoints_of,
     find,
     find_connected,
@@ -79,6 +86,11 @@ if TYPE_CHECKING:
     from netaddr import IPAddress
 
     from calicoctl.workloads.wiring import AddressRequest
+
+_OTHER_ADDRESS = (
+    "for another address, disconnect it with 'docker network disconnect NETWORK CONTAINER', and connect it again with "
+    "'docker network connect --ip=IP NETWORK CONTAINER'"
+)
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -109,6 +121,7 @@ def _add(arguments: dict[str, Any], request: AddressRequest, interface: str | No
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
     workload = find(arguments["<CONTAINER>"])
+    _refuse_in_docker_network(datastore, workload, "to connect it otherwise, run it with --net=none")
     made = wiring.connect(datastore, workload, request, interface, arguments["--exist-ok"])
     if as_json:
         print_json(
@@ -182,6 +195,9 @@ def _remove(names: list[str]) -> None:
 
     def remove(name: str) -> None:
         workload = find_connected(name, datastore)
+        _refuse_in_docker_network(
+            datastore, workload, "disconnect it with 'docker network disconnect NETWORK CONTAINER'"
+        )
         wiring.disconnect(datastore, workload)
         print(f"Removed Calico from {workload.name}")
 
@@ -193,6 +209,7 @@ def _ip_add(name: str, request: AddressRequest, interface: str | None) -> None:
 
     datastore = DatastoreClient.from_environment()
     workload = find(name)
+    _refuse_in_docker_network(datastore, workload, _OTHER_ADDRESS)
     address, is_new = wiring.add_address(datastore, workload, request, interface)
     print(f"IP {address} added to {workload.name}" if is_new else f"{workload.name} has IP {address} already.")
 
@@ -202,6 +219,7 @@ def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
 
     datastore = DatastoreClient.from_environment()
     workload = find_connected(name, datastore)
+    _refuse_in_docker_network(datastore, workload, _OTHER_ADDRESS)
     wiring.remove_address(datastore, workload, address, interface)
     print(f"IP {address} removed from {workload.name}")
 
@@ -222,26 +240,63 @@ def _endpoint_show(arguments: dict[str, Any]) -> None:
     workload = find_connected(arguments["<CONTAINER>"], datastore)
     endpoints: list[Endpoint] = []
     failed: list[Unconnected] = []
-    try:
-        endpoints = _endpoints(datastore, workload)
-    except NotFound:
-        failed = unconnected(datastore.host, workload.id)
-        if not failed:
-            raise
+    connections = _docker_networks(datastore, workload)
+    if connections:
+        endpoints = [network_profiles.current(datastore, connection) for connection in connections]
+        endpoints = [endpoint for endpoint in endpoints if endpoint.id.endpoint]
+        if not endpoints:
+            raise NotFound(
+                f"{workload.name} is in the Docker network {connections[0].network_name}, and has no endpoint there, "
+                "since it is not running."
+            )
+    else:
+        try:
+            endpoints = _endpoints(datastore, workload)
+        except NotFound:
+            failed = unconnected(datastore.host, workload.id)
+            if not failed:
+                raise
     show_endpoints(datastore, endpoints, arguments, failed)
 
 
 def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
     name = arguments["<CONTAINER>"]
     datastore = DatastoreClient.from_environment()
-    endpoints = _endpoints(datastore, find_connected(name, datastore))
+    workload = find_connected(name, datastore)
+    connections = _docker_networks(datastore, workload)
+    if connections:
+        endpoints = [network_profiles.current(datastore, connection) for connection in connections]
+    else:
+        endpoints = _endpoints(datastore, workload)
     if len(endpoints) > 1:
         ids = ", ".join(endpoint.id.endpoint for endpoint in endpoints)
         raise CalicoError(f"{name} has several endpoints ({ids}): use 'calicoctl endpoint ENDPOINT_ID profile'.")
     if arguments["show"]:
         show_profiles(endpoints[0], wants_json(arguments))
     else:
-        change_profiles(datastore, endpoints[0], name, arguments, profiles)
+        change_profiles(datastore, endpoints[0], name, arguments, profiles, next(iter(connections), None))
+
+
+def _docker_networks(datastore: DatastoreClient, workload: Workload) -> list[Connection]:
+    """Return the connections of a container to Docker networks with Calico's driver.
+
+    The result is empty if the container was connected by `container add` or by its labels.
+    """
+    connections = docker_networks.of_workload(workload)
+    return [] if connections and endpoint_ids_of(datastore, workload) else connections
+
+
+def _refuse_in_docker_network(datastore: DatastoreClient, workload: Workload, advice: str) -> None:
+    """Raise CalicoError if Docker connects a container, in a network with Calico's driver.
+
+    `advice` says what to do instead; `NETWORK CONTAINER` in it is replaced with the names.
+    """
+    for connection in _docker_networks(datastore, workload):
+        names = f"{connection.network_name} {connection.container_name}"
+        raise CalicoError(
+            f"{workload.name} is connected by Docker, to its network {connection.network_name}: "
+            f"{advice.replace('NETWORK CONTAINER', names)}."
+        )
 
 
 def _endpoints(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:

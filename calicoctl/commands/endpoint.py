@@ -53,6 +53,7 @@ Examples:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -66,9 +67,12 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import check_hostname
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
-from calicoctl.errors import CalicoError, NotFound, UsageError, about, printable
+from calicoctl.errors import CalicoError, NotFound, NotRoot, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import abridges, first_few, print_json, print_table, wants_json, warn
+from calicoctl.workloads import docker_networks, libnetwork, network_profiles
+from calicoctl.workloads.docker_networks import Connection
+from calicoctl.workloads.libnetwork import LIBNETWORK
 from calicoctl.workloads.workload import DOCKER, short_id
 
 Unconnected = tuple[Endpoint, str]
@@ -167,8 +171,17 @@ def _profile(arguments: dict[str, Any], names: list[str]) -> None:
     endpoint = _only(_matching(datastore, arguments, id), id)
     if arguments["show"]:
         show_profiles(endpoint, as_json)
-    else:
-        change_profiles(datastore, endpoint, id, arguments, names)
+        return
+    connection = None
+    if endpoint.id.orchestrator == LIBNETWORK:
+        if endpoint.id.host == datastore.host:
+            connection = docker_networks.connection_of(endpoint)
+        elif libnetwork.is_ours(endpoint.id):
+            warn(
+                f"Warning: {called(endpoint)} keeps these profiles until it stops. Run the command on "
+                f"{endpoint.id.host} to have them kept for its next start, too."
+            )
+    change_profiles(datastore, endpoint, id, arguments, names, connection)
 
 
 def _remove(arguments: dict[str, Any]) -> None:
@@ -386,13 +399,25 @@ def check_known_profile(name: str) -> str:
 
 
 def change_profiles(
-    datastore: DatastoreClient, endpoint: Endpoint, name: str, arguments: dict[str, Any], profiles: list[str]
+    datastore: DatastoreClient,
+    endpoint: Endpoint,
+    name: str,
+    arguments: dict[str, Any],
+    profiles: list[str],
+    connection: Connection | None = None,
 ) -> None:
     """Append `profiles` to an endpoint's list, remove them from it, or replace the list, as `arguments` say.
 
-    Prints what was done. Messages call the endpoint `name`. Raises NotFound, without a change, if a profile to remove
-    is not in the list, or if a profile to append or set does not exist.
+    Prints what was done. Messages call the endpoint `name`. `connection` is the endpoint's connection to a Docker
+    network of this host, if it is one: then the list is that of the container's next endpoints there, too. Raises
+    NotFound, without a change, if a profile to remove is not in the list, or if a profile to append or set does not
+    exist. Raises NotRoot if there is a `connection`, and the process does not run as root.
     """
+    if connection is not None and os.geteuid() != 0:
+        raise NotRoot(
+            f"The profiles of {connection.container_name} in the Docker network {connection.network_name} are kept for "
+            "its next start, in a file of this host: this command must be run as root (with sudo, say)."
+        )
     if arguments["remove"]:
         missing = [profile for profile in profiles if profile not in endpoint.profile_ids]
         if missing:
@@ -411,7 +436,10 @@ def change_profiles(
             endpoint.profile_ids = [profile for profile in old if profile not in profiles]
         return endpoint.profile_ids != old
 
-    changed = datastore.modify_endpoint(endpoint.id, change)
+    if connection is not None:
+        changed = network_profiles.modify(datastore, connection, change)
+    else:
+        changed = datastore.modify_endpoint(endpoint.id, change)
     if arguments["append"] and not changed:
         subject, verb = ("Profiles", "are") if profiles[1:] else ("Profile", "is")
         print(f"{subject} {printable(', '.join(profiles))} {verb} in the list of {name} already.")

@@ -140,7 +140,7 @@ from calicoctl.felix.plugin_process import PluginProcess
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.netlink import OUR_PROTOCOLS
 from calicoctl.output import print_json, print_table, quantity, wants_json, warn
-from calicoctl.workloads import connected, docker_hook, libnetwork, locks
+from calicoctl.workloads import connected, docker_hook, libnetwork, locks, network_profiles
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -537,6 +537,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
     kept_addresses.write(datastore.host, ())
     connected.forget_all(datastore.host)
     libnetwork.forget_networks(datastore.host)
+    network_profiles.forget_all(datastore.host)
     if not registered and not disconnected and not ran:
         raise NotFound(f"Host {datastore.host} is not registered.")
     if registered:

@@ -24,6 +24,7 @@ from calicoctl.felix import process
 from calicoctl.felix.dataplane.host_rules import BGP_PORT
 from calicoctl.policy.rules import ICMP, ICMPV6, PROTOCOLS
 from calicoctl.policy.verdict import Packet, Verdict, decide, is_from_host, is_host_service
+from calicoctl.workloads.libnetwork import CONTAINER
 from calicoctl.workloads.workload import (
     Workload,
     ambiguous,
@@ -258,7 +259,9 @@ class _Store:
             if not may_be_id:
                 raise
             raise NotFound(f"{name} is no endpoint's id. {error}") from None
-        endpoints = endpoints_of(self._datastore, workload)
+        endpoints = endpoints_of(self._datastore, workload) or [
+            endpoint for endpoint in self._endpoints.values() if endpoint.extra.get(CONTAINER) == workload.id
+        ]
         if not endpoints:
             return self._of_another_host(name, workload)
         refuse_others_endpoint(self._datastore, workload, endpoints[0])

@@ -24,10 +24,11 @@ from calicoctl.errors import CalicoError, DockerUnavailable, InvalidValue, NotFo
 from calicoctl.felix.heartbeat import Identity
 from calicoctl.plugins.endpoints import PEER_PREFIX
 from calicoctl.plugins.engine_events import EngineEvents
-from calicoctl.plugins.networks import DRIVER, Networks
+from calicoctl.plugins.networks import Networks
 from calicoctl.plugins.stores import Stores
-from calicoctl.workloads import libnetwork, locks, netns, wiring
-from calicoctl.workloads.docker_networks import LIBNETWORK
+from calicoctl.workloads import libnetwork, locks, netns, network_profiles, wiring
+from calicoctl.workloads.docker_networks import DRIVER
+from calicoctl.workloads.libnetwork import LIBNETWORK
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -100,6 +101,7 @@ class Collection:
                 self._since.clear()
                 return
             found = list(self._stored(datastore))
+        kept = network_profiles.every(self._stores.host)
         networks = {one["Id"]: one for one in engine.networks() if one["Driver"] == DRIVER}
         for network in networks.values():
             self._events.learn(network)
@@ -115,6 +117,15 @@ class Collection:
             Leftover(f"network {network.name or id[:12]}", partial(self._networks.remove, id))
             for id, network in self._networks.all().items()
             if id not in networks
+        ]
+        containers = {container["Id"] for container in engine.containers()} if kept else set()
+        left += [
+            Leftover(
+                f"the file with the profiles of container {container[:12]} in network {network[:12]}",
+                partial(network_profiles.forget, self._stores.host, container, network),
+            )
+            for container, network in kept
+            if container not in containers or network not in networks
         ]
         now = time.monotonic()
         self._since = {leftover.text: self._since.get(leftover.text, now) for leftover in left}

@@ -18,8 +18,8 @@ from calicoctl.clock import now
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, KeyExists, NamespaceError, NotFound
-from calicoctl.workloads import libnetwork, mtu, netns
-from calicoctl.workloads.docker_networks import LIBNETWORK
+from calicoctl.workloads import libnetwork, mtu, netns, network_profiles
+from calicoctl.workloads.libnetwork import LIBNETWORK
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.wiring import ensure_guard
 
@@ -65,9 +65,11 @@ def create(
 ) -> None:
     """Create an endpoint in the store, and make it the owner of `addresses`, which were requested for it.
 
-    It has the profiles from the beginning. Raises CalicoError.
+    It has the profiles from the beginning, unless others may be kept for its container (network_profiles.py). Raises
+    CalicoError.
     """
-    endpoint = Endpoint(libnetwork.endpoint_id(datastore.host, id), mac=mac, profile_ids=list(profiles))
+    endpoint = Endpoint(libnetwork.endpoint_id(datastore.host, id), mac=mac)
+    network_profiles.assign(datastore.host, endpoint, network.id, profiles)
     endpoint.name = endpoint.id.interface
     endpoint.extra[libnetwork.NETWORK] = {"id": network.id, "name": network.name}
     for address in addresses:
@@ -188,10 +190,16 @@ def second_network(network: str) -> CalicoError:
 
 
 def set_container(datastore: DatastoreClient, id: str, container: str, name: str) -> None:
-    """Store the id and the name of the container of an endpoint, if the endpoint exists."""
+    """Store the id and the name of the container of an endpoint, if the endpoint exists.
+
+    If profiles are kept for the container, the endpoint gets them: see network_profiles.settle. Raises CalicoError.
+    """
 
     def change(stored: Endpoint) -> bool:
         before: dict[str, Any] = stored.to_dict()
+        network = stored.extra.get(libnetwork.NETWORK)
+        if isinstance(network, dict) and libnetwork.is_id(network.get("id")):
+            network_profiles.settle(datastore.host, stored, container, network["id"])
         stored.extra[libnetwork.CONTAINER] = container
         stored.workload_name = name or stored.workload_name
         return stored.to_dict() != before

@@ -15,8 +15,9 @@ from typing import Any
 from calicoctl import engine
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.plugins import endpoints, networks
-from calicoctl.plugins.networks import DRIVER, Networks
+from calicoctl.plugins.networks import Networks
 from calicoctl.plugins.stores import Stores
+from calicoctl.workloads.docker_networks import DRIVER
 from calicoctl.workloads.libnetwork import is_id
 
 log = logging.getLogger("calico.plugins")

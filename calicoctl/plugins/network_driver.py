@@ -16,10 +16,11 @@ from calicoctl.addresses import BITS, version_of
 from calicoctl.errors import CalicoError
 from calicoctl.plugins import endpoints, networks, requests
 from calicoctl.plugins.ipam_driver import SPACE
-from calicoctl.plugins.networks import DRIVER, PROFILE, Networks
+from calicoctl.plugins.networks import Networks
 from calicoctl.plugins.server import Route
 from calicoctl.plugins.stores import Stores
 from calicoctl.workloads import libnetwork
+from calicoctl.workloads.docker_networks import DRIVER, OPTION
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -95,8 +96,8 @@ class NetworkDriver:
         if not addresses:
             raise CalicoError("the endpoint has no address")
         network = self._networks.named(requests.id(request, "NetworkID"))
-        profiles = networks.profiles_of(network, options.get(PROFILE))
-        by_option = PROFILE in options or network.profiles is not None
+        profiles = networks.profiles_of(network, options.get(OPTION))
+        by_option = OPTION in options or network.profiles is not None
         mac = given or endpoints.mac_of(id)
 
         def create(datastore: DatastoreClient) -> None:

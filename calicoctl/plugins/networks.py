@@ -16,20 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from calicoctl import state
-from calicoctl.errors import CalicoError, about
-from calicoctl.limits import PROFILES
-from calicoctl.policy.rules import check_name
-from calicoctl.workloads import libnetwork
+from calicoctl.errors import CalicoError
+from calicoctl.workloads import libnetwork, network_profiles
+from calicoctl.workloads.docker_networks import OPTION
 from calicoctl.workloads.libnetwork import NETWORKS
+from calicoctl.workloads.network_profiles import named_after, parse_option
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
-
-DRIVER = "calico"
-"""The name of the network driver, which is the name of its socket."""
-
-PROFILE = "calico.profile"
-"""The option of a network, or of an endpoint, with the names of profiles, separated by commas."""
 
 NAME_PATIENCE = 3.0
 """Seconds for which an endpoint waits until the name of its network is known."""
@@ -42,7 +36,7 @@ _INTERNAL = "com.docker.network.internal"
 class Network:
     """A Docker network. `name` is None as long as it is unknown.
 
-    `internal` says that its containers reach other workloads only. `profiles` are the names in the option PROFILE, None
+    `internal` says that its containers reach other workloads only. `profiles` are the names in the option OPTION, None
     if the network does not have this option. `has_profile` says that the profile with the network's name has been
     created, or existed: it is created only once.
     """
@@ -54,23 +48,12 @@ class Network:
     has_profile: bool = False
 
 
-def parse_profiles(value: object) -> tuple[str, ...]:
-    """Parse the value of the option PROFILE. Raises CalicoError if it is invalid."""
-    with about(PROFILE):
-        if not isinstance(value, str) or not value.strip():
-            raise CalicoError("it must be the name of a profile, or several with commas")
-        names = tuple(dict.fromkeys(check_name(name.strip(), "profile") for name in value.split(",")))
-        if len(names) > PROFILES:
-            raise CalicoError(f"there can be {PROFILES} profiles, and these are {len(names)}")
-        return names
-
-
 def described(id: str, options: Mapping[str, Any], internal: bool) -> Network:
     """Return a network of unknown name from the options that its creator has given. Raises CalicoError."""
     for name in options:
-        if name.startswith("calico.") and name != PROFILE:
-            raise CalicoError(f"there is no option {name}; a Calico network has the option {PROFILE}")
-    profiles = parse_profiles(options[PROFILE]) if PROFILE in options else None
+        if name.startswith("calico.") and name != OPTION:
+            raise CalicoError(f"there is no option {name}; a Calico network has the option {OPTION}")
+    profiles = parse_option(options[OPTION]) if OPTION in options else None
     return Network(id, internal=internal, profiles=profiles)
 
 
@@ -129,10 +112,11 @@ class Networks:
             return network
 
     def remove(self, id: str) -> None:
-        """Remove a network, and its file, if there is one. Raises CalicoError."""
+        """Remove a network, its file, and the profiles that are kept for containers in it. Raises CalicoError."""
         with self._changed:
             state.remove(self._host, NETWORKS, id)
             self._networks.pop(id, None)
+        network_profiles.forget_network(self._host, id)
 
     def named(self, id: str) -> Network:
         """Return the network with this id, as soon as its profiles are known.
@@ -159,21 +143,16 @@ class Networks:
 def profiles_of(network: Network, option: object = None) -> list[str]:
     """Return the names of the profiles of a new endpoint in a network whose profiles are known.
 
-    `option` is the value of the endpoint's own option PROFILE, None if it has none. Without it, they are those of the
+    `option` is the value of the endpoint's own option OPTION, None if it has none. Without it, they are those of the
     network's option; without that, too, the profile with the network's name. Raises CalicoError if the option is
     invalid, or if the network's name cannot be the name of a profile.
     """
     if option is not None:
-        return list(parse_profiles(option))
+        return list(parse_option(option))
     if network.profiles is not None:
         return list(network.profiles)
     assert network.name is not None, "see Networks.named"
-    try:
-        return [check_name(network.name, "profile")]
-    except CalicoError as error:
-        raise CalicoError(
-            f"the network's profile would have its name, but {error}. Create the network with -o {PROFILE}=NAME"
-        ) from None
+    return [named_after(network.name)]
 
 
 def ensure_profile(datastore: DatastoreClient, known: Networks, network: Network) -> None:

@@ -13,7 +13,7 @@ from calicoctl.addresses import parse_address
 from calicoctl.errors import CalicoError, DockerUnavailable, NotFound
 from calicoctl.workloads import connected, docker_networks, netns
 from calicoctl.workloads.connected import Connected
-from calicoctl.workloads.docker_networks import LIBNETWORK
+from calicoctl.workloads.libnetwork import LIBNETWORK
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.upkeep import is_managed
 from calicoctl.workloads.wiring import paths_of
@@ -45,7 +45,7 @@ def remove_endpoint(datastore: DatastoreClient, id: EndpointId) -> list[IPAddres
 
     Raises NotFound if there is no such endpoint. Raises CalicoError, and changes nothing, if the endpoint is on another
     host, or if its workload exists (see _refuse_existing). Raises CalicoError also if a step fails: then the steps
-    before are not undone, and the call can be repeated.
+    before are not undone, and `ipam check` finds the addresses that are left.
     """
     if id.host != datastore.host:
         raise CalicoError(

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 from calicoctl import state
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.workloads.docker_networks import LIBNETWORK
 from calicoctl.workloads.workload import Workload
 
 if TYPE_CHECKING:
     from calicoctl.datastore.blocks import Owner
 
+LIBNETWORK = "libnetwork"
 NETWORK, CONTAINER = "docker_network", "docker_container"
 
 NETWORKS = "networks"

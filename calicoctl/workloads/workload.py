@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 DOCKER, NAMESPACE, CNI = connected.ORCHESTRATORS
 
+STANDARD_NETWORKS = ("bridge", "host", "none")
+"""The Docker networks that every engine has."""
+
 _LONGEST_TIME = 64
 """The maximum length of a time from the engine, in characters. It is stored in a file."""
 
@@ -54,9 +57,10 @@ class Workload:
     known.
 
     For a container of the Docker Engine, `pid` is the id of its first process (None if it does not run), and
-    `network_mode` the value of `docker run --net`, such as `none` or `container:NAME`. If the container has labels that
-    ask for a connection (labels.py), `started_at` is when it was started, as the engine says. If the engine does not
-    answer, `started_at` is empty. In all other cases, it is None.
+    `network_mode` the value of `docker run --net`, such as `none` or `container:NAME`. `docker_networks` are the names
+    of the Docker networks that it is in, but for STANDARD_NETWORKS. If the container has labels that ask for a
+    connection (labels.py), `started_at` is when it was started, as the engine says. If the engine does not answer,
+    `started_at` is empty. In all other cases, it is None.
 
     For a container that was attached through CNI, `network` is the name of the CNI network, and `interface` the name
     that the interface has, or is to have, inside the container.
@@ -69,6 +73,7 @@ class Workload:
     docker_name: str = ""
     pid: int | None = None
     network_mode: str = ""
+    docker_networks: tuple[str, ...] = ()
     started_at: str | None = None
     network: str = ""
     interface: str = ""
@@ -261,8 +266,16 @@ def of_container(container: dict[str, Any], name: str) -> Workload:
         docker_name=container["Name"].lstrip("/"),
         pid=state["Pid"] if state["Running"] and state["Pid"] else None,
         network_mode=mode,
+        docker_networks=_networks_of(container),
         started_at=str(state.get("StartedAt"))[:_LONGEST_TIME] if labels.is_labelled(container) else None,
     )
+
+
+def _networks_of(container: dict[str, Any]) -> tuple[str, ...]:
+    settings = container.get("NetworkSettings")
+    networks = settings.get("Networks") if isinstance(settings, dict) else None
+    names = networks if isinstance(networks, dict) else {}
+    return tuple(name for name in names if name not in STANDARD_NETWORKS)
 
 
 def check_workload_name(name: str) -> None:

@@ -27,7 +27,7 @@ from calicoctl.plugins.ipam_driver import IpamDriver
 from calicoctl.plugins.network_driver import NetworkDriver
 from calicoctl.plugins.networks import Network, Networks
 from calicoctl.plugins.stores import Stores
-from calicoctl.workloads import libnetwork, netns, wiring
+from calicoctl.workloads import libnetwork, netns, network_profiles, wiring
 from tests.unit.memory_store import MemoryStore
 
 NETWORK, OTHER = "a" * 64, "b" * 64
@@ -482,3 +482,26 @@ def test_a_removal_succeeds_without_the_store(
     engine.now += collection.GRACE
     node.collection.look()
     assert node.record(ONE) is None and node.held() == {}
+
+
+def test_kept_profiles_are_forgotten_with_their_container_and_network(
+    node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(monkeypatch)
+    containers = [{"Id": CONTAINER}]
+    monkeypatch.setattr("calicoctl.engine.containers", lambda: list(containers))
+    gone = "d" * 64
+    for container, network in ((CONTAINER, NETWORK), (gone, NETWORK), (CONTAINER, OTHER)):
+        network_profiles.keep("host1", container, network, ["web"])
+    node.network()
+    node.endpoint(ONE)
+    assert node.record(ONE).profile_ids == []
+    engine.endpoints[NETWORK] = {CONTAINER: {"EndpointID": ONE, "Name": "web"}}
+    node.collection.look()
+    assert node.record(ONE).profile_ids == ["web"], "also if the event was lost"
+    assert len(network_profiles.every("host1")) == 3
+    engine.now += collection.GRACE
+    node.collection.look()
+    assert network_profiles.every("host1") == [(CONTAINER, NETWORK)]
+    node.call("/NetworkDriver.DeleteNetwork", NetworkID=NETWORK)
+    assert network_profiles.every("host1") == []
