@@ -12,7 +12,7 @@ RUN = python3-venv nft:nftables iptables:iptables ip:iproute2
 BGP = bird:bird2
 DEMO = $(RUN) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:docker-cli,docker.io busybox:busybox-static
 DEMO_HOSTS = $(RUN) $(BGP) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client
-TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh systemd-analyze:systemd podman:podman ctr:containerd
+TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh systemd-analyze:systemd podman:podman ctr:containerd docker-compose:docker-compose
 BENCH = $(TEST) containernetworking-plugins
 
 # other releases of Debian and Ubuntu, by code name, and what `make` runs there
@@ -27,7 +27,7 @@ API_noble = etcdv2
 # failure at each step of a command, and concurrency, run once through each API; in noble, what always uses v3 does not.
 # podman has no CNI in trixie, and prefers another way in noble.
 LEFT_OUT = memory_usage soak hosts hosts_gone host_identity failure_isolation file_descriptors \
-	commands completion foreign_names limits round_trips old_felix cni_podman
+	commands completion foreign_names limits round_trips old_felix cni_podman compose
 LEFT_OUT_trixie = $(LEFT_OUT) fault_injection concurrency connected container profile ipam
 LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
 	host_attacks policy host_addresses lifeline

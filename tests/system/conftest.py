@@ -31,8 +31,8 @@ from tests.system.support import (
 
 HOME = Path("/run/calico-tests")
 PROGRAMS = (
-    *("etcd", "etcdctl", "dockerd", "docker", "busybox", "ip", "ss", "ping", "nft", "iptables", "conntrack"),
-    *("openssl", "sysctl", "ps", "curl", "setpriv", "nsenter", "flock", "bash", "zsh", "tar", "bird"),
+    *("etcd", "etcdctl", "dockerd", "docker", "docker-compose", "busybox", "ip", "ss", "ping", "nft", "iptables"),
+    *("conntrack", "openssl", "sysctl", "ps", "curl", "setpriv", "nsenter", "flock", "bash", "zsh", "tar", "bird"),
     *("containerd", "ctr", "podman", "make"),
 )
 """What the tests run, beside calicoctl."""

@@ -20,7 +20,7 @@ from tests.system.support import CALICOCTL, Etcd, Host, Result, b64, free_port, 
 pytestmark = pytest.mark.api("etcdv3")
 """A reader has etcd as it is by default, and sets no DATASTORE_TYPE."""
 
-NAMES = ("workload", "other", "web", "db", "guest")
+NAMES = ("workload", "other", "web", "db", "guest", "front", "back")
 """Containers of all pages."""
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,7 +50,7 @@ BEFORE = {
     "batch": "echo profile add web >commands.txt",
     "container": TWO,
     "datastore": f"DATASTORE_TYPE=etcdv2 {NODE}\ncalicoctl node stop --force",
-    "docker": NODE,
+    "docker": f"{NODE} --libnetwork",
     "endpoint": CONNECTED,
     "ipam": CONNECTED,
     "profile": CONNECTED,
@@ -158,6 +158,7 @@ def test_the_command_lines_work(bare_host: Host, engine: None, page: Path, tmp_p
             assert "Traceback" not in done.stderr
     finally:
         run("docker", "rm", "-f", *NAMES, check=False)
+        run("docker", "network", "rm", "shop", check=False)
         shell("calicoctl node remove --remove-endpoints")
         shutil.rmtree("/var/lib/calico", ignore_errors=True)
         bare_host.etcd.v3("kv/deleterange", {"key": b64("/calico/"), "range_end": b64("/calico0")})
