@@ -22,6 +22,7 @@ programs.look_in_system_folders()
 from calicoctl import environment, files  # noqa: E402
 from calicoctl.datastore.hosts import hostname  # noqa: E402
 from calicoctl.errors import CalicoError, one_line  # noqa: E402
+from calicoctl.plugins import hook  # noqa: E402
 from calicoctl.plugins.collection import Collection  # noqa: E402
 from calicoctl.plugins.engine_events import EngineEvents  # noqa: E402
 from calicoctl.plugins.ipam_driver import IpamDriver  # noqa: E402
@@ -71,6 +72,7 @@ def main() -> None:
         [
             Listening(SOCKETS / "calico.sock", driver.routes()),
             Listening(SOCKETS / "calico-ipam.sock", IpamDriver(stores).routes()),
+            Listening(files.RUN / stores.host / hook.SOCKET, hook.routes(stores), hook.SECONDS),
         ]
     )
     for server in serving:

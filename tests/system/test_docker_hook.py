@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import pytest
 
 from tests.system.agent import A4, ALLOW, B4, AgentHost
 from tests.system.conftest import HOME
-from tests.system.support import CALICOCTL, HOST_IP, Etcd, import_busybox, run, start_docker, wait_for
+from tests.system.support import CALICOCTL, HOST_IP, Etcd, end_agents, import_busybox, run, start_docker, wait_for
 
 FOLDER = Path("/var/lib/calico/docker-hook")
 SOCKET = f"unix://{HOME}/hook.sock"
@@ -77,12 +79,34 @@ def engine(running_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.fixture
-def hooked(bare_host: AgentHost, engine: Engine) -> Iterator[AgentHost]:
-    """A host with an agent and the hook, and a profile whose members may talk to each other."""
+def hooked(request: pytest.FixtureRequest, bare_host: AgentHost, engine: Engine) -> Iterator[AgentHost]:
+    """A host with an agent and the hook, and a profile whose members may talk to each other.
+
+    Options of `calicoctl node` are the parameter.
+    """
     host = AgentHost(bare_host.etcd)
-    host.start_agent("--docker-hook", DOCKER_HOST=SOCKET)
+    host.start_agent("--docker-hook", *getattr(request, "param", ()), DOCKER_HOST=SOCKET)
     host.profile("all", inbound=[ALLOW])
     yield host
+    end_server()
+
+
+SERVED = pytest.mark.parametrize("hooked", [(), ("--libnetwork",)], ids=["alone", "served"], indirect=True)
+"""Without and with a process that serves the hook."""
+
+
+def server() -> int:
+    """Return the id of the process that serves the hook."""
+    (file,) = Path("/run/calico").glob("*/plugins.pid")
+    return int(file.read_text())
+
+
+def end_server() -> None:
+    """End the process that serves the hook, if there is one; the agent must not run, or it starts another."""
+    end_agents()
+    if list(Path("/run/calico").glob("*/plugins.pid")):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server(), signal.SIGKILL)
 
 
 def docker_run(name: str, *labels: str, command: tuple[str, ...] = (), options: tuple[str, ...] = (), status=0):
@@ -109,6 +133,7 @@ def record(host: AgentHost, name: str) -> dict | None:
     return next((value for key, value in host.records().items() if f"/docker/{id}/" in key), None)
 
 
+@SERVED
 def test_interface_and_address_are_there_before_the_first_instruction(hooked: AgentHost) -> None:
     host = hooked
     # its only instruction
@@ -152,6 +177,7 @@ def test_containers_without_labels_of_their_own_start_as_ever(hooked: AgentHost,
     run("docker", "image", "rm", image)
 
 
+@SERVED
 def test_what_cannot_be_done_stops_the_start_with_a_sentence(hooked: AgentHost) -> None:
     host = hooked
     docker_run("web", f"ip={A4}", options=("-d",), command=("sleep", "1000"))
@@ -269,11 +295,18 @@ def test_the_configuration_is_refused_where_it_cannot_be_changed(bare_host: Agen
     engine.start()
 
 
+@pytest.fixture
+def without_server() -> Iterator[None]:
+    yield
+    end_server()
+
+
+@pytest.mark.parametrize("options", [(), ("--libnetwork",)], ids=["alone", "served"])
 def test_without_the_store_a_start_fails_soon_and_is_repeated(
-    own_etcd: Etcd, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    own_etcd: Etcd, engine: Engine, without_server: None, options: tuple[str, ...]
 ) -> None:
     host = AgentHost(own_etcd)
-    host.start_agent("--docker-hook", DOCKER_HOST=SOCKET)
+    host.start_agent("--docker-hook", *options, DOCKER_HOST=SOCKET)
     docker_run("web", f"ip={A4}", command=("sleep", "1000"), options=("-d", "--restart=always"))
     docker_run("db", f"ip={B4}", command=("sleep", "1000"), options=("-d",))
     host.kill_agent()
@@ -290,12 +323,29 @@ def test_without_the_store_a_start_fails_soon_and_is_repeated(
 
     own_etcd.start()
     own_etcd.await_ready()
-    host.start_agent(DOCKER_HOST=SOCKET)
+    host.start_agent(*options, DOCKER_HOST=SOCKET)
     wait_for(lambda: "true" in run("docker", "inspect", "-f", "{{.State.Running}}", "web").out, host.log(), 30)
     wait_for(lambda: "(web) is started, which had failed" in host.log(), host.log(), 10)
     wait_for(lambda: (record(host, "web") or {}).get("state") == "active", host.log(), 20)
     assert "false" in run("docker", "inspect", "-f", "{{.State.Running}}", "db").out
     assert not list(Path("/run/calico").glob("*/start-again.*"))
+
+
+@pytest.mark.parametrize("hooked", [("--libnetwork",)], ids=["served"], indirect=True)
+def test_a_server_that_hangs_or_has_died_holds_up_no_start_for_long(hooked: AgentHost) -> None:
+    host = hooked
+    os.kill(server(), signal.SIGSTOP)
+    began = time.monotonic()
+    answer = docker_run("web", f"ip={A4}", status=1, command=("sleep", "1000"))
+    assert "Calico: it was not connected within 5 s" in answer.err and time.monotonic() - began < 10
+    docker_run("plain", command=("sh", "-c", ":"))
+    run("docker", "rm", "web")
+    os.kill(server(), signal.SIGCONT)
+    assert f"{A4}/32" in docker_run("web", f"ip={A4}", command=("ip", "-o", "address")).out
+    run("docker", "rm", "web")
+    host.kill_agent()  # it would start another
+    os.kill(server(), signal.SIGKILL)
+    assert f"{B4}/32" in docker_run("web", f"ip={B4}", command=("ip", "-o", "address")).out
 
 
 def test_containers_with_the_hook_start_after_the_program_is_uninstalled(
