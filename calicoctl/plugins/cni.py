@@ -353,7 +353,8 @@ def _address_requests(request: Request) -> list[AddressRequest]:
             raise CniError(FAILED, f"IP {address} is not in the pool of network {request.network}, {named}")
     versions = {address.version for address in fixed}
     others = [pool for pool in pools if pool.version not in versions]
-    return [AddressRequest(address.version, address=address) for address in fixed] + others
+    any_other = "no address"
+    return [AddressRequest(address.version, address=address, any_other=any_other) for address in fixed] + others
 
 
 def _profiles(request: Request) -> list[str] | None:

@@ -893,9 +893,11 @@ class WorkloadSession:
     def refuse_default_route(self, version: int, but_through: str | None = None) -> None:
         route = self._inspection.default_routes.get(version)
         if route is not None and not (but_through and self.has_default_route(version, but_through)):
+            is_cni = self.workload.orchestrator == CNI
+            advice = "Leave out its other network" if is_cni else "Run the container with --net=none"
             raise CalicoError(
                 f"{self.workload.name} has an IPv{version} default route already ({route}), and Calico's cannot be set "
-                "beside it. Run the container with --net=none."
+                f"beside it. {advice}."
             )
 
     def refuse_interface(self, name: str) -> None:

@@ -144,7 +144,7 @@ def test_the_configuration_names_profiles_and_pools(host: Host) -> None:
     assert [ip["address"] for ip in fixed["ips"]] == ["10.9.0.77/32"]
     assert "shop" in host.ctl("endpoint", "show", "--detailed").out
     code, why = network.refusal("ADD", "c3", CNI_ARGS="IP=10.9.0.77")
-    assert code == 100 and "shop" in why
+    assert code == 100 and "(shop on host host1). Give it another, or no address for any." in why
     assert "not in the pool" in network.refusal("ADD", "c3", CNI_ARGS=f"IP={A4}")[1]
     asked = network.add("c3", {"pool": ["ipv4", "ipv6"], "runtimeConfig": {"ips": [f"{C4}/16"]}})
     assert [ip["address"].partition("/")[0] for ip in asked["ips"]] == [C4, FIRST6]
@@ -200,6 +200,15 @@ def test_a_container_is_in_one_network(host: Host) -> None:
     host.check_consistent()
     assert set(links("c1")) == {"eth0"}
     network.delete()
+    host.check_nothing_left()
+
+
+def test_a_container_with_a_default_route_is_refused(host: Host) -> None:
+    namespaces("c1")
+    run("ip", "-n", "c1", "link", "set", "lo", "up")
+    run("ip", "-n", "c1", "route", "add", "default", "dev", "lo")
+    code, why = Network(host).refusal("ADD")
+    assert code == 100 and "default route already (dev lo)" in why and "Leave out its other network" in why
     host.check_nothing_left()
 
 

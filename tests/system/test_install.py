@@ -5,6 +5,7 @@ There is no systemd on the test hosts: a stand-in for `systemctl` writes down wh
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -179,7 +180,11 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
         assert refused.status != 0 and refused.out == "" and "nothing is changed: run this as root" in refused.err
         assert refused.err.count("\n") == 2, "a sentence, and make's own line"
     assert tree(prefix) == before
-    assert make("uninstall", prefix).status == 0
+    plugin = prefix / "cni/calico"
+    assert make("install-cni", prefix, CNI_BIN=str(plugin.parent)).status == 0
+    asked = run(str(plugin), input="{}", env={"CNI_COMMAND": "VERSION", "PATH": "/usr/bin:/bin"})
+    assert "1.1.0" in json.loads(asked.out)["supportedVersions"]
+    assert make("uninstall", prefix, CNI_BIN=str(plugin.parent)).status == 0
     assert tree(prefix) == set()
     assert not [pid for name in ("felix", "plugins") for pid in Path("/run/calico").glob(f"*/{name}.pid")]
     assert not list(Path("/run/docker/plugins").iterdir())
