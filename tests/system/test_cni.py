@@ -203,6 +203,24 @@ def test_a_container_is_in_one_network(host: Host) -> None:
     host.check_nothing_left()
 
 
+def test_commands_know_the_container_by_its_id_and_its_name(host: Host) -> None:
+    namespaces("c1", "feed00112233")
+    network = Network(host)
+    network.add(CNI_ARGS="K8S_POD_NAME=shop")
+    network.add("feed00112233")
+    host.ctl("profile", "add", "web")
+    for name in ("c1", "shop", "feed0011"):
+        host.ctl("container", name, "profile", "set", "web")
+        assert host.ctl("container", name, "profile", "show").out.count("web") == 1
+    host.ctl("container", "remove", "shop", "feed0011")
+    host.check_nothing_left()
+    network.delete()
+    network.add()
+    host.ctl("node", "remove", "--remove-endpoints")
+    assert not calico_links() and not host.allocations()
+    assert not list(Path("/var/lib/calico").glob("*/workloads/cni/*"))
+
+
 def test_a_container_with_a_default_route_is_refused(host: Host) -> None:
     namespaces("c1")
     run("ip", "-n", "c1", "link", "set", "lo", "up")
