@@ -41,7 +41,8 @@ class EngineEvents:
     def _run(self) -> None:
         while True:
             try:
-                self.follow()
+                if engine.may_be_there():
+                    self.follow()
             except DockerUnavailable as error:
                 log.debug("%s", error)
             except Exception:  # of whatever kind: nothing else would follow the events again

@@ -118,7 +118,8 @@ def servers(table: Sequence[Listening]) -> list[Server]:
 
 def _check_folder(folder: Path) -> None:
     """Create a folder unless it exists. Raise CalicoError if another user than this one may write to it."""
-    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for one in (folder.parent, folder):
+        one.mkdir(mode=0o700, exist_ok=True)  # as the engine itself does
     status = folder.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise CalicoError(f"{folder} must belong to root, and nobody else may write to it")

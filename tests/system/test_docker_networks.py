@@ -267,8 +267,8 @@ def test_what_is_refused_is_told_by_docker(served: AgentHost) -> None:
     create("nowhere", "-o", "calico.profile=nowhere")
     refused("Profile nowhere does not exist", start("web", "nowhere", status=1))
     remove("web")
-    create("a network")
-    refused("-o calico.profile=NAME", start("web", "a network", status=1))
+    create("n" * 40)  # which is too long for a profile
+    refused("-o calico.profile=NAME", start("web", "n" * 40, status=1))
     remove("web")
     await_clean(host)
 
