@@ -214,7 +214,7 @@ def _start(
             if written:
                 print(f"All commands find it through {EnvironmentFile().path}.")
             _register(datastore, ipv4, given, every, as_num)
-            docker_hook.refresh()
+            _refresh_hook()
             if arguments["--docker-hook"]:
                 _set_hook_up(host)
             if options.libnetwork:
@@ -432,8 +432,15 @@ def _start_plugins(host: str, log_dir: str) -> None:
         print(f"Docker networks are served (process {plugin_process.running(host)}).")
 
 
+def _refresh_hook() -> None:
+    try:
+        docker_hook.refresh()
+    except CalicoError as error:  # which must not keep the agent from starting
+        warn(f"Warning: {error}.")
+
+
 def _restart() -> None:
-    docker_hook.refresh()
+    _refresh_hook()
     why = (process.report(hostname()) or {}).get("replaced")
     # a new agent would take over the name as soon as the other agent's heartbeat expires
     if why and process.running(hostname()):

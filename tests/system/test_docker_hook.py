@@ -244,6 +244,14 @@ def test_the_configuration_of_docker_keeps_what_it_has(bare_host: AgentHost, eng
     assert check["ok"] and "set up in /etc/docker/daemon.json" in check["found"]
     assert host.status()["docker_hook"] == {"works": True, "text": "set up in /etc/docker/daemon.json"}
 
+    # damaged settings keep no agent from starting
+    kept = (FOLDER / "settings.json").read_bytes()
+    (FOLDER / "settings.json").write_text("{")
+    assert "settings.json cannot be read" in host.ctl("node", "restart", env=environment).err
+    shown = host.ctl("status", status=None).out
+    assert "Docker's hook does not work" in shown and "settings.json cannot be read" in shown
+    (FOLDER / "settings.json").write_bytes(kept)
+
     # a container names the runtime: it stays
     docker_run("plain", command=("sleep", "1000"), options=("-d",))
     run("docker", "rm", "-f", "web")
