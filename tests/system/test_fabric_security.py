@@ -372,7 +372,8 @@ def test_packets_of_hosts_may_come_another_way_than_the_one_that_leads_back(host
     run(*router, "address", "add", "172.20.0.254/24", "dev", "eth2")
     run(*router, "link", "set", "eth2", "up")
     run(*router, "route", "add", f"{one.ip}/32", "via", "172.20.0.11")
-    assert pings(three.run, one.ip) and pings(partial(three.of, "c"), A)
+    for name, sender, address in (("host13", three.run, one.ip), ("c", partial(three.of, "c"), A)):
+        wait_for(lambda s=sender, a=address: pings(s, a), f"the way by the second cable from {name}", 10)
     run(*router, "link", "delete", "eth2")
 
 
