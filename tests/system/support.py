@@ -55,11 +55,13 @@ def wait_for(condition, what: str, seconds: float = 30):
     give_up = time.monotonic() + seconds
     pause = 0.001
     while True:
+        asked = time.monotonic()
         value = condition()
         if value:
             return value
         assert time.monotonic() < give_up, f"{what}: not within {seconds} s"
-        time.sleep(pause)
+        # a question that takes long, such as a command, would slow down what is awaited if it were always asked
+        time.sleep(max(pause, min(0.1, time.monotonic() - asked)))
         pause = min(0.02, pause * 1.5)
 
 
