@@ -172,9 +172,10 @@ def modify(datastore: DatastoreClient, connection: Connection, change: Callable[
     """
     host, container, network = datastore.host, connection.container, connection.network
     done: Endpoint | None = None
+    changed = False
 
     def apply(stored: Endpoint) -> bool:
-        nonlocal done
+        nonlocal done, changed
         was_pending = PENDING in stored.extra
         settle(host, stored, container, network)
         changed = change(stored)
@@ -182,10 +183,9 @@ def modify(datastore: DatastoreClient, connection: Connection, change: Callable[
         return changed or was_pending
 
     with WorkloadLock(host, LIBNETWORK, container):
-        changed = False
         if connection.endpoint:
             try:
-                changed = datastore.modify_endpoint(libnetwork.endpoint_id(host, connection.endpoint), apply)
+                datastore.modify_endpoint(libnetwork.endpoint_id(host, connection.endpoint), apply)
             except NotFound:  # the container has just stopped
                 done = None
         if done is None:

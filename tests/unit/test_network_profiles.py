@@ -31,13 +31,11 @@ class World:
 
     datastore: DatastoreClient
     networks: dict[str, Any] = field(default_factory=dict)
-    on_inspect: Callable[[], object] = lambda: None
 
     def connect(self, endpoint: str, network: str = NET1, name: str = "net1", **more: Any) -> None:
         self.networks = {name: {"NetworkID": network, "EndpointID": endpoint, **more}}
 
     def container(self) -> dict[str, Any]:
-        self.on_inspect()
         return {"Id": WEB, "Name": "/web", "NetworkSettings": {"Networks": self.networks}}
 
     def connections(self) -> list[Connection]:
@@ -68,14 +66,18 @@ class World:
         return endpoint.profile_ids
 
     def append(self, name: str) -> bool:
-        def change(endpoint: Endpoint) -> bool:
-            if name in endpoint.profile_ids:
-                return False
-            endpoint.profile_ids = [*endpoint.profile_ids, name]
-            return True
-
         (connection,) = self.connections()
-        return network_profiles.modify(self.datastore, connection, change)
+        return network_profiles.modify(self.datastore, connection, appending(name))
+
+
+def appending(name: str) -> Callable[[Endpoint], bool]:
+    def change(endpoint: Endpoint) -> bool:
+        if name in endpoint.profile_ids:
+            return False
+        endpoint.profile_ids = [*endpoint.profile_ids, name]
+        return True
+
+    return change
 
 
 @pytest.fixture
@@ -177,6 +179,7 @@ def test_a_command_for_an_endpoint_whose_container_is_not_known_yet(world: World
     network_profiles.keep("vm", DB, NET1, ["kept"])
     world.connect(FIRST)
     world.create(FIRST, "net1")
+    assert not world.append("net1") and world.profiles(FIRST) == ["net1"]
     assert world.append("web")
     world.report(FIRST)
     assert world.profiles(FIRST) == ["net1", "web"]
@@ -208,17 +211,12 @@ def test_a_container_without_an_endpoint_has_the_profiles_of_its_next_one(
 def test_a_container_that_starts_during_the_command(world: World) -> None:
     """Its endpoint is made, and reported, after the command has asked, and before the file is written."""
     world.connect("")
-    asked = []
-
-    def start() -> None:
-        asked.append(1)
-        if len(asked) == 3:
-            world.connect(FIRST)
-            world.create(FIRST, "net1")
-            world.report(FIRST)
-
-    world.on_inspect = start
-    assert world.append("web") and world.profiles(FIRST) == ["net1", "web"]
+    (connection,) = world.connections()
+    world.connect(FIRST)
+    world.create(FIRST, "net1")
+    world.report(FIRST)
+    assert network_profiles.modify(world.datastore, connection, appending("web"))
+    assert world.profiles(FIRST) == ["net1", "web"]
 
 
 def test_a_container_that_stops_during_the_command(world: World) -> None:
