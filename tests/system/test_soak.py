@@ -1,5 +1,7 @@
 """Containers are started, stopped, killed, removed and created at random, while etcd, Docker and the agent fail, too.
 
+They are connected in all ways: by commands, by labels, by a Docker network, and through CNI.
+
 SOAK_SECONDS and SOAK_CONTAINERS say how long, and with how many; SOAK_SEED repeats a run's choices.
 """
 
@@ -11,24 +13,67 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from tests.system.agent import ALLOW, AgentHost
 from tests.system.conftest import HOME
-from tests.system.support import CALICOCTL, Etcd, Host, calico_links, import_busybox, run, start_docker, wait_for
+from tests.system.support import (
+    CALICOCTL,
+    Etcd,
+    Host,
+    Result,
+    calico_links,
+    end_agents,
+    end_process,
+    import_busybox,
+    run,
+    start_docker,
+    wait_for,
+)
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "20"))
 CONTAINERS = int(os.environ.get("SOAK_CONTAINERS", "6"))
 SEED = int(os.environ.get("SOAK_SEED") or random.randrange(10**6))
+
+PLAYERS = 3
+"""How many threads let things happen to containers, each to its own."""
 
 WITNESS = "witness"
 """A container that is made in the end, for the others to reach."""
 
 SOCKET = f"unix://{HOME}/soak.sock"
 DOCKER = ("docker", "--host", SOCKET)
+NETWORK = "soak"
+CNI_PLUGIN = (sys.executable, "-I", "-m", "calicoctl.plugins.cni")
+CNI_NETWORK = json.dumps({"cniVersion": "1.0.0", "name": "pods", "type": "calico", "profile": "web"})
+
+WAYS = ("command", "label", "network", "cni")
+"""How containers are connected. A container's name begins with its way."""
+
+RUN = {
+    "command": ("--net=none",),
+    "label": ("--net=none", "--label", "calico.ip=ipv4", "--label", "calico.profile=web"),
+    "network": ("--net", NETWORK),
+}
+"""What `docker run` is told for each way of Docker's."""
+
+ENGINE = {"stop": 2, "start": 4, "restart": 4, "kill": 2, "recreate": 3, "remove": 1}
+ACTS = {
+    "command": {**ENGINE, "disconnect": 1, "connect": 3, "ip add": 2, "ip remove": 1},
+    "label": ENGINE,
+    "network": {**ENGINE, "leave": 1, "join": 2},
+    "cni": {"recreate": 3, "remove": 1},
+}
+"""What happens to containers of each way, and how often."""
+
+
+def way_of(name: str) -> str:
+    return next(way for way in WAYS if name.startswith(way))
 
 
 class Soak:
@@ -38,6 +83,16 @@ class Soak:
         self.host, self.home = host, home
         self.engine = start_docker(home, host=SOCKET)
         self.acts: dict[str, int] = {}
+        self.pods: dict[str, str] = {}
+        """Names of containers of CNI -> their ids, which are also the names of their namespaces."""
+
+    def start_agent(self) -> None:
+        self.host.start_agent("--libnetwork", DOCKER_HOST=SOCKET)
+
+    @property
+    def plugins(self) -> Path:
+        """The file with the id of the process that serves Docker networks."""
+        return Path(f"/run/calico/{self.host.name}/plugins.pid")
 
     # what happens to a container
 
@@ -52,33 +107,79 @@ class Soak:
         self.host.sync()
 
     def make(self, name: str, chance: random.Random) -> None:
+        way = way_of(name)
+        if way == "cni":
+            self.make_pod(name, chance)
+            return
         policy = chance.choice(["no", "always"])
-        self.docker("run", "--net=none", f"--restart={policy}", "--stop-signal=KILL", "--name", name, "-tid", "busybox")
+        self.docker("run", *RUN[way], f"--restart={policy}", "--stop-signal=KILL", "--name", name, "-tid", "busybox")
+        if way == "command":
+            self.connect(name, chance)
+
+    def connect(self, name: str, chance: random.Random) -> None:
         self.calicoctl(chance, "container", "add", name, "ipv4")
         self.calicoctl(chance, "container", name, "profile", "set", "web")
 
     def calicoctl(self, chance: random.Random, *words: str) -> None:
         """Run a command, and now and then kill it on the way."""
+        self.call(chance, (CALICOCTL, *words))
+
+    def call(self, chance: random.Random, command: tuple[str, ...], text: str = "", **variables: str) -> bool:
+        """Run a program with `text` as its input, and now and then kill it on the way. Return whether it succeeded."""
         process = subprocess.Popen(
-            [CALICOCTL, *words],
-            env=self.host.environment(DOCKER_HOST=SOCKET),
-            stdout=subprocess.DEVNULL,
+            command,
+            env=self.host.environment(DOCKER_HOST=SOCKET, **variables),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         if chance.random() < 0.25:
             threading.Timer(chance.uniform(0.1, 0.6), process.kill).start()
-        _, err = process.communicate(timeout=120)
+        out, err = process.communicate(text, timeout=120)
         assert "Traceback" not in err, err
-        assert "Internal error" not in err, err
+        assert "Internal error" not in out + err, out + err
+        return process.returncode == 0
+
+    def make_pod(self, name: str, chance: random.Random) -> None:
+        """Make a namespace, and attach it as a runtime does, which undoes an attachment that has failed."""
+        id = f"{name}-{chance.getrandbits(32):08x}"
+        run("ip", "netns", "add", id)
+        self.pods[name] = id
+        if not self.cni(chance, "ADD", id):
+            self.remove_pod(name, chance)
+
+    def remove_pod(self, name: str, chance: random.Random) -> None:
+        """Detach a container, perhaps not to the end, and remove its namespace."""
+        id = self.pods.pop(name, None)
+        if id is not None:
+            if chance.random() < 0.8:
+                self.cni(chance, "DEL", id)
+            run("ip", "netns", "delete", id)
+
+    def cni(self, chance: random.Random, command: str, id: str) -> bool:
+        return self.call(
+            chance,
+            CNI_PLUGIN,
+            CNI_NETWORK,
+            CNI_COMMAND=command,
+            CNI_CONTAINERID=id,
+            CNI_NETNS=f"/var/run/netns/{id}",
+            CNI_IFNAME="eth0",
+            CNI_PATH="/opt/cni/bin",
+        )
 
     def act(self, name: str, chance: random.Random) -> None:
         """Do something to a container."""
-        kind = chance.choices(
-            ["stop", "start", "restart", "kill", "recreate", "remove", "disconnect", "connect", "ip add", "ip remove"],
-            [2, 4, 4, 2, 3, 1, 1, 3, 2, 1],
-        )[0]
+        acts = ACTS[way_of(name)]
+        kind = chance.choices([*acts], [*acts.values()])[0]
         self.acts[kind] = self.acts.get(kind, 0) + 1
+        if way_of(name) == "cni":
+            self.remove_pod(name, chance)
+            if kind == "recreate":
+                self.make_pod(name, chance)
+            time.sleep(chance.uniform(0, 1))
+            return
         if kind in ("stop", "restart"):
             self.docker(kind, "--time=0", name)
         elif kind in ("start", "kill"):
@@ -91,8 +192,9 @@ class Soak:
         elif kind == "disconnect":
             self.calicoctl(chance, "container", "remove", name)
         elif kind == "connect":
-            self.calicoctl(chance, "container", "add", name, "ipv4")
-            self.calicoctl(chance, "container", name, "profile", "set", "web")
+            self.connect(name, chance)
+        elif kind in ("leave", "join"):
+            self.docker("network", "disconnect" if kind == "leave" else "connect", NETWORK, name)
         elif kind == "ip add":
             self.calicoctl(chance, "container", name, "ip", "add", chance.choice(["ipv4", "ipv6"]))
         else:
@@ -101,11 +203,14 @@ class Soak:
     # what happens to the host
 
     def break_something(self, chance: random.Random) -> None:
-        kind = chance.choice(["agent", "agent", "engine", "store"])
+        kind = chance.choice(["agent", "agent", "engine", "store", "plugins"])
         self.acts[kind] = self.acts.get(kind, 0) + 1
         if kind == "agent":
             self.host.kill_agent()
-            self.host.start_agent(DOCKER_HOST=SOCKET)
+            self.start_agent()
+        elif kind == "plugins":
+            with suppress(OSError, ValueError):  # it is just being started
+                os.kill(int(self.plugins.read_text()), signal.SIGKILL)
         elif kind == "engine":
             self.engine.send_signal(chance.choice([signal.SIGTERM, signal.SIGKILL]))
             self.engine.wait()
@@ -121,15 +226,15 @@ class Soak:
 
         def play(number: int) -> None:
             chance = random.Random(f"{SEED} {number}")
-            mine = names[number::3]
+            mine = names[number::PLAYERS]
             for name in mine:
                 self.make(name, chance)
             while time.monotonic() < until:
                 self.act(chance.choice(mine), chance)
 
         chance = random.Random(SEED)
-        with ThreadPoolExecutor(3) as pool:
-            players = [pool.submit(play, number) for number in range(3)]
+        with ThreadPoolExecutor(PLAYERS) as pool:
+            players = [pool.submit(play, number) for number in range(PLAYERS)]
             while time.monotonic() < until:
                 time.sleep(chance.uniform(1, 5))
                 self.break_something(chance)
@@ -139,9 +244,23 @@ class Soak:
     # what must be true in the end
 
     def containers(self) -> dict[str, bool]:
-        """Return which containers there are, and whether they run."""
+        """Return which workloads there may be in the store, by their ids, and whether they run.
+
+        These are the containers of Docker, the endpoints that they have in its network, and those of CNI.
+        """
         lines = run(*DOCKER, "ps", "-a", "--no-trunc", "--format", "{{.ID}} {{.State}}").out.splitlines()
-        return {line.split()[0]: line.split()[1] == "running" for line in lines}
+        found = {line.split()[0]: line.split()[1] == "running" for line in lines}
+        return {**found, **dict.fromkeys(self.joined(), True), **dict.fromkeys(self.pods.values(), True)}
+
+    def joined(self) -> dict[str, str]:
+        """Return the endpoints in Docker's network, each with its container's id."""
+        (network,) = json.loads(run(*DOCKER, "network", "inspect", NETWORK).out)
+        return {endpoint["EndpointID"]: id for id, endpoint in network["Containers"].items()}
+
+    def connected_by_docker(self) -> set[str]:
+        """Return the ids of the workloads that must be in the store, since Docker has said so."""
+        labelled = run(*DOCKER, "ps", "-q", "--no-trunc", "--filter", "label=calico.ip").out.split()
+        return {*labelled, *self.joined()}
 
     def what_is_wrong(self) -> str:
         """Return what is not as it must be, or an empty text."""
@@ -149,6 +268,8 @@ class Soak:
         records = {key.split("/")[7]: record for key, record in host.records().items()}
         if strange := set(records) - set(containers):
             return f"endpoints of containers that are no more: {strange}"
+        if missing := self.connected_by_docker() - set(records):
+            return f"containers without an endpoint: {missing}"
         active = {id: record for id, record in records.items() if containers[id]}
         if any(record["state"] != ("active" if id in active else "inactive") for id, record in records.items()):
             return f"states: {records} {containers}"
@@ -177,26 +298,35 @@ class Soak:
         ups = {key.split("/")[8] for key, value in statuses.items() if json.loads(value)["status"] == "up"}
         if {key.split("/")[8] for key in statuses} != set(records) or ups != set(active):
             return f"statuses: {statuses} {active}"
-        files = [file.name for file in Path(f"/run/calico/{host.name}").glob("*docker.*")]
+        kinds = re.compile(r"(docker|libnetwork|cni)\.[0-9a-z]")
+        files = [file.name for file in Path(f"/run/calico/{host.name}").iterdir() if kinds.search(file.name)]
         if files:
             return f"locks of containers that nothing changes: {files}"
         return ""
 
+    def inside(self, id: str, record: dict, *command: str) -> Result:
+        """Run a command in the network namespace of a workload, whose id and record these are."""
+        if id in self.pods.values():
+            return run("ip", "netns", "exec", id, *command, check=False)
+        return run(*DOCKER, "exec", record.get("docker_container") or id, *command, check=False)
+
     def unanswered(self) -> str:
         """Return which of the containers that run and are connected do not answer the others."""
         containers = self.containers()
+        records = {key.split("/")[7]: record for key, record in self.host.records().items()}
         reachable = {
-            key.split("/")[7]: record["ipv4_nets"][0].partition("/")[0]
-            for key, record in self.host.records().items()
-            if containers.get(key.split("/")[7]) and record["ipv4_nets"] and record["profile_ids"] == ["web"]
+            id: record
+            for id, record in records.items()
+            if containers.get(id) and record["ipv4_nets"] and record["profile_ids"] == ["web"]
         }
         witness = run(*DOCKER, "inspect", "--format", "{{.Id}}", WITNESS).out.strip()
         ids = list(reachable)
         for number, id in enumerate(ids):
             for one, other in ((id, ids[number - 1]), (id, witness), (witness, id)):
-                ping = run(*DOCKER, "exec", one, "ping", "-c", "1", "-W", "2", reachable[other], check=False)
+                address = reachable[other]["ipv4_nets"][0].partition("/")[0]
+                ping = self.inside(one, reachable[one], "ping", "-c", "1", "-W", "2", address)
                 if ping.status != 0:
-                    return f"{one} does not reach {other} at {reachable[other]}: {ping}"
+                    return f"{one} does not reach {other} at {address}: {ping}"
         return ""
 
 
@@ -207,13 +337,16 @@ def test_whatever_happens_containers_keep_their_network(bare_host: Host, own_etc
     soak = Soak(host, home)
     try:
         import_busybox(home / "busybox", SOCKET)
-        host.start_agent(DOCKER_HOST=SOCKET)
+        soak.start_agent()
         host.ctl("config", "felix", "GraceTime", "5")
         host.profile("web", inbound=[ALLOW])
-        soak.run([f"c{number}" for number in range(CONTAINERS)])
+        drivers = ("--driver=calico", "--ipam-driver=calico-ipam", "--opt=calico.profile=web")
+        run(*DOCKER, "network", "create", *drivers, NETWORK)
+        # each thread has some of every way
+        soak.run([f"{way}{number}" for number in range(-(-CONTAINERS // len(WAYS))) for way in WAYS][:CONTAINERS])
         print(soak.acts)
         try:
-            wait_for(lambda: not soak.what_is_wrong(), "the end of all repairs", 90)
+            wait_for(lambda: not soak.what_is_wrong(), "the end of all repairs", 120)
         except AssertionError:
             raise AssertionError(f"seed {SEED}: {soak.what_is_wrong()}\n{host.log()[-6000:]}") from None
         soak.make_witness()
@@ -222,5 +355,11 @@ def test_whatever_happens_containers_keep_their_network(bare_host: Host, own_etc
         names = run(*DOCKER, "ps", "-aq", check=False).out.split()
         if names:
             run(*DOCKER, "rm", "-f", *names, check=False)
+        run(*DOCKER, "network", "rm", NETWORK, check=False)
+        for id in soak.pods.values():
+            run("ip", "netns", "delete", id)
+        end_agents()  # which would start the process for Docker networks again
+        if soak.plugins.exists():
+            end_process(soak.plugins)
         soak.engine.terminate()
         soak.engine.wait()
