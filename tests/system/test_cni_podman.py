@@ -51,8 +51,8 @@ def podman(node: AgentHost, tmp_path: Path) -> Iterator[Callable[..., Result]]:
 
     tar = tmp_path / "image.tar"
     subprocess.run(["tar", "-C", str(busybox_root(tmp_path / "root")), "-cf", str(tar), "."], check=True)
-    podman("import", str(tar), "busybox")
-    with installed_plugin():
+    with installed_plugin():  # podman does nothing at all without the plugins' folder
+        podman("import", str(tar), "busybox")
         yield podman
         podman("rm", "--all", "--force", "--time=0", check=False)
 
