@@ -17,6 +17,9 @@ import pytest
 from tests.system.support import Result, run
 
 ROOT = Path(__file__).parent.parent.parent
+MAKE_PACKAGES = ("make", "packages", "TEST_HERE=")
+"""What the tests need on every release."""
+
 ENGINE = ("docker", "dockerd", "containerd", "runc", "docker-proxy", "docker-init")
 
 CONTAINERD_IO = {
@@ -189,12 +192,12 @@ def test_an_existing_engine_is_used_and_one_is_installed_only_where_none_exists(
     theirs = {"docker-ce", "docker-ce-cli", "containerd.io"}
     machine.install(CONTAINERD_IO, DOCKER_CE_CLI, DOCKER_CE)
     assert machine.packages() == theirs
-    done = machine.run("make", "packages")
+    done = machine.run(*MAKE_PACKAGES)
     assert done.status == 0 and done.out == "" and done.err == "", done
     assert machine.packages() == theirs
 
     machine = Machine(tmp_path / "without", release)
-    done = machine.run("make", "packages")
+    done = machine.run(*MAKE_PACKAGES)
     assert done.status == 0, done
     assert machine.packages() == {package["Package"] for package in release}
     assert machine.run("which", "docker", "dockerd").out == "/usr/bin/docker\n/usr/bin/dockerd\n"
@@ -205,7 +208,7 @@ def test_an_existing_engine_is_used_and_one_is_installed_only_where_none_exists(
 def test_nothing_is_installed_where_that_would_remove_a_package(tmp_path: Path, release, theirs) -> None:
     machine = Machine(tmp_path, release)
     machine.install(theirs)
-    done = machine.run("make", "packages")
+    done = machine.run(*MAKE_PACKAGES)
     assert done.status != 0
     name = theirs["Package"]
     assert f"apt-get would remove {name} to install" in done.err and f"or remove {name} yourself" in done.err, done
