@@ -219,6 +219,8 @@ def test_an_agent_of_systemds_is_restarted_and_ended_by_systemd(
         done = make("install", Path("/opt/calicoctl"), DESTDIR=str(package))
         assert done.status == 0, done
         assert not asked.exists() and host.pid == old and not Path("/opt/calicoctl").exists()
+        done = make("install-cni", Path("/opt/calicoctl"), DESTDIR=str(package))
+        assert done.status == 0 and (package / "opt/cni/bin/calico").stat().st_mode & 0o777 == 0o755, done
         assert run("grep", "-rlF", str(package), str(package), check=False).out == ""
         shutil.copytree(package / "opt/calicoctl", "/opt/calicoctl", symlinks=True)
         host.ctl("pool", "show", command=["/opt/calicoctl/bin/calicoctl"])
