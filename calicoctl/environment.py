@@ -45,8 +45,11 @@ _OWN_LINES = re.compile(rf"^{_BEGIN}(?P<made>.*)\n(?P<lines>(?:.*\n)*?){_END}[ \
 _MADE_FILE, _MADE_FOLDER = "and this file", "and this file and its folder"
 
 
-def complete(environment: MutableMapping[str, str] = os.environ) -> None:
+def complete(environment: MutableMapping[str, str] = os.environ, file_first: bool = False) -> None:
     """Add variables of the settings file to `environment`, under the conditions at STORE, DOCKER_TLS and SINGLE.
+
+    With `file_first`, the variables in STORE are first removed from `environment` if the file sets any of them, and
+    HOSTNAME if the file sets it. So the result for these is the same from whichever environment a program is started.
 
     A variable with an empty value counts as not set. Raises CalicoError if the file is unreadable or invalid, or if it
     sets CALICO_ENV_FILE.
@@ -55,6 +58,11 @@ def complete(environment: MutableMapping[str, str] = os.environ) -> None:
     written = file.variables()
     if PATH_VARIABLE in written:
         raise CalicoError(f"{file.path} sets {PATH_VARIABLE}, which names this very file: remove that line")
+    if file_first:
+        for names in (STORE, ("HOSTNAME",)):
+            if any(written.get(name) for name in names):
+                for name in names:
+                    environment.pop(name, None)
     store_is_set = any(environment.get(name) for name in STORE)
     engine_is_set = bool(environment.get("DOCKER_HOST"))
     for name, value in written.items():

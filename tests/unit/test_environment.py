@@ -103,6 +103,28 @@ def test_the_file_completes_the_environment(
     assert environment == {"CALICO_ENV_FILE": str(path), **expected}
 
 
+@pytest.mark.parametrize(
+    ("text", "before", "expected"),
+    [
+        (
+            "ETCD_AUTHORITY=a:1\nHOSTNAME=a",
+            {"ETCD_ENDPOINTS": "http://b:1", "ETCD_USERNAME": "b", "HOSTNAME": "b", "PATH": "/b"},
+            {"ETCD_AUTHORITY": "a:1", "HOSTNAME": "a", "PATH": "/b"},
+        ),
+        ("HOSTNAME=a\nETCD_AUTHORITY=", {"ETCD_AUTHORITY": "b:1"}, {"HOSTNAME": "a", "ETCD_AUTHORITY": "b:1"}),
+        ("ETCD_AUTHORITY=a:1\nCALICO_DEBUG=0", {"HOSTNAME": "b", "CALICO_DEBUG": "1"}, None),
+    ],
+)
+def test_the_file_comes_first_for_store_and_host_name(
+    path: Path, text: str, before: dict[str, str], expected: dict[str, str] | None
+) -> None:
+    path.write_text(text)
+    environment = {"CALICO_ENV_FILE": str(path), **before}
+    complete(environment, file_first=True)
+    wanted = {**before, "ETCD_AUTHORITY": "a:1"} if expected is None else expected
+    assert environment == {"CALICO_ENV_FILE": str(path), **wanted}
+
+
 def test_a_file_that_is_not_there_says_nothing(path: Path) -> None:
     complete()
     assert EnvironmentFile({}).path == Path("/etc/calico/node.env")
