@@ -14,8 +14,8 @@ DEMO = $(RUN) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:dock
 DEMO_HOSTS = $(RUN) $(BGP) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client
 TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh systemd-analyze:systemd ctr:containerd
 # what tests use that do not run on the other releases
-TEST_HERE = podman:podman docker-compose:docker-compose
-BENCH = $(TEST) $(TEST_HERE) containernetworking-plugins
+TEST_HERE = podman:podman docker-compose:docker-compose containernetworking-plugins
+BENCH = $(TEST) $(TEST_HERE)
 
 # other releases of Debian and Ubuntu, by code name, and what `make` runs there
 RELEASES ?= trixie noble

@@ -11,6 +11,7 @@ workloads/wiring.py, as for commands.
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Callable, NoReturn
 
 from calicoctl import environment, programs, slim
 from calicoctl.addresses import host_net
-from calicoctl.errors import CalicoError, Conflict, Frozen, NotFound, StoreUnavailable, printable
+from calicoctl.errors import CalicoError, Conflict, Failures, Frozen, NotFound, StoreUnavailable, printable
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -45,8 +46,17 @@ VARIABLES = {
 }
 """Operation -> the variables that must be set for it, beside CNI_COMMAND."""
 
-LARGEST = 2**20
-"""The maximum size of a network's configuration, in bytes. It contains the result of an ADD at most."""
+LARGEST = 2**24
+"""The maximum size of a network's configuration, in bytes. For GC, it lists all containers of the runtime."""
+
+FIELDS = {
+    *("cniVersion", "cniVersions", "name", "type", "args", "capabilities", "runtimeConfig", "prevResult"),
+    *("disableCheck", "disableGC", "dns", "ipam", "ipMasq", "profile", "pool"),
+}
+"""The fields that a network's configuration may have. Those that begin with `cni.dev/` are allowed, too."""
+
+DEFAULT_ROUTES = {4: "0.0.0.0/0", 6: "::/0"}
+"""IP version -> the destination of default routes."""
 
 # Source: SPEC.md, "Error"; codes from 100 on are the plugin's own
 INCOMPATIBLE, UNSUPPORTED_FIELD, INVALID_VARIABLE, IO_FAILURE, UNDECODABLE, INVALID_CONFIG = 1, 2, 4, 5, 6, 7
@@ -89,11 +99,11 @@ def entry() -> NoReturn:
     slim.install()
     programs.look_in_system_folders()
     gc.set_threshold(50_000)  # imports create many objects, and no garbage
-    status, answer = run(os.environ, sys.stdin.buffer)
+    # Python has no such stream if the runtime has closed it
+    status, answer = run(os.environ, io.BytesIO() if sys.stdin is None else sys.stdin.buffer)
     try:
         if answer is not None:
-            print(json.dumps(answer))
-        sys.stdout.flush()
+            print(json.dumps(answer), flush=True)
     except OSError as error:
         print(f"cannot write the answer: {error.strerror}", file=sys.stderr)
         status = 1
@@ -105,13 +115,14 @@ def run(variables: Mapping[str, str], stdin: IO[bytes]) -> tuple[int, dict[str, 
     version = VERSIONS[-1]
     try:
         command = _command(variables)
-        config = _config(stdin)
+        config = _config(stdin, command)
         if config.get("cniVersion") in VERSIONS:
             version = config["cniVersion"]
         if command == "VERSION":
             return 0, {"cniVersion": version, "supportedVersions": list(VERSIONS)}
         request = _request(command, variables, config)
-        environment.complete()
+        # DEL may have another environment than ADD, such as that of podman's process that awaits a container's end
+        environment.complete(file_first=True)
         return 0, _OPERATIONS[command](request)
     except CalicoError as error:
         return 1, _failure(version, error)
@@ -130,10 +141,19 @@ def _failure(version: str, error: CalicoError) -> dict[str, Any]:
     code, details = FAILED, ""
     if isinstance(error, CniError):
         code, details = error.code, error.details
-    elif isinstance(error, (StoreUnavailable, Conflict, Frozen)):
+    elif _is_temporary(error):
         code = TRY_AGAIN
     answer = {"cniVersion": version, "code": code, "msg": printable(" ".join(str(error).split()))}
     return {**answer, "details": printable(details)} if details else answer
+
+
+def _is_temporary(error: BaseException | None) -> bool:
+    """Return whether a later attempt may succeed: because of the error itself, or of one that has caused it."""
+    if isinstance(error, Failures):
+        return any(map(_is_temporary, error.errors))
+    if isinstance(error, (StoreUnavailable, Conflict, Frozen)):
+        return True
+    return error is not None and _is_temporary(error.__cause__)
 
 
 # The request
@@ -149,13 +169,15 @@ def _command(variables: Mapping[str, str]) -> str:
     return command
 
 
-def _config(stdin: IO[bytes]) -> dict[str, Any]:
+def _config(stdin: IO[bytes], command: str) -> dict[str, Any]:
     try:
         text = stdin.read(LARGEST + 1)
     except OSError as error:
         raise CniError(IO_FAILURE, f"the configuration cannot be read: {error.strerror}") from None
     if len(text) > LARGEST:
         raise CniError(UNDECODABLE, f"the configuration has more than {LARGEST} bytes")
+    if command == "VERSION" and not text.strip():
+        return {}  # some runtimes ask before they have a network
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -211,7 +233,8 @@ def _check_container(request: Request) -> None:
     from calicoctl.workloads.wiring import is_interface_name
     from calicoctl.workloads.workload import is_attachable
 
-    if "CNI_CONTAINERID" in VARIABLES[request.command] and not is_attachable(request.id):
+    is_id = is_attachable(request.id) or (request.command == "DEL" and re.fullmatch(_NAME, request.id, re.ASCII))
+    if "CNI_CONTAINERID" in VARIABLES[request.command] and not is_id:
         raise CniError(
             INVALID_VARIABLE,
             f"CNI_CONTAINERID is '{request.id}': it must have 1 to 190 letters, digits, '_', '.' and '-'",
@@ -256,11 +279,12 @@ def _add(request: Request) -> dict[str, Any]:
     profiles = _profiles(request)
     dns = _dns(request)
     _refuse_others(request)
-    if namespace_at(request.path) is None:
+    namespace = namespace_at(request.path)
+    if namespace is None:
         raise CniError(INVALID_VARIABLE, f"CNI_NETNS is '{request.path}': there is no network namespace")
+    if namespace == namespace_at("/proc/self/ns/net"):
+        raise CniError(INVALID_VARIABLE, f"CNI_NETNS is '{request.path}': this is the host's own network namespace")
     datastore = _datastore()
-    if profiles is None:
-        profiles = [_default_profile(datastore, request.network)]
     name = request.arguments.get("K8S_POD_NAME", "")
     name = name if len(name) <= 253 and re.fullmatch(_NAME, name, re.ASCII) else ""
     attachment = wiring.connect_container(datastore, _workload(request, name), requests, profiles)
@@ -272,13 +296,12 @@ def result(request: Request, attachment: Attachment, host_mac: str, dns: Mapping
 
     `host_mac` is the MAC of the host end of the veth pair.
     """
-    ips = []
+    ips, hops = [], sorted(attachment.next_hops.items())
     for address in (attachment.address, *attachment.others):
         ip = {"address": host_net(address), "gateway": attachment.next_hops[address.version], "interface": 1}
         if VERSIONS.index(request.version) < VERSIONS.index("1.0.0"):
             ip["version"] = str(address.version)
         ips.append(ip)
-    destinations = {4: "0.0.0.0/0", 6: "::/0"}
     return {
         "cniVersion": request.version,
         "interfaces": [
@@ -286,7 +309,7 @@ def result(request: Request, attachment: Attachment, host_mac: str, dns: Mapping
             {"name": attachment.interface, "mac": attachment.mac, "sandbox": request.path},
         ],
         "ips": ips,
-        "routes": [{"dst": destinations[version], "gw": hop} for version, hop in sorted(attachment.next_hops.items())],
+        "routes": [{"dst": DEFAULT_ROUTES[version], "gw": hop} for version, hop in hops],
         "dns": dict(dns),
     }
 
@@ -295,16 +318,24 @@ def _refuse_others(request: Request) -> None:
     """Raise CniError for what the runtime asks of the plugin, and the plugin cannot do."""
     if request.config.get("prevResult") is not None:
         raise CniError(INVALID_CONFIG, f"'calico' must be the first of the plugins of network {request.network}")
-    kind = request.config.get("ipam")
-    if isinstance(kind, dict):
-        kind = kind.get("type")
-    if kind not in (None, "", "calico", "calico-ipam"):
-        raise CniError(
-            UNSUPPORTED_FIELD,
-            f"'ipam' of network {request.network} has the type {kind!r}: Calico assigns addresses itself, so remove it",
-        )
+    for key, value in request.config.items():
+        if (key not in FIELDS and not key.startswith("cni.dev/")) or (key == "ipMasq" and value):
+            raise _unsupported(request, key, value, "the fields of this plugin are 'profile', 'pool' and 'dns'")
+    ipam = request.config.get("ipam") or {}
+    why = "Calico assigns addresses itself, from the pools in 'pool', so remove it"
+    if not isinstance(ipam, dict):
+        raise _unsupported(request, "ipam", ipam, why)
+    for key, value in ipam.items():
+        if key != "type" or value not in (None, "", "calico", "calico-ipam"):
+            raise _unsupported(request, f"ipam.{key}", value, why)
     if request.arguments.get("MAC") or _runtime_config(request).get("mac"):
         raise CniError(FAILED, "the MAC cannot be chosen: the kernel chooses it")
+
+
+def _unsupported(request: Request, key: str, value: object, why: str) -> CniError:
+    text = json.dumps(value)
+    text = text if len(text) <= 200 else f"{text[:199]}…"
+    return CniError(UNSUPPORTED_FIELD, f"network {request.network} has '{key}', with the value {text}: {why}")
 
 
 def _runtime_config(request: Request) -> Mapping[str, Any]:
@@ -358,7 +389,10 @@ def _address_requests(request: Request) -> list[AddressRequest]:
 
 
 def _profiles(request: Request) -> list[str] | None:
-    """Return the names of the profiles in the configuration; None if it names none. Raises CniError."""
+    """Return the names of the profiles in the configuration. Raises CniError.
+
+    Returns None if it names none: then the network has a profile of its own, with its name.
+    """
     from calicoctl import limits
     from calicoctl.policy.rules import check_name
 
@@ -368,18 +402,10 @@ def _profiles(request: Request) -> list[str] | None:
     for name in names or ():
         with _coded(INVALID_CONFIG):
             check_name(name, "profile")
+    if names is None:
+        with _coded(INVALID_CONFIG, "the network's configuration should name a 'profile': "):
+            check_name(request.network, "profile")
     return names
-
-
-def _default_profile(datastore: DatastoreClient, network: str) -> str:
-    """Return the name of a network's profile, which is the network's; create the profile if it does not exist."""
-    from calicoctl.policy.rules import check_name
-
-    with _coded(INVALID_CONFIG, "the network's configuration should name a 'profile': "):
-        check_name(network, "profile")
-    if not datastore.profile_exists(network):
-        datastore.create_profile(network)
-    return network
 
 
 def _dns(request: Request) -> Mapping[str, Any]:
@@ -393,31 +419,33 @@ def _dns(request: Request) -> Mapping[str, Any]:
 
 
 def _del(request: Request) -> None:
-    """Detach a container. Succeeds if it is not attached, or if its namespace no longer exists."""
-    from calicoctl.workloads import connected, wiring
-    from calicoctl.workloads.workload import CNI
+    """Detach a container. Succeeds if it is not attached so, or if its namespace no longer exists.
 
-    datastore = _datastore()
-    known = connected.get(datastore.host, CNI, request.id)
-    if known is not None and known.interface not in ("", request.interface):
-        return  # the attachment to another network: the one to this network was refused
+    An attachment to another network, or with another interface, stays: the one that the runtime means was refused.
+    """
+    from calicoctl.workloads import wiring
+    from calicoctl.workloads.workload import is_attachable
+
+    if not is_attachable(request.id):
+        return  # its id is too long: ADD has refused it
     with suppress(NotFound):
-        wiring.disconnect(datastore, _workload(request))
+        wiring.disconnect(_datastore(), _workload(request))
 
 
 def _check(request: Request) -> None:
     """Raise CalicoError unless the container is attached as `prevResult` says."""
     from calicoctl.workloads import wiring
 
-    mac, nets = attached_as(request)
-    wiring.verify(_datastore(), _workload(request), nets, mac)
+    mac, nets, default_routes = attached_as(request)
+    wiring.verify(_datastore(), _workload(request), nets, mac, default_routes)
 
 
-def attached_as(request: Request) -> tuple[str, list[str]]:
+def attached_as(request: Request) -> tuple[str, list[str], list[int]]:
     """Return the MAC and the addresses that the container's interface has according to `prevResult`.
 
-    The MAC is empty if `prevResult` has none. The addresses are such as `address/32`. What other plugins have added for
-    other interfaces is left out. Raises CniError if `prevResult` is missing or invalid.
+    The third item are the IP versions of the default routes to gateways of this interface. The MAC is empty if
+    `prevResult` has none. The addresses are such as `address/32`. What other plugins have added for other interfaces is
+    left out. Raises CniError if `prevResult` is missing or invalid.
     """
     before = request.config.get("prevResult")
     if not isinstance(before, dict):
@@ -428,14 +456,17 @@ def attached_as(request: Request) -> tuple[str, list[str]]:
             for number, interface in enumerate(before.get("interfaces") or ())
             if interface["name"] == request.interface and interface.get("sandbox")
         }
-        nets = [str(ip["address"]) for ip in before.get("ips") or () if ip.get("interface") in own]
+        ips = [ip for ip in before.get("ips") or () if ip.get("interface") in own]
+        nets = [str(ip["address"]) for ip in ips]
+        gateways = {str(ip["gateway"]) for ip in ips if ip.get("gateway")}
+        routes = {str(route["dst"]) for route in before.get("routes") or () if route.get("gw") in gateways}
     except (TypeError, KeyError, AttributeError):
         raise CniError(INVALID_CONFIG, f"'prevResult' of network {request.network} is not a result of ADD") from None
     if len(own) != 1:
         raise CniError(
             INVALID_CONFIG, f"'prevResult' of network {request.network} has no interface {request.interface}"
         )
-    return next(iter(own.values())), nets
+    return next(iter(own.values())), nets, [version for version, dst in DEFAULT_ROUTES.items() if dst in routes]
 
 
 def _gc(request: Request) -> None:
@@ -475,12 +506,16 @@ def _status(request: Request) -> None:
     """Raise CniError unless containers can be attached on this host."""
     from calicoctl.felix import process
 
-    versions = {one.version for one in _address_requests(request)}
-    _profiles(request)
+    requests = _address_requests(request)
+    profiles = _profiles(request)
+    _refuse_others(request)
     with _coded(UNAVAILABLE):
         datastore = _datastore()
-        for version in sorted(versions):
-            datastore.hosts.next_hop(version)
+        for one in requests:
+            datastore.hosts.next_hop(one.version)
+            one.pools(datastore)
+        for profile in profiles or ():
+            datastore.require_profile(profile)
         if process.running(datastore.host) is None:
             raise CalicoError("the agent of this host is not running. Start it with 'calicoctl node'")
 

@@ -208,6 +208,15 @@ class Namespace:
         with _explained(f"{self.name}: reading the addresses of {interface}"):
             return self.run(work)
 
+    def has_default_route(self, interface: str, version: int) -> bool:
+        """Return whether this namespace has a default route of an IP version through one of its interfaces."""
+
+        def work(_: IPRoute) -> bool:
+            return any(routes(FAMILIES[version], lengths=(0,), index=_index(interface), most=MOST))
+
+        with _explained(f"{self.name}: reading the routes through {interface}"):
+            return self.run(work)
+
     def own_end(self, host_end: Interface) -> Interface | None:
         """Return the other end of the veth `host_end`, an interface of the host.
 

@@ -296,9 +296,12 @@ def _connect_as_asked(
 
 
 def connect_container(
-    datastore: DatastoreClient, workload: Workload, requests: Sequence[AddressRequest], profiles: Sequence[str]
+    datastore: DatastoreClient, workload: Workload, requests: Sequence[AddressRequest], profiles: Sequence[str] | None
 ) -> Attachment:
     """Connect a container for its CNI runtime, with an address for each of `requests`, and with these profiles.
+
+    If `profiles` is None, the container gets the profile that has the network's name. If this does not exist, it is
+    created just before the endpoint, and a rollback keeps it: another container may have it then.
 
     If the container was connected before, but not in its namespace of now, it is disconnected first. Raises CalicoError
     if it is connected in this namespace already, NotFound if a profile does not exist, and any other CalicoError after
@@ -311,19 +314,29 @@ def connect_container(
                 f"container {workload.name} has {', '.join(session.endpoint.addresses) or 'no address'} on {attached} "
                 "already: it can be in one Calico network, and profiles say with whom it may talk"
             )
-        for profile in profiles:
+        for profile in profiles or ():
             datastore.require_profile(profile)
         if session.endpoint is not None:
             session.disconnect()
-        return _connect_new(session, requests, workload.interface, profiles)
+        is_new = profiles is None and not datastore.profile_exists(workload.network)
+        return _connect_new(
+            session,
+            requests,
+            workload.interface,
+            [workload.network] if profiles is None else profiles,
+            new_profile=workload.network if is_new else "",
+        )
 
 
-def verify(datastore: DatastoreClient, workload: Workload, nets: Collection[str], mac: str) -> None:
+def verify(
+    datastore: DatastoreClient, workload: Workload, nets: Collection[str], mac: str, default_routes: Collection[int]
+) -> None:
     """Raise CalicoError unless a container that was attached through CNI is attached as it was.
 
-    `nets` are all addresses that it should have, as `address/32` or `address/128`, and `mac` is the MAC of its
-    interface; an empty `mac` stands for any. Compared are the store, and the container's namespace: there, the
-    interface must be up, have the addresses, and have a default route for each of their IP versions.
+    `nets` are addresses that it should have, as `address/32` or `address/128`, and `mac` is the MAC that its interface
+    should have; an empty `mac` stands for any. Compared are the store, and the container's namespace: there, the
+    interface must be up, have the addresses and the endpoint's MAC, and have a default route of each IP version in
+    `default_routes`.
     """
 
     def differs(how: str) -> CalicoError:
@@ -333,7 +346,7 @@ def verify(datastore: DatastoreClient, workload: Workload, nets: Collection[str]
         name, endpoint = workload.interface, session.endpoint
         if endpoint is None:
             raise differs("has no endpoint in the store")
-        if sorted(endpoint.nets) != sorted(nets):
+        if not set(nets) <= set(endpoint.nets):
             found = ", ".join(endpoint.nets) or "no address"
             raise differs(f"should have {', '.join(nets) or 'no address'}, and its endpoint has {found}")
         if session.attached_interface() != name:
@@ -341,24 +354,30 @@ def verify(datastore: DatastoreClient, workload: Workload, nets: Collection[str]
         interface = session.namespace.interface(name)
         if interface is None or not interface.up:
             raise differs(f"has its interface {name} down")
-        if mac not in ("", interface.mac):
-            raise differs(f"should have the MAC {mac}, and its interface {name} has {interface.mac}")
+        for wanted in filter(None, (mac, endpoint.mac)):  # packets with another than the endpoint's are dropped
+            if wanted.lower() != interface.mac.lower():
+                raise differs(f"should have the MAC {wanted}, and its interface {name} has {interface.mac}")
         for net in nets:
             if parse_address(net.partition("/")[0]) not in session.held:
                 raise differs(f"has {net}, which is not assigned to it")
             if not session.namespace.has_address(name, net):
                 raise differs(f"lacks {net} on its interface {name}")
-        for version in sorted(set(map(version_of, nets))):
-            if not session.has_default_route(version, name):
+        for version in sorted(default_routes):
+            if not session.namespace.has_default_route(name, version):
                 raise differs(f"has no IPv{version} default route through its interface {name}")
 
 
 def _connect_new(
-    session: WorkloadSession, requests: Sequence[AddressRequest], interface: str, profiles: Sequence[str] = ()
+    session: WorkloadSession,
+    requests: Sequence[AddressRequest],
+    interface: str,
+    profiles: Sequence[str] = (),
+    new_profile: str = "",
 ) -> Attachment:
     """Connect a workload that has no endpoint, with an address for each of `requests`; there must be at least one.
 
-    The endpoint has the profiles from the beginning, so no packet passes before they apply.
+    The endpoint has the profiles from the beginning, so no packet passes before they apply. `new_profile` is the one of
+    `profiles` that is created just before the endpoint; empty if none is.
     """
     datastore, workload = session.datastore, session.workload
     terms = [Terms.read(datastore, request) for request in requests]
@@ -395,6 +414,8 @@ def _connect_new(
             endpoint.nets_of(version_of(net)).append(net)
         for version, next_hop in next_hops.items():
             endpoint.set_gateway(version, next_hop)
+        if new_profile:
+            datastore.create_profile(new_profile)
         undo(datastore.remove_endpoint, id)
         datastore.create_endpoint(endpoint)
         session.lock.clear_all()  # what an interrupted command has left was adopted or removed
@@ -482,10 +503,11 @@ def reattach(
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     """Remove a workload's endpoints, interfaces and addresses. Raises NotFound if there is nothing to remove.
 
-    The container or namespace need not exist any more. If a container with labels runs, they connect it again only
-    after its next start (connected.py). Raises CalicoError if a step fails: then what was removed before stays removed,
-    and a further call removes the rest. Raises CalicoError also, and removes nothing, if the workload is a namespace,
-    and what is connected under its id belongs to a namespace with another path.
+    NotFound is raised, too, if `workload` has a network, and the container was attached to another network through CNI,
+    or with another interface. The container or namespace need not exist any more. If a container with labels runs, they
+    connect it again only after its next start (connected.py). Raises CalicoError if a step fails: then what was removed
+    before stays removed, and a further call removes the rest. Raises CalicoError also, and removes nothing, if the
+    workload is a namespace, and what is connected under its id belongs to a namespace with another path.
 
     If a block that the workload's handle names is invalid, the block is not changed, and the handle is kept. Everything
     else is removed, and then CalicoError is raised.
@@ -497,6 +519,9 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
         refuse_other_path(
             workload, *([known.path] if known is not None else paths_of(holding.owners if holding else {}))
         )
+        attachment = (workload.network, workload.interface)
+        if workload.network and known is not None and (known.network, known.interface) != attachment:
+            raise NotFound(f"{workload.name} is not attached to {workload.network} through {workload.interface}.")
         if not stored.endpoints and holding is None:
             _forget(datastore, workload, lock)
             raise NotFound(f"{workload.name} is not connected to Calico.")

@@ -176,11 +176,20 @@ def namespace_at(path: str) -> tuple[int, int] | None:
 def namespace_identity(path: str) -> str | None:
     """Return a text that identifies the network namespace at a path until the next boot; None if there is none.
 
-    If the path leads through a process, the text is the process's start time. Otherwise, it consists of the device
-    number and the inode number of the namespace. Raises NamespaceError if the path cannot be read.
+    The text consists of the device number and the inode number of the namespace, which another namespace may get later,
+    and of a time: if the path leads through a process, the process's start time; otherwise, when the inode was created,
+    which stays the same while the namespace is mounted. Raises NamespaceError if the path cannot be read.
     """
     found = namespace_at(path)
-    return None if found is None else process_started(path) or "{}:{}".format(*found)
+    if found is None:
+        return None
+    since = process_started(path)
+    if since is None:
+        try:
+            since = str(os.stat(path).st_mtime_ns)
+        except OSError:  # it was unmounted just now
+            return None
+    return f"{found[0]}:{found[1]}:{since}"
 
 
 def is_attachable(id: str) -> bool:

@@ -189,14 +189,16 @@ def test_an_attachment_ends_with_whatever_is_left_of_it(host: Host) -> None:
     host.check_nothing_left()
 
 
-def test_a_container_is_in_one_network(host: Host) -> None:
+@pytest.mark.parametrize("interface", ["eth0", "eth1"])
+def test_a_container_is_in_one_network(host: Host, interface: str) -> None:
     """What the runtime undoes after the refusal must not undo the first attachment."""
     namespaces("c1")
     network = Network(host)
     network.add()
-    code, why = Network(host, name="net2").refusal("ADD", CNI_IFNAME="eth1")
+    code, why = Network(host, name="net2").refusal("ADD", CNI_IFNAME=interface)
     assert code == 100 and "one Calico network" in why
-    Network(host, name="net2").delete(CNI_IFNAME="eth1")
+    assert host.etcd.get("/calico/v1/policy/profile/net2/tags") is None
+    Network(host, name="net2").delete(CNI_IFNAME=interface)
     host.check_consistent()
     assert set(links("c1")) == {"eth0"}
     network.delete()
@@ -259,6 +261,7 @@ def test_check_compares_the_kernel_and_the_store_with_the_result(host: Host) -> 
     assert network.call("CHECK", config={"prevResult": {**result, "interfaces": foreign, "ips": moved}}).status == 0
     run("ip", "-n", "c1", "route", "delete", "default")
     assert "default route" in why()
+    assert network.call("CHECK", config={"prevResult": {**result, "routes": []}}).status == 0
     run("ip", "-n", "c1", "address", "flush", "dev", "eth0")
     assert f"lacks {FIRST4}/32" in why()
     run("ip", "-n", "c1", "link", "set", "eth0", "down")
@@ -269,6 +272,18 @@ def test_check_compares_the_kernel_and_the_store_with_the_result(host: Host) -> 
     assert "lost its interface" in why()
     host.etcd.delete(next(iter(host.records())))
     assert "no endpoint" in why()
+
+
+def test_check_accepts_what_others_add(host: Host) -> None:
+    namespaces("c1")
+    network = Network(host, pool=["ipv4", "ipv6"])
+    result = network.add()
+    inner = {**result["interfaces"][1], "mac": result["interfaces"][1]["mac"].upper()}
+    run("ip", "-n", "c1", "link", "add", "other", "up", "type", "dummy")
+    run("ip", "-n", "c1", "-6", "route", "add", "default", "dev", "other", "metric", "1")
+    host.ctl("container", "c1", "ip", "add", A4)
+    changed = {**result, "interfaces": [result["interfaces"][0], inner]}
+    assert network.call("CHECK", config={"prevResult": changed}) == Answer(0, None)
 
 
 def test_garbage_is_what_the_runtime_does_not_list(host: Host) -> None:
@@ -303,6 +318,9 @@ def test_status_says_whether_containers_can_be_attached(bare_host: Host) -> None
     host.start_agent()
     assert network.call("STATUS") == Answer(0, None)
     assert network.refusal("STATUS", config={"pool": "10.0.0.1"})[0] == 7
+    for field, value, wrong in (("profile", "web", "web"), ("pool", "10.9.0.0/24", "is not the CIDR of a pool")):
+        code, why = network.refusal("STATUS", config={field: value})
+        assert code == 50 and wrong in why
 
 
 def test_without_the_store_the_runtime_is_to_retry(own_etcd: Etcd) -> None:
@@ -441,12 +459,18 @@ def test_the_plugin_is_installed_and_removed_alone() -> None:
         assert refused.status != 0 and "another program" in refused.err
     assert plugin.read_text() == "#!/bin/sh\n"
     plugin.unlink()
+    other = plugin.with_name("calico.new")
+    other.write_text("#!/bin/sh\n")
+    assert make("install-cni").status == 0
+    assert {*plugin.parent.iterdir()} == {plugin, other} and other.read_text() == "#!/bin/sh\n"
+    assert make("uninstall-cni").status == 0
+    other.unlink()
 
 
 @pytest.fixture
 def containerd(node: AgentHost, tmp_path: Path) -> Iterator[Callable[..., Result]]:
-    """A containerd of its own, with the network `net1` of the documentation; yields a function that runs `ctr`."""
-    node.ctl("profile", "add", "net1")
+    """A containerd of its own, with the network `net2` of the documentation; yields a function that runs `ctr`."""
+    node.ctl("profile", "add", "net2")
     root = busybox_root(tmp_path / "root")
     socket, config = tmp_path / "sock", tmp_path / "config.toml"
     config.write_text(
@@ -458,7 +482,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
 address = "{socket}"
 """
     )
-    conflist = Path("/etc/cni/net.d/10-net1.conflist")
+    conflist = Path("/etc/cni/net.d/10-net2.conflist")
     conflist.parent.mkdir(parents=True, exist_ok=True)
     conflist.write_text(documented_networks()[1])
 
@@ -496,6 +520,10 @@ def test_containers_of_containerd(node: AgentHost, containerd: Callable[..., Res
     ping = ("/bin/sh", "-c", f"until ping -c1 -W1 {FIRST4}; do :; done")
     assert "1 packets received" in containerd("run", "--rm", "--cni", "--rootfs", "ROOT", "two", *ping).out
     assert [owner["workload"] for owner in owners(node)] == ["default-one"]
+    node.kill_agent()  # which would remove a container that is gone as well
+    assert "eth0" in containerd("run", "--rm", "--cni", "--rootfs", "ROOT", "three", "/bin/ip", "address").out
+    assert [owner["workload"] for owner in owners(node)] == ["default-one"]
+    node.start_agent()
     containerd("task", "delete", "--force", "one")
     wait_for(lambda: not node.allocations(), f"the end\n{node.log()}", 60)
     containerd("container", "delete", "one")

@@ -1,4 +1,4 @@
-"""Containers of podman, which are attached through CNI.
+"""Containers of podman, which are attached through CNI, and networks with a second plugin.
 
 podman does so up to version 4, and by its own configuration; later versions have no CNI.
 """
@@ -13,8 +13,17 @@ from pathlib import Path
 import pytest
 
 from tests.system.agent import AgentHost
-from tests.system.support import Result, run, wait_for
-from tests.system.test_cni import await_up, busybox_root, documented_networks, installed_plugin, owners
+from tests.system.support import Host, Result, links, run, wait_for
+from tests.system.test_cni import (
+    Answer,
+    Network,
+    await_up,
+    busybox_root,
+    documented_networks,
+    installed_plugin,
+    namespaces,
+    owners,
+)
 
 SETTINGS = """[containers]
 log_driver = "k8s-file"
@@ -46,8 +55,8 @@ def podman(node: AgentHost, tmp_path: Path) -> Iterator[Callable[..., Result]]:
         "CONTAINERS_STORAGE_CONF": str(tmp_path / "storage.conf"),
     }
 
-    def podman(*arguments: str, check: bool = True) -> Result:
-        return run("podman", *arguments, check=check, env=node.environment(**settings))
+    def podman(*arguments: str, check: bool = True, **variables: str) -> Result:
+        return run("podman", *arguments, check=check, env=node.environment(**settings, **variables))
 
     tar = tmp_path / "image.tar"
     subprocess.run(["tar", "-C", str(busybox_root(tmp_path / "root")), "-cf", str(tar), "."], check=True)
@@ -94,3 +103,44 @@ def test_containers_of_podman(node: AgentHost, podman: Callable[..., Result]) ->
     podman("rm", "--all", "--force", "--time=0")
     wait_for(lambda: not node.allocations(), "the end")
     node.check_consistent()
+
+
+def test_a_container_that_ends_is_detached_as_the_file_of_settings_says(
+    node: AgentHost, podman: Callable[..., Result]
+) -> None:
+    """The process that awaits its end has no variables of the user's, and the agent, which may be slower, is dead."""
+    environment = node.environment()
+    names = ("HOSTNAME", "DATASTORE_TYPE", "ETCD_ENDPOINTS", "ETCD_AUTHORITY")
+    file = Path("/etc/calico/node.env")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(f"{name}={environment[name]}\n" for name in names if name in environment))
+    try:
+        node.kill_agent()
+        others = {"HOSTNAME": "another", "ETCD_AUTHORITY": "127.0.0.1:1"}
+        podman("run", "--detach", "--name=brief", "--net=net1", "busybox", "/bin/sleep", "0", **others)
+        wait_for(lambda: not node.allocations(), "the end of the container", 30)
+        assert not node.records()
+    finally:
+        file.unlink()
+
+
+def test_a_network_with_a_second_plugin(host: Host) -> None:
+    """tuning, of the plugins that the specification's authors publish, changes sysctls or the MAC."""
+    namespaces("c1")
+    network = Network(host, cniVersion="1.0.0")
+    result = network.add()
+
+    def tune(command: str, **config: object) -> str:
+        text = json.dumps({**network.config, "type": "tuning", "prevResult": result, **config})
+        return run("/usr/lib/cni/tuning", input=text, env=network.environment(command)).out
+
+    tuned = json.loads(tune("ADD", sysctl={"net.ipv4.ip_default_ttl": "77"}))
+    assert run("ip", "netns", "exec", "c1", "cat", "/proc/sys/net/ipv4/ip_default_ttl").out == "77\n"
+    assert network.call("CHECK", config={"prevResult": tuned}) == Answer(0, None)
+    changed = json.loads(tune("ADD", mac="02:00:00:00:00:07"))
+    assert links("c1")["eth0"]["address"] == changed["interfaces"][1]["mac"] == "02:00:00:00:00:07"
+    code, why = network.refusal("CHECK", config={"prevResult": changed})
+    assert code == 100 and f"should have the MAC {result['interfaces'][1]['mac']}" in why
+    tune("DEL", mac="02:00:00:00:00:07")
+    assert network.call("DEL", config={"prevResult": tuned}) == Answer(0, None)
+    host.check_nothing_left()

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from netaddr import IPAddress
 
+from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.errors import Conflict, StoreUnavailable
+from calicoctl.datastore.model import Endpoint
+from calicoctl.errors import CalicoError, Conflict, Failures, NotFound, StoreUnavailable
 from calicoctl.plugins import cni
-from calicoctl.workloads import connected
+from calicoctl.workloads import connected, locks, wiring
 from calicoctl.workloads.connected import Connected
 from calicoctl.workloads.upkeep import is_managed
 from calicoctl.workloads.wiring import Attachment
-from calicoctl.workloads.workload import CNI, WorkloadState, attached_container, find_state, namespace_identity
+from calicoctl.workloads.workload import (
+    CNI,
+    Workload,
+    WorkloadState,
+    attached_container,
+    find_state,
+    namespace_identity,
+    process_started,
+)
+from tests.unit.memory_store import MemoryStore
 
 CONFIG = {"cniVersion": "1.1.0", "name": "net1", "type": "calico"}
 VARIABLES = {"CNI_CONTAINERID": "c1", "CNI_NETNS": "/run/netns/c1", "CNI_IFNAME": "eth0"}
@@ -48,6 +64,17 @@ def test_the_versions_are_told_whatever_is_asked(version: str | None) -> None:
     assert answer["cniVersion"] == (version if version in cni.VERSIONS else "1.1.0")
 
 
+def test_the_versions_are_told_without_a_network() -> None:
+    assert run("VERSION", b"\n")[1]["supportedVersions"] == [*cni.VERSIONS]
+    words = [sys.executable, "-I", "-m", "calicoctl.plugins.cni"]
+
+    def close() -> None:
+        os.close(0)
+
+    done = subprocess.run(words, env={"CNI_COMMAND": "VERSION"}, capture_output=True, preexec_fn=close, check=True)
+    assert json.loads(done.stdout)["cniVersion"] == "1.1.0" and not done.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "text", "variables", "code", "why"),
     [
@@ -65,6 +92,7 @@ def test_the_versions_are_told_whatever_is_asked(version: str | None) -> None:
         ("STATUS", {**CONFIG, "cniVersion": "1.0.0"}, {}, 1, "needs cniVersion 1.1.0"),
         ("ADD", {**CONFIG, "name": "../net"}, {}, 7, "'name'"),
         ("ADD", None, {"CNI_NETNS": "", "CNI_IFNAME": ""}, 4, "CNI_NETNS, CNI_IFNAME must be set"),
+        ("DEL", None, {"CNI_CONTAINERID": "a/" * 191}, 4, "CNI_CONTAINERID"),
         ("DEL", None, {"CNI_CONTAINERID": ""}, 4, "CNI_CONTAINERID must be set"),
         ("ADD", None, {"CNI_CONTAINERID": "../../etc"}, 4, "CNI_CONTAINERID"),
         ("ADD", None, {"CNI_CONTAINERID": "a" * 191}, 4, "CNI_CONTAINERID"),
@@ -78,7 +106,15 @@ def test_the_versions_are_told_whatever_is_asked(version: str | None) -> None:
         ("ADD", None, {"CNI_ARGS": "IP=10.0.0"}, 4, "'10.0.0' is not a valid IP address"),
         ("ADD", None, {"CNI_ARGS": "MAC=02:00:00:00:00:01"}, 100, "MAC"),
         ("ADD", {**CONFIG, "prevResult": {}}, {}, 7, "first of the plugins"),
-        ("ADD", {**CONFIG, "ipam": {"type": "host-local"}}, {}, 2, "'ipam' of network net1 has the type 'host-local'"),
+        ("ADD", {**CONFIG, "ipam": {"type": "host-local"}}, {}, 2, "'ipam.type', with the value \"host-local\""),
+        ("ADD", {**CONFIG, "ipam": {"type": "calico-ipam", "ipv4_pools": ["x"]}}, {}, 2, "'ipam.ipv4_pools'"),
+        ("ADD", {**CONFIG, "profiles": ["web"]}, {}, 2, "'profiles', with the value [\"web\"]"),
+        ("STATUS", {**CONFIG, "pools": "ipv6"}, {}, 2, "'pools', with the value \"ipv6\""),
+        ("ADD", {**CONFIG, "policy": {"type": "k8s", "x": "y" * 999}}, {}, 2, "…"),
+        ("ADD", {**CONFIG, "ipMasq": True}, {}, 2, "'ipMasq', with the value true"),
+        ("ADD", {**CONFIG, "ipMasq": False, "ipam": {}, "cni.dev/x": 1, "args": {}}, {}, 4, "no network namespace"),
+        ("ADD", None, {"CNI_NETNS": "/proc/self/ns/net"}, 4, "the host's own"),
+        ("ADD", {**CONFIG, "name": "n" * 65}, {}, 7, "should name a 'profile'"),
         ("ADD", {**CONFIG, "ipam": [1]}, {}, 2, "'ipam'"),
         ("ADD", {**CONFIG, "dns": []}, {"CNI_ARGS": ""}, 4, "no network namespace"),
         ("ADD", {**CONFIG, "dns": [1]}, {}, 7, "'dns'"),
@@ -112,13 +148,51 @@ def test_invalid_requests_have_the_codes_of_the_specification(
 def test_an_error_is_in_the_version_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {**CONFIG, "cniVersion": "0.3.1", "name": ""}
     assert run("ADD", config)[1]["cniVersion"] == "0.3.1"
-    for error, code in ((StoreUnavailable("gone"), 11), (Conflict("locked"), 11), (RuntimeError("oops"), 100)):
+    rolled_back = CalicoError("not all could be undone")
+    rolled_back.__cause__ = StoreUnavailable("gone")
+    for error, code in (
+        (StoreUnavailable("gone"), 11),
+        (Conflict("locked"), 11),
+        (rolled_back, 11),
+        (Failures([CalicoError("no"), Conflict("locked")]), 11),
+        (Failures([CalicoError("no")]), 100),
+        (RuntimeError("oops"), 100),
+    ):
 
         def fails(_: cni.Request, error: Exception = error) -> None:
             raise error
 
         monkeypatch.setattr(cni, "_OPERATIONS", {"DEL": fails})
         assert run("DEL")[1]["code"] == code
+
+
+def test_a_container_with_an_id_that_is_too_long_is_not_attached() -> None:
+    stdin = io.BytesIO(json.dumps(CONFIG).encode())
+    assert cni.run({"CNI_COMMAND": "DEL", **VARIABLES, "CNI_CONTAINERID": "a" * 191}, stdin) == (0, None)
+
+
+@pytest.mark.parametrize(("network", "interface"), [("net2", "eth0"), ("net1", "eth1")])
+def test_an_attachment_stays_when_another_ends(
+    network: str, interface: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also if it was made only while the lock of the container was awaited."""
+    monkeypatch.setattr(locks, "DIRECTORY", tmp_path)
+    datastore = DatastoreClient(MemoryStore(), "vm")
+    id = EndpointId("vm", CNI, "c1", "e" * 32)
+    taken = wiring.WorkloadLock.__enter__
+
+    def attach(lock: locks.WorkloadLock) -> object:
+        if not datastore.endpoint_ids():
+            datastore.create_endpoint(Endpoint(id))
+            connected.put("vm", CNI, "c1", "/none", "1:2:3", network="net1", interface="eth0")
+        return taken(lock)
+
+    monkeypatch.setattr(wiring.WorkloadLock, "__enter__", attach)
+    with pytest.raises(NotFound, match=f"c1 is not attached to {network} through {interface}"):
+        wiring.disconnect(datastore, Workload(CNI, "c1", "c1", network=network, interface=interface))
+    assert datastore.endpoint_ids() == [id]
+    wiring.disconnect(datastore, Workload(CNI, "c1", "c1", network="net1", interface="eth0"))
+    assert not datastore.endpoint_ids() and not connected.every("vm", CNI)
 
 
 def test_addresses_are_requested_of_each_pool_and_as_the_user_asks() -> None:
@@ -159,14 +233,16 @@ def test_a_result_has_the_form_of_its_version(version: str) -> None:
         "dns": {"search": ["example.com"]},
     }
     nets = ["10.0.0.7/32", "fd00::7/128"]
-    assert cni.attached_as(request("DEL", prevResult=result)) == ("02:00:00:00:00:07", nets)
+    assert cni.attached_as(request("DEL", prevResult=result)) == ("02:00:00:00:00:07", nets, [4, 6])
+    moved = {**result, "routes": [{"dst": "::/0", "gw": "2001:db8::2"}, {"dst": "0.0.0.0/0", "gw": "192.0.2.9"}]}
+    assert cni.attached_as(request("DEL", prevResult=moved))[2] == [6]
 
 
 def test_what_other_plugins_have_added_to_a_result_is_not_compared() -> None:
     interfaces = [{"name": "eth0"}, {"name": "eth1", "sandbox": "/x"}, {"name": "eth0", "sandbox": "/x"}]
     ips = [{"address": f"10.0.0.{number}/32", "interface": number} for number in range(3)]
     result = {"interfaces": interfaces, "ips": [*ips, {"address": "10.0.0.9/32"}]}
-    assert cni.attached_as(request("DEL", prevResult=result)) == ("", ["10.0.0.2/32"])
+    assert cni.attached_as(request("DEL", prevResult=result)) == ("", ["10.0.0.2/32"], [])
 
 
 def test_valid_attachments() -> None:
@@ -179,10 +255,21 @@ def test_valid_attachments() -> None:
 # How such a container is known on its host
 
 
-def test_a_container_is_known_by_its_namespace_network_and_interface() -> None:
-    here = "/proc/self/ns/net"
+@pytest.fixture
+def here() -> Iterator[str]:
+    """The path of a namespace that is held open: a time of creation is kept while it is in use, as by a mount."""
+    path = "/proc/self/ns/net"
+    with open(path, "rb"):
+        yield path
+
+
+def test_a_container_is_known_by_its_namespace_network_and_interface(here: str) -> None:
     identity = namespace_identity(here)
     assert identity is not None and namespace_identity("/none") is None
+    found = os.stat(here)
+    assert identity == f"{found.st_dev}:{found.st_ino}:{found.st_mtime_ns}"
+    of_process = namespace_identity(f"/proc/{os.getpid()}/ns/net")
+    assert of_process == f"{found.st_dev}:{found.st_ino}:{process_started(f'/proc/{os.getpid()}')}"
     connected.put("vm", CNI, "c1", here, identity, network="net1", interface="eth0")
     known = connected.get("vm", CNI, "c1")
     assert known == Connected(here, identity, network="net1", interface="eth0")
@@ -197,7 +284,7 @@ def test_a_container_is_known_by_its_namespace_network_and_interface() -> None:
     [
         None,
         Connected("/none", "1:2", network="net1", interface="eth0"),
-        Connected("/proc/self/ns/net", "1:2", network="net1", interface="eth0"),
+        Connected("/proc/self/ns/net", "1:2:3", network="net1", interface="eth0"),
         Connected("/proc/self/ns/net", None, network="net1", interface="eth0"),
     ],
 )
@@ -205,8 +292,7 @@ def test_a_container_without_its_own_namespace_is_gone(known: Connected | None) 
     assert find_state(CNI, "c1", known)[0] is WorkloadState.GONE
 
 
-def test_no_namespace_survives_a_reboot(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = "/proc/self/ns/net"
+def test_no_namespace_survives_a_reboot(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
     connected.put("vm", CNI, "c1", here, namespace_identity(here), network="net1", interface="eth0")
     monkeypatch.setattr(connected, "_boot", lambda: "another")
     assert find_state(CNI, "c1", connected.get("vm", CNI, "c1"))[0] is WorkloadState.GONE
