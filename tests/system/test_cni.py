@@ -422,6 +422,20 @@ def test_a_plugin_that_is_killed_leaves_nothing_after_del(host: Host, tmp_path: 
     assert counts["ADD"] > 10 and counts["DEL"] >= 3, counts
 
 
+def test_a_store_that_vanishes_half_way_is_to_be_tried_again(host: Host, tmp_path: Path) -> None:
+    """Also where the rollback fails, and for the containers that GC removes."""
+    network = Network(host, **{"cni.dev/valid-attachments": []})
+    namespaces("c1")
+    for command, number in (("ADD", 0), ("ADD", 2), ("ADD", 4), ("DEL", 1), ("GC", 1)):
+        if command != "ADD":
+            network.add()
+        variables = network.environment(command, FAULT=f"dead:{number}", FAULT_LOG=str(tmp_path / "log"), FAULTY="cni")
+        done = run(sys.executable, FAULTY, check=False, input=json.dumps(network.config), env=variables)
+        assert done.status == 1 and json.loads(done.out)["code"] == 11, (command, number, done)
+        network.delete()
+        host.check_nothing_left(folders=False)
+
+
 # Runtimes
 
 
