@@ -279,9 +279,10 @@ def test_check_accepts_what_others_add(host: Host) -> None:
     network = Network(host, pool=["ipv4", "ipv6"])
     result = network.add()
     inner = {**result["interfaces"][1], "mac": result["interfaces"][1]["mac"].upper()}
-    run("ip", "-n", "c1", "link", "add", "other", "up", "type", "dummy")
+    run("ip", "-n", "c1", "link", "add", "other", "up", "type", "veth", "peer", "name", "far")
     run("ip", "-n", "c1", "-6", "route", "add", "default", "dev", "other", "metric", "1")
-    host.ctl("container", "c1", "ip", "add", A4)
+    (key,) = host.records()
+    host.etcd.put(key, {**host.record(), "ipv4_nets": [f"{A4}/32", f"{FIRST4}/32"]})
     changed = {**result, "interfaces": [result["interfaces"][0], inner]}
     assert network.call("CHECK", config={"prevResult": changed}) == Answer(0, None)
 

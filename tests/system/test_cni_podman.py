@@ -6,6 +6,7 @@ podman does so up to version 4, and by its own configuration; later versions hav
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,8 +40,10 @@ network_config_dir = "{folder}/networks"
 STORAGE = """[storage]
 driver = "vfs"
 graphroot = "{folder}/graph"
-runroot = "{folder}/run"
+runroot = "{run}"
 """
+RUN = "/run/podman-tests"
+"""The folder of podman's state. The process that detaches a container that has ended allows 50 characters for it."""
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def podman(node: AgentHost, tmp_path: Path) -> Iterator[Callable[..., Result]]:
     """podman, with an image and the network `net1` of the documentation; yields a function that runs it."""
     (tmp_path / "networks").mkdir()
     for name, text in (("containers.conf", SETTINGS), ("storage.conf", STORAGE)):
-        (tmp_path / name).write_text(text.format(folder=tmp_path))
+        (tmp_path / name).write_text(text.format(folder=tmp_path, run=RUN))
     (tmp_path / "networks/net1.conflist").write_text(documented_networks()[0])
     settings = {
         "CONTAINERS_CONF": str(tmp_path / "containers.conf"),
@@ -64,6 +67,7 @@ def podman(node: AgentHost, tmp_path: Path) -> Iterator[Callable[..., Result]]:
         podman("import", str(tar), "busybox")
         yield podman
         podman("rm", "--all", "--force", "--time=0", check=False)
+    shutil.rmtree(RUN, ignore_errors=True)
 
 
 def run_container(podman: Callable[..., Result], name: str, *options: str) -> dict[str, str]:
