@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from calicoctl.errors import Conflict, StoreUnavailable
+from calicoctl.errors import one_line
 from calicoctl.plugins.server import Route
 from calicoctl.plugins.stores import Stores
 from calicoctl.workloads import oci_hook, starting
+from calicoctl.workloads.workload import short_id
+
+log = logging.getLogger("calico.plugins")
 
 SOCKET = "hook.sock"
 """The name of the socket, in /run/calico/HOST."""
@@ -17,16 +21,12 @@ SECONDS = oci_hook.SECONDS + oci_hook.KILL_AFTER
 
 
 def routes(stores: Stores) -> dict[str, Route]:
-    """Return the calls of the hook, by path.
-
-    An answer with `Again` says that the container may be connected later. Other failures raise CalicoError.
-    """
+    """Return the calls of the hook, by path."""
 
     def connect(state: dict[str, Any]) -> dict[str, Any]:
-        try:
-            stores.call(lambda datastore: starting.connect(datastore, state))
-        except (StoreUnavailable, Conflict) as error:
-            return {"Err": str(error), "Again": True}
+        ignored = stores.call(lambda datastore: starting.connect(datastore, state))
+        if ignored:
+            log.info("container %s: %s", short_id(str(state["id"])), one_line("; ".join(ignored)))
         return {}
 
     return {"/connect": connect}

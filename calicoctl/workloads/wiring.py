@@ -267,16 +267,18 @@ def connect_starting(
     interface: str | None,
     profiles: Sequence[str],
     patience: float,
-) -> None:
+) -> bool:
     """Connect a container that is being started, before its first instruction.
 
     If the container has an endpoint, its interface is recreated. A container without an endpoint gets an address for
-    each of `requests`, and these profiles. `patience` is for how many seconds to wait for the workload's lock. Raises
-    NotFound if a profile does not exist, Conflict if another process keeps the lock, and any other CalicoError after a
-    rollback.
+    each of `requests`, and these profiles; without `requests`, it is not changed, and False is returned. `patience` is
+    for how many seconds to wait for the workload's lock. Raises NotFound if a profile does not exist, Conflict if
+    another process keeps the lock, and any other CalicoError after a rollback.
     """
     with WorkloadSession.enter(datastore, workload, patience=patience) as session:
         if session.endpoint is None:
+            if not requests:
+                return False
             _connect_as_asked(session, requests, interface, profiles)
         elif session.attached_interface() is None:
             if session.known is None:
@@ -285,6 +287,7 @@ def connect_starting(
                     f"container remove {short_id(workload.id)}' removes it"
                 )
             reattach(session, session.endpoint)
+    return True
 
 
 def _connect_as_asked(
