@@ -1,7 +1,8 @@
 """Serves calls over Unix sockets: HTTP requests with a JSON object, which are answered with a JSON object.
 
 This is the protocol of the Docker Engine's plugins. An error is answered with status 400 or 500 and `{"Err": TEXT}`;
-the engine shows the text to the user. Requests are bounded in size and time, and so are the calls.
+the engine shows the text to the user. For our own clients, `"Again": true` beside it says that a later attempt may
+succeed. Requests are bounded in size and time, and so are the calls.
 
 The sockets belong to root, and no other user may connect to them. They are created here, or by systemd, which passes
 them on when the engine first connects to one.
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from calicoctl.answers import Bounds
-from calicoctl.errors import CalicoError, one_line
+from calicoctl.errors import CalicoError, Conflict, StoreUnavailable, one_line
 from calicoctl.plugins.stores import bounded
 
 log = logging.getLogger("calico.plugins")
@@ -162,7 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, self._called())
         except CalicoError as error:
             log.warning("%s: %s", one_line(self.path), one_line(str(error)))
-            self._answer(400, {"Err": str(error)})
+            again = {"Again": True} if isinstance(error, (StoreUnavailable, Conflict)) else {}
+            self._answer(400, {"Err": str(error), **again})
         except (OSError, http.client.HTTPException):
             raise
         except Exception:

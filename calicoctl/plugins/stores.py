@@ -47,12 +47,13 @@ class TooSlow(StoreUnavailable):
 def bounded(seconds: float, work: Callable[[], T]) -> T:
     """Call `work` in a thread, and return its result. An exception of `work` is raised again.
 
-    Raises TooSlow if `work` takes longer than `seconds`, and CalicoError if BUSY works are running already.
+    Raises TooSlow if `work` takes longer than `seconds`, and StoreUnavailable if BUSY works run for as long.
     """
     global _running
+    give_up = time.monotonic() + seconds
     with _idle:
-        if _running >= BUSY:
-            raise CalicoError(f"{BUSY} calls are waiting for an answer already; try again later")
+        if not _idle.wait_for(lambda: _running < BUSY, seconds):
+            raise StoreUnavailable(f"{BUSY} calls are waiting for an answer already; try again later")
         _running += 1
     outcome: SimpleQueue[tuple[BaseException | None, Any]] = SimpleQueue()
 
@@ -68,9 +69,9 @@ def bounded(seconds: float, work: Callable[[], T]) -> T:
         threading.Thread(target=body, name="call", daemon=True).start()
     except RuntimeError:
         _end()
-        raise CalicoError("no thread can be started for this call; try again later") from None
+        raise StoreUnavailable("no thread can be started for this call; try again later") from None
     try:
-        error, result = outcome.get(timeout=seconds)
+        error, result = outcome.get(timeout=max(0.0, give_up - time.monotonic()))
     except Empty:
         raise TooSlow(f"etcd, or this host, has not answered within {seconds:.0f} s; try again later") from None
     if error is not None:

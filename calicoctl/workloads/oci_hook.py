@@ -8,7 +8,8 @@ uninstalled. So it imports no other module of this package. It is run with `pyth
   the hook is added to the bundle's config.json.
 * `connect HOST COMMAND ID`: as that hook (createRuntime), when the container's namespaces exist, and its process does
   not run yet. The state that the runtime writes to standard input is sent to the process that serves the socket
-  /run/calico/HOST/hook.sock. If nobody listens, the container is connected by a new process (starting.py).
+  /run/calico/HOST/hook.sock. If nobody listens, or if that process ends without an answer, the container is connected
+  by a new process (starting.py).
 
 HOST is this host's name in Calico, COMMAND the path of calicoctl, ID the container's id. If the container cannot be
 connected, one sentence is written to standard error, which Docker shows, and the exit status is 1: the container does
@@ -92,16 +93,21 @@ def _folder_of_containers() -> str:
 
 def connect(host: str, command: str, id: str) -> None:
     """Have the container connected whose state is on standard input. Ends this process if that fails."""
+    give_up = time.monotonic() + SECONDS
+    state = sys.stdin.buffer.read(LARGEST)
     with socket.socket(socket.AF_UNIX) as server:
         server.settimeout(SECONDS)
         try:
             server.connect(f"{RUN}/{host}/hook.sock")
-        except (FileNotFoundError, ConnectionRefusedError):
-            why = _connect_in_new_process(command)
+            answer = _answer(server, state, give_up)
+        except socket.timeout:
+            why: str | None = f"it was not connected within {SECONDS:.0f} s"
+        except (FileNotFoundError, ConnectionError):
+            why = _connect_in_new_process(command, state, give_up)
         except OSError as error:
             why = f"the server of the hook does not answer ({error})"
         else:
-            why = _connect_by_server(server)
+            why = _understood(answer)
     if why is not None:
         _note(host, id)
         if why:
@@ -109,33 +115,37 @@ def connect(host: str, command: str, id: str) -> None:
         sys.exit(1)
 
 
-def _connect_by_server(server: socket.socket) -> str | None:
-    """Send the state to the server; return why the container may be connected later, None if it is connected.
+def _answer(server: socket.socket, state: bytes, give_up: float) -> bytes:
+    """Send the state to the server, and return its answer.
+
+    Raises socket.timeout if the answer is not complete at the time `give_up` (time.monotonic), ConnectionError if the
+    server ends without an answer, and OSError.
+    """
+    answer = b""
+    server.sendall(b"POST /connect HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(state) + state)
+    while len(answer) <= LARGEST:
+        server.settimeout(max(0.001, give_up - time.monotonic()))
+        part = server.recv(65536)
+        if not part:
+            break
+        answer += part
+    if not answer:
+        raise ConnectionResetError
+    return answer
+
+
+def _understood(answer: bytes) -> str | None:
+    """Return why the container may be connected later, None if it is connected, from the server's answer.
 
     Ends this process if the container cannot be connected.
     """
-    give_up = time.monotonic() + SECONDS
-    state = sys.stdin.buffer.read(LARGEST)
-    answer = b""
-    try:
-        server.sendall(b"POST /connect HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(state) + state)
-        while len(answer) <= LARGEST:
-            server.settimeout(max(0.001, give_up - time.monotonic()))
-            part = server.recv(65536)
-            if not part:
-                break
-            answer += part
-    except socket.timeout:
-        return f"it was not connected within {SECONDS:.0f} s"
-    except OSError as error:
-        return f"the server of the hook has failed ({error})"
     head, _, body = answer.partition(b"\r\n\r\n")
     try:
         said: Any = json.loads(body)
         why = said.get("Err")
         status = int(head.split()[1])
     except (ValueError, IndexError, AttributeError):
-        return "the server of the hook has ended"
+        return "the server of the hook has given an invalid answer"
     if status == 200 and not why:
         return None
     if said.get("Again"):
@@ -143,19 +153,25 @@ def _connect_by_server(server: socket.socket) -> str | None:
     _fail(str(why or "the server of the hook has refused the request"))
 
 
-def _connect_in_new_process(command: str) -> str | None:
-    """Run starting.py, which reads the state; return why the container may be connected later, None if it is connected.
+def _connect_in_new_process(command: str, state: bytes, give_up: float) -> str | None:
+    """Run starting.py; return why the container may be connected later, None if it is connected.
 
-    An empty text says that the process has written the reason. Ends this process if the container cannot be connected.
+    `state` is its standard input. At the time `give_up` (time.monotonic), it is ended. An empty text says that the
+    process has written the reason. Ends this process if the container cannot be connected.
     """
     python = os.path.join(os.path.dirname(os.path.realpath(command)), "python")
     if not os.access(python, os.X_OK):
         _fail(f"calicoctl is not installed as {command} any more. Run 'calicoctl node --docker-hook' again")
-    pid = os.posix_spawn(python, [python, "-I", "-c", PROGRAM], {"PATH": PATH})
+    file = os.memfd_create("state")
+    os.write(file, state)
+    os.lseek(file, 0, os.SEEK_SET)
+    actions = [(os.POSIX_SPAWN_DUP2, file, 0)]
+    pid = os.posix_spawn(python, [python, "-I", "-c", PROGRAM], {"PATH": PATH}, file_actions=actions)
     process = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(process, select.POLLIN)
-    for number, seconds in ((signal.SIGTERM, SECONDS), (signal.SIGKILL, KILL_AFTER)):
+    left = max(0.0, give_up - time.monotonic())
+    for number, seconds in ((signal.SIGTERM, left), (signal.SIGKILL, KILL_AFTER)):
         if poll.poll(seconds * 1000):
             break
         os.kill(pid, number)
@@ -173,7 +189,10 @@ def _note(host: str, id: str) -> None:
     folder = f"{RUN}/{host}"
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        os.close(os.open(f"{folder}/{START_AGAIN}{id}", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.open(f"{folder}/{START_AGAIN}{id}", flags, 0o600)
+        os.utime(file)  # the agent must see that it is written anew
+        os.close(file)
     except OSError as error:
         print(f"{folder} cannot be written: {error.strerror}.", file=sys.stderr)
 

@@ -94,7 +94,7 @@ def test_calls(path: Path) -> None:
 def test_calls_are_bounded(path: Path) -> None:
     began = time.monotonic()
     status, answer = call(path, "/Hang")
-    assert status == 400 and "has not answered within" in answer["Err"]
+    assert status == 400 and "has not answered within" in answer["Err"] and answer["Again"]
     assert send(path, b"POST /Echo HTTP/1.1\r\n") == b"", "the rest does not come"
     assert b"200" not in send(path, b"POST /Echo HTTP/1.1\r\nX: " + b"a" * 40, pause=0.02)
     assert b"200" not in send(path, b"POST /Echo HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
@@ -111,9 +111,10 @@ def test_works_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         with pytest.raises(TooSlow):
             bounded(0.01, lambda: release.wait(20))
-    with pytest.raises(CalicoError, match="calls are waiting"):
-        bounded(1, lambda: None)
-    release.set()
+    with pytest.raises(StoreUnavailable, match="calls are waiting"):
+        bounded(0.1, lambda: None)
+    threading.Timer(0.1, release.set).start()
+    assert bounded(20, lambda: 4) == 4, "it waits for its turn"
     stores.wait_idle(5)
     assert bounded(1, lambda: 5) == 5
     with pytest.raises(ZeroDivisionError):
