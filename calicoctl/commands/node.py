@@ -214,7 +214,7 @@ def _start(
             if written:
                 print(f"All commands find it through {EnvironmentFile().path}.")
             _register(datastore, ipv4, given, every, as_num)
-            _refresh_hook()
+            _refresh_hook(host)
             if arguments["--docker-hook"]:
                 _set_hook_up(host)
             if options.libnetwork:
@@ -432,15 +432,15 @@ def _start_plugins(host: str, log_dir: str) -> None:
         print(f"Docker networks are served (process {plugin_process.running(host)}).")
 
 
-def _refresh_hook() -> None:
+def _refresh_hook(host: str) -> None:
     try:
-        docker_hook.refresh()
+        docker_hook.refresh(host)
     except CalicoError as error:  # which must not keep the agent from starting
         warn(f"Warning: {error}.")
 
 
 def _restart() -> None:
-    _refresh_hook()
+    _refresh_hook(hostname())
     why = (process.report(hostname()) or {}).get("replaced")
     # a new agent would take over the name as soon as the other agent's heartbeat expires
     if why and process.running(hostname()):
@@ -511,7 +511,9 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
             )
         if this_one:
             datastore.hosts.check_writable()
-            HostSettings(process.settings_file(host))  # raises for a damaged file before anything is changed
+            # raise for damaged files before anything is changed
+            HostSettings(process.settings_file(host))
+            docker_hook.settings()
         # some workloads may have no endpoint: interrupted commands have left their addresses or locks
         workloads = {(id.orchestrator, id.workload) for id in ids} | datastore.ipam.workloads()
         if this_one:

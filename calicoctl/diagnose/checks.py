@@ -293,13 +293,14 @@ def _hook(docker_runs: bool) -> Check:
         return _needs_root(name)
     works, found = docker_hook.state_of_hook() or (True, "not set up (see 'calicoctl node --help')")
     with suppress(DockerUnavailable):
-        if (
-            docker_runs
-            and works
-            and docker_hook.is_set_up()
-            and engine.info().get("DefaultRuntime") != docker_hook.NAME
-        ):
-            works, found = False, "Docker has not read its configuration since the hook was set up"
+        settings = docker_hook.settings() if works and docker_runs else None
+        if settings is not None and not settings.removed:
+            described = engine.info()
+            if described.get("DefaultRuntime") != docker_hook.NAME:
+                works, found = False, "Docker has not read its configuration since the hook was set up"
+            elif described.get("DockerRootDir") != settings.data_root:
+                works = False
+                found = f"Docker's data is in {described.get('DockerRootDir')}, not in {settings.data_root}"
     return Check(name, works, found, False, "run 'calicoctl node --docker-hook'")
 
 

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,16 @@ LARGEST = 1 << 20
 PATIENCE = 10.0
 """Seconds to wait until the engine has applied its configuration."""
 
+_PROC = Path("/proc")
 _CONFIGURATION = "/etc/docker/daemon.json"
+_OLDEST_PYTHON = (3, 9)
+_MODES = {"settings.json": 0o600, "hook.py": 0o644, "runtime": 0o755}
+"""The modes of our files. The variables in the first one may be secret."""
+
 _RUNTIMES, _DEFAULT = "runtimes", "default-runtime"
 _STOCK = "runc"
-"""The engine's own runtime, which needs no entry in the configuration."""
+_STOCK_NAMES = (_STOCK, "io.containerd.runc.v2")
+"""The names of the engine's own runtime, which needs no entry in the configuration."""
 
 _SCRIPT = """\
 #!/bin/sh
@@ -85,7 +91,8 @@ class Settings:
 
     `configuration` is the path of the engine's configuration file, and `made` says whether that command has created it.
     `default` is the default runtime that the file named before, None if it named none. `runtime` are the words that
-    run that runtime. `removed` says that the hook is removed, but that containers with the runtime exist.
+    run that runtime. `removed` says that the hook is removed, but that containers with the runtime exist. `docker_host`
+    is where the engine listens, as in DOCKER_HOST; it is empty if an older version has written the settings.
     """
 
     host: str
@@ -97,6 +104,7 @@ class Settings:
     default: str | None
     runtime: list[str]
     removed: bool = False
+    docker_host: str = ""
 
 
 def settings() -> Settings | None:
@@ -110,13 +118,7 @@ def settings() -> Settings | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CalicoError(f"{path} cannot be read: {error}") from None
-
-
-def is_set_up() -> bool:
-    """Return whether the hook is set up, and not removed. Raises CalicoError."""
-    found = settings()
-    return found is not None and not found.removed
+        raise CalicoError(f"{path} cannot be read: {error}. 'calicoctl node --docker-hook' writes it anew") from None
 
 
 def set_up(host: str) -> bool:
@@ -125,7 +127,10 @@ def set_up(host: str) -> bool:
     If it was set up already, its files are written anew. Raises CalicoError, and changes nothing, if it cannot be set
     up: for example if the engine does not run, or if its command line says which runtimes there are.
     """
-    before = settings()
+    try:
+        before = settings()
+    except CalicoError:  # damaged
+        before = None
     with _changing():
         described = engine.info()
         daemon = _engine_process()
@@ -145,25 +150,30 @@ def set_up(host: str) -> bool:
             old is None or (is_ours and before is not None and before.made),
             named,
             _words_of(named or _STOCK, config, described),
+            docker_host=os.environ.get("DOCKER_HOST") or engine.SOCKET,
         )
         wanted = _with_ours(config)
+        kept = _kept_files()
         try:
             _write_files(new)
             _refuse_other_root(daemon)
             if wanted == config and described.get("DefaultRuntime") == NAME:
                 return False
-            _replace(path, wanted)
+            _put(path, _encoded(wanted))
             _reload(daemon, NAME)
         except BaseException:
-            _take_back(new, daemon, config, old)
-            if before is None:
-                _remove_files()
+            try:
+                _take_back(new, None if described.get("DefaultRuntime") == NAME else daemon, config, old)
+            except CalicoError:
+                if proc.running_since(daemon) is not None:
+                    raise  # it may use our files, so they stay
+            _put_back(kept)
             raise
     return True
 
 
 def remove() -> str | None:
-    """Remove the hook. Return a sentence about what is left, None if nothing is, or if there was no hook.
+    """Remove the hook. Return a sentence about what is left or lost, None if there is nothing to say, or no hook.
 
     If containers that were created with the hook exist, or if the engine does not answer, the runtime stays, and does
     nothing but run the former default. Raises CalicoError if the engine's configuration cannot be changed.
@@ -171,42 +181,54 @@ def remove() -> str | None:
     before = settings()
     if before is None:
         return None
-    with _changing():
+    with _changing(), _asking(before.docker_host):
         path = Path(before.configuration)
         old, config = _read(path)
-        _write(FOLDER / "runtime", _FORMER_DEFAULT.format(runtime=shlex.join(before.runtime)), 0o755)
+        try:
+            daemon = _engine_process()
+        except DockerUnavailable:
+            daemon = None
+        _write("runtime", _FORMER_DEFAULT.format(runtime=shlex.join(before.runtime)))
         _write_settings(Settings(**{**asdict(before), "removed": True}))
         (FOLDER / "hook.py").unlink(missing_ok=True)
-        try:
-            using, daemon = _containers_of(NAME), _engine_process()
-        except DockerUnavailable:
-            using, daemon = None, None
-        rest = _without_ours(config, before, keep_entry=using != [])
-        content = None if not rest and before.made else old if rest == config else _encoded(rest)
-        _take_back(before, daemon, config, content)
+        said = []
+        if config.get(_DEFAULT) == NAME and before.default is not None and _former(before, config) is None:
+            said.append(
+                f"{path} knows no runtime {before.default} any more, which was the default before, so it names none now"
+            )
+        using = None
+        # first, or else a container that is created meanwhile would have our runtime, and nobody would know
+        rest = _without_ours(config, before, keep_entry=True)
+        with suppress(DockerUnavailable):
+            _take_back(before, daemon, config, old if rest == config else _encoded(rest))
+            using = None if daemon is None else _containers_of(NAME)
         if using == []:
+            old, config = _read(path)
+            rest = _without_ours(config, before, keep_entry=False)
+            _put(path, None if not rest and before.made else old if rest == config else _encoded(rest))
             _remove_files()
-            return None
     if using is None:
-        return (
+        said.append(
             f"Docker does not answer: its runtime {NAME} stays in {path}, for containers that were created with it. "
             "Run 'calicoctl node remove --docker-hook' when Docker runs"
         )
-    return (
-        f"The runtime {NAME} stays in {path}, since Docker would not start {quantity(len(using), 'container')} without "
-        f"it ({', '.join(using[:3])}{', …' if len(using) > 3 else ''}). It only runs {before.runtime[0]}"
-    )
+    elif using:
+        said.append(
+            f"The runtime {NAME} stays in {path}, since Docker would not start {quantity(len(using), 'container')} "
+            f"without it ({', '.join(using[:3])}{', …' if len(using) > 3 else ''}). It only runs {before.runtime[0]}"
+        )
+    return ". ".join(said) or None
 
 
-def refresh() -> None:
+def refresh(host: str) -> None:
     """Write the files of the hook anew, if it is set up: this version of the program may have others.
 
-    Raises CalicoError.
+    `host` is this host's name in Calico, which may have changed. Raises CalicoError.
     """
     before = settings()
     if before is not None and not before.removed:
         with _changing():
-            _write_files(Settings(**{**asdict(before), "command": _command()}))
+            _write_files(Settings(**{**asdict(before), "host": host, "command": _command()}))
 
 
 def state_of_hook() -> tuple[bool, str] | None:
@@ -249,18 +271,36 @@ def _engine_process() -> int:
             return int(pid)
     else:
         raise CalicoError(f"the hook is for the Docker Engine of this host, and DOCKER_HOST is {where}")
-    found = [int(process.name) for process in Path("/proc").glob("[0-9]*") if _is_engine(int(process.name))]
+    # those of containers (docker-in-docker) and of other users are no engine of this host
+    engines = [int(process.name) for process in _PROC.glob("[0-9]*") if _is_engine(int(process.name))]
+    here = [pid for pid in engines if _is_root_s(pid) and _shares(pid, "pid")]
+    found = [pid for pid in here if _shares(pid, "mnt")] or here
     if len(found) != 1:
         raise CalicoError(
-            f"it is unknown which process is the Docker Engine at {where}: {quantity(len(found), 'process')} of the "
-            "name dockerd run here"
+            f"it is unknown which process is the Docker Engine at {where}: {len(found)} processes here have the name "
+            "dockerd"
         )
     return found[0]
 
 
 def _is_engine(pid: int) -> bool:
     try:
-        return (Path("/proc") / str(pid) / "comm").read_text().strip() == "dockerd"
+        return (_PROC / str(pid) / "comm").read_text(errors="replace").strip() == "dockerd"
+    except OSError:
+        return False
+
+
+def _is_root_s(pid: int) -> bool:
+    try:
+        return (_PROC / str(pid)).stat().st_uid == 0
+    except OSError:
+        return False
+
+
+def _shares(pid: int, kind: str) -> bool:
+    """Return whether a process is in the same namespace as this one; `kind` is a name in /proc/PID/ns."""
+    try:
+        return (_PROC / str(pid) / "ns" / kind).readlink() == (_PROC / "self/ns" / kind).readlink()
     except OSError:
         return False
 
@@ -319,7 +359,7 @@ def _refuse_other_root(daemon: int) -> None:
 def _words_of(name: str, config: dict[str, Any], described: dict[str, Any]) -> list[str]:
     """Return the words that run a runtime of the engine. Raises CalicoError if it is none that a script can run."""
     entry = (config.get(_RUNTIMES) or {}).get(name) or (described.get("Runtimes") or {}).get(name)
-    if entry is None and name in (_STOCK, "io.containerd.runc.v2"):
+    if entry is None and name in _STOCK_NAMES:
         entry = {"path": _STOCK}
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise CalicoError(f"the default runtime of Docker, {name}, has no path that a hook could run")
@@ -345,7 +385,10 @@ def _containers_of(runtime: str) -> list[str]:
 
 def _reload(daemon: int, default: str) -> None:
     """Have the engine read its configuration. Raises CalicoError if its default runtime is not `default` then."""
-    os.kill(daemon, signal.SIGHUP)
+    try:
+        os.kill(daemon, signal.SIGHUP)
+    except ProcessLookupError:
+        raise DockerUnavailable(f"the Docker Engine (process {daemon}) has ended") from None
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up:
         described = engine.info()
@@ -419,8 +462,9 @@ def _without_ours(config: dict[str, Any], before: Settings, keep_entry: bool) ->
     new = dict(config)
     if new.get(_DEFAULT) == NAME:
         del new[_DEFAULT]
-        if before.default is not None:
-            new[_DEFAULT] = before.default
+        former = _former(before, config)
+        if former is not None:
+            new[_DEFAULT] = former
     if not keep_entry and _is_ours((new.get(_RUNTIMES) or {}).get(NAME)):
         new[_RUNTIMES] = {name: entry for name, entry in new[_RUNTIMES].items() if name != NAME}
         if not new[_RUNTIMES]:
@@ -428,37 +472,45 @@ def _without_ours(config: dict[str, Any], before: Settings, keep_entry: bool) ->
     return new
 
 
+def _former(before: Settings, config: dict[str, Any]) -> str | None:
+    """Return the default runtime that the configuration named before; None if it named none, or knows it no more.
+
+    With a default runtime that it does not know, the engine does not start.
+    """
+    runtimes = config.get(_RUNTIMES) or {}
+    return before.default if before.default in runtimes or before.default in _STOCK_NAMES else None
+
+
 def _take_back(before: Settings, daemon: int | None, config: dict[str, Any], content: bytes | None) -> None:
     """Make the former default runtime the engine's default again, and write `content` into its configuration file.
 
     If `content` is None, the file is removed. `config` is what the file says now, or has said before the hook was set
-    up. If `daemon` is None, the engine does not run.
+    up. If `daemon` is None, the engine does not run, or is not to be changed. Raises CalicoError, but always writes
+    `content` first.
 
     An engine may crash (20.10) if it reads a configuration that has runtimes, but not its current default runtime, and
     it keeps its default if the configuration names none. So it first gets one that has both, and names the former.
     """
     path = Path(before.configuration)
-    if daemon is not None and engine.info().get("DefaultRuntime") == NAME:
-        both = _with_ours(config)
-        default = before.default if before.default in both[_RUNTIMES] else _STOCK
-        _replace(path, {**both, _DEFAULT: default})
-        _reload(daemon, str(default))
-    if content is None:
-        path.unlink(missing_ok=True)
-    else:
+    try:
+        if daemon is not None and engine.info().get("DefaultRuntime") == NAME:
+            default = _former(before, config) or _STOCK
+            _put(path, _encoded({**_with_ours(config), _DEFAULT: default}))
+            _reload(daemon, default)
+    finally:
         _put(path, content)
-
-
-def _replace(path: Path, config: dict[str, Any]) -> None:
-    _put(path, _encoded(config))
 
 
 def _encoded(config: dict[str, Any]) -> bytes:
     return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _put(path: Path, content: bytes) -> None:
+def _put(path: Path, content: bytes | None) -> None:
+    """Replace the engine's configuration file, or remove it if `content` is None. Raises CalicoError."""
     try:
+        if content is None:
+            path.unlink(missing_ok=True)
+            return
         mode, owner = 0o644, (-1, -1)
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         if path.exists():
@@ -482,15 +534,25 @@ def _command() -> str:
 
 
 def _variables() -> dict[str, str]:
-    # those that a settings file sets are read from it by the hook, too
+    # those that a settings file sets are read from it by the hook, too; it takes all of them from there, or none
     written = environment.EnvironmentFile().variables()
-    names = (*environment.STORE, environment.PATH_VARIABLE)
-    found = {name: os.environ[name] for name in names if os.environ.get(name)}
-    return {name: value for name, value in found.items() if written.get(name) != value}
+    found = {name: os.environ[name] for name in environment.STORE if os.environ.get(name)}
+    if found == {name: written[name] for name in environment.STORE if written.get(name)}:
+        found = {}
+    if os.environ.get(environment.PATH_VARIABLE):
+        found[environment.PATH_VARIABLE] = os.environ[environment.PATH_VARIABLE]
+    return {name: str(Path(value).absolute()) if "FILE" in name else value for name, value in found.items()}
 
 
 def _python() -> str:
-    return "/usr/bin/python3" if os.access("/usr/bin/python3", os.X_OK) else os.path.realpath(sys.executable)
+    """Return the path of an interpreter for hook.py, which stays the same when calicoctl is upgraded."""
+    system = "/usr/bin/python3"
+    test = [system, "-I", "-S", "-c", f"import sys; sys.exit(sys.version_info < {_OLDEST_PYTHON})"]
+    try:
+        subprocess.run(test, check=True, capture_output=True, timeout=PATIENCE)
+    except (OSError, subprocess.SubprocessError):
+        return os.path.realpath(sys.executable)
+    return system
 
 
 def _write_files(new: Settings) -> None:
@@ -501,24 +563,56 @@ def _write_files(new: Settings) -> None:
         runtime=shlex.join(new.runtime),
     )
     _write_settings(new)
-    _write(FOLDER / "hook.py", Path(oci_hook.__file__).read_text(), 0o644)
-    _write(FOLDER / "runtime", script, 0o755)
+    _write("hook.py", Path(oci_hook.__file__).read_text())
+    _write("runtime", script)
 
 
 def _write_settings(new: Settings) -> None:
-    _write(FOLDER / "settings.json", json.dumps(asdict(new), indent=2) + "\n", 0o600)  # variables may be secret
+    _write("settings.json", json.dumps(asdict(new), indent=2) + "\n")
 
 
-def _write(path: Path, text: str, mode: int) -> None:
+def _write(name: str, text: str) -> None:
     try:
         FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
-        files.replace(path, text.encode(), mode, durable=True).close()
+        files.replace(FOLDER / name, text.encode(errors="surrogateescape"), _MODES[name], durable=True).close()
     except OSError as error:
-        raise CalicoError(f"{path} cannot be written: {error.strerror}") from None
+        raise CalicoError(f"{FOLDER / name} cannot be written: {error.strerror}") from None
+
+
+def _kept_files() -> dict[str, str]:
+    """Return the contents of our files, by name. Raises CalicoError."""
+    try:
+        paths = [FOLDER / name for name in _MODES]
+        return {path.name: path.read_text(errors="surrogateescape") for path in paths if path.exists()}
+    except OSError as error:
+        raise CalicoError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def _put_back(kept: dict[str, str]) -> None:
+    """Write the result of `_kept_files` again, and remove other files of ours. Raises CalicoError."""
+    if not kept:
+        _remove_files()
+    for name, text in kept.items():
+        _write(name, text)
 
 
 def _remove_files() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+@contextmanager
+def _asking(docker_host: str) -> Iterator[None]:
+    """Have `engine` ask the engine that listens at `docker_host`; if that is empty, the one that DOCKER_HOST names."""
+    before = os.environ.get("DOCKER_HOST")
+    if docker_host:
+        os.environ["DOCKER_HOST"] = docker_host
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("DOCKER_HOST", None)
+        else:
+            os.environ["DOCKER_HOST"] = before
 
 
 @contextmanager

@@ -177,6 +177,51 @@ def test_containers_without_labels_of_their_own_start_as_ever(hooked: AgentHost,
     run("docker", "image", "rm", image)
 
 
+def test_labels_that_only_docker_finds_in_an_image_do_not_count(hooked: AgentHost, tmp_path: Path) -> None:
+    host = hooked
+    run("docker", "save", "--output", str(tmp_path / "image.tar"), "busybox")
+    (tmp_path / "image").mkdir()
+    run("tar", "-C", str(tmp_path / "image"), "-xf", str(tmp_path / "image.tar"))
+    manifest = tmp_path / "image/manifest.json"
+    (described,) = json.loads(manifest.read_text())
+    image = json.loads((tmp_path / "image" / described["Config"]).read_text())
+    image["config"] = {"labels": {"calico.ip": A4}}
+    (tmp_path / "image" / described["Config"]).unlink()
+    (tmp_path / "image/config.json").write_text(json.dumps(image))
+    manifest.write_text(json.dumps([{**described, "Config": "config.json", "RepoTags": ["sly:latest"]}]))
+    run("tar", "-C", str(tmp_path / "image"), "-cf", str(tmp_path / "sly.tar"), ".")
+    run("docker", "load", "--input", str(tmp_path / "sly.tar"))
+    answer = run("docker", "run", "--net=none", "--name=web", "sly", "ip", "-o", "address", check=False)
+    labels = json.loads(run("docker", "inspect", "--format", "{{json .Config.Labels}}", "web").out)
+    assert labels == {"calico.ip": A4}, "Docker takes them for labels"
+    assert answer.status != 0 and "its image has an unusual configuration" in answer.err, answer
+    assert host.records() == {}
+    run("docker", "rm", "web")
+    run("docker", "image", "rm", "sly")
+
+
+@SERVED
+def test_the_address_of_a_removed_container_is_waited_for(hooked: AgentHost) -> None:
+    host = hooked
+    words, options = ("sleep", "1000"), ("-d", "--restart=always")
+    docker_run("web", f"ip={A4}", command=words, options=("-d",))
+    for _ in range(3):
+        run("docker", "rm", "-f", "web")
+        docker_run("web", f"ip={A4}", command=words, options=("-d",))
+    # if it takes too long, the container is started later
+    host.kill_agent()
+    run("docker", "rm", "-f", "web")
+    answer = docker_run("web", f"ip={A4}", command=words, options=options, status=1)
+    assert f"IP {A4} is already assigned" in answer.err and "Its container was removed" in answer.err
+    host.start_agent(DOCKER_HOST=SOCKET)
+    wait_for(lambda: "true" in run("docker", "inspect", "-f", "{{.State.Running}}", "web").out, host.log(), 60)
+    assert (record(host, "web") or {}).get("ipv4_nets") == [f"{A4}/32"]
+    wait_for(lambda: not list(Path("/run/calico").glob("*/start-again.*")), "the file to go")
+    run("docker", "rm", "-f", "web")
+    wait_for(lambda: host.records() == {}, host.log())
+    host.check_consistent()
+
+
 @SERVED
 def test_what_cannot_be_done_stops_the_start_with_a_sentence(hooked: AgentHost) -> None:
     host = hooked
@@ -242,11 +287,20 @@ def test_the_configuration_of_docker_keeps_what_it_has(bare_host: AgentHost, eng
     shown = json.loads(host.ctl("checksystem", "-o", "json", env=environment, status=None).out)
     (check,) = (one for one in shown if one["name"] == "Docker's hook")
     assert check["ok"] and "set up in /etc/docker/daemon.json" in check["found"]
+    settings = FOLDER / "settings.json"
+    kept = settings.read_text()
+    settings.write_text(kept.replace('"data_root": "', '"data_root": "/other'))
+    shown = json.loads(host.ctl("checksystem", "-o", "json", env=environment, status=None).out)
+    (check,) = (one for one in shown if one["name"] == "Docker's hook")
+    assert not check["ok"] and "Docker's data is in" in check["found"]
+    settings.write_text(kept)
     assert host.status()["docker_hook"] == {"works": True, "text": "set up in /etc/docker/daemon.json"}
 
     # damaged settings keep no agent from starting
     kept = (FOLDER / "settings.json").read_bytes()
     (FOLDER / "settings.json").write_text("{")
+    refused = host.ctl("node", "remove", env=environment, status=1)
+    assert "settings.json cannot be read" in refused.err and host.agent_runs(host.pid)
     assert "settings.json cannot be read" in host.ctl("node", "restart", env=environment).err
     shown = host.ctl("status", status=None).out
     assert "Docker's hook does not work" in shown and "settings.json cannot be read" in shown
@@ -352,7 +406,18 @@ def test_a_server_that_hangs_or_has_died_holds_up_no_start_for_long(hooked: Agen
     assert f"{A4}/32" in docker_run("web", f"ip={A4}", command=("ip", "-o", "address")).out
     run("docker", "rm", "web")
     host.kill_agent()  # it would start another
+    # the server ends while it is asked
+    os.kill(server(), signal.SIGSTOP)
+    starting = subprocess.Popen(
+        ("docker", "run", "--net=none", "--name=late", f"--label=calico.ip={A4}", "busybox", "ip", "-o", "address"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    # Source: unix(7): the server's socket, and one for each connection
+    wait_for(lambda: Path("/proc/net/unix").read_text().count(f"/{host.name}/hook.sock\n") > 1, "the hook to ask")
     os.kill(server(), signal.SIGKILL)
+    assert f"{A4}/32" in starting.communicate(timeout=30)[0] and starting.returncode == 0
+    run("docker", "rm", "late")
     assert f"{B4}/32" in docker_run("web", f"ip={B4}", command=("ip", "-o", "address")).out
 
 
@@ -365,11 +430,16 @@ def test_containers_with_the_hook_start_after_the_program_is_uninstalled(
     (prefix / "bin/calicoctl").symlink_to(CALICOCTL)
     installed = [str(prefix / "bin/calicoctl")]
     host.ctl("node", f"--ip={HOST_IP}", "--docker-hook", env={"DOCKER_HOST": SOCKET}, command=installed)
+    settings = FOLDER / "settings.json"  # by another way to the same program
+    (tmp_path / "link").symlink_to(prefix)
+    settings.write_text(settings.read_text().replace(f"{prefix}/bin", f"{tmp_path}/link/bin"))
     docker_run("web", f"ip={A4}", command=("sleep", "1000"), options=("-d",))
     docker_run("plain", command=("sleep", "1000"), options=("-d",))
     run("docker", "stop", "--time=0", "web", "plain")
     script = Path(__file__).parent.parent.parent / "setup/calicoctl"
-    answer = run(str(script), "uninstall", env={**os.environ, "PREFIX": str(prefix)})
+    # it knows itself which engine it is about
+    others = {name: value for name, value in os.environ.items() if name != "DOCKER_HOST"}
+    answer = run(str(script), "uninstall", env={**others, "PREFIX": str(prefix)})
     assert "Docker's hook is removed." in answer.out, answer
     assert not (prefix / "bin/calicoctl").exists()
     assert engine.says("DefaultRuntime") == "runc" and "default-runtime" not in engine.configuration

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from calicoctl.errors import CalicoError
+from calicoctl import engine, environment, files, proc
+from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.workloads import docker_hook, labels, oci_hook
 from calicoctl.workloads.docker_hook import Settings
 
@@ -109,7 +110,7 @@ def test_docker_s_configuration_keeps_what_it_has(folder: Path, tmp_path: Path) 
     path.chmod(0o600)
     _, config = docker_hook._read(path)
     ours = docker_hook._with_ours(config)
-    docker_hook._replace(path, ours)
+    docker_hook._put(path, docker_hook._encoded(ours))
     assert path.stat().st_mode & 0o777 == 0o600
     entry = {"path": str(folder / "runtime")}
     expected = {**CONFIG, "runtimes": {"mine": {"path": "/x"}, "calico": entry}, "default-runtime": "calico"}
@@ -123,6 +124,11 @@ def test_docker_s_configuration_keeps_what_it_has(folder: Path, tmp_path: Path) 
     changed = {**ours, "default-runtime": "other", "runtimes": {"calico": {"path": "/theirs"}}}
     assert docker_hook._without_ours(changed, before, keep_entry=False) == changed
     assert docker_hook._without_ours(docker_hook._with_ours({}), settings(tmp_path), keep_entry=False) == {}
+    # the engine would not start with a default runtime that it does not know
+    alone = docker_hook._with_ours({"labels": []})
+    assert docker_hook._without_ours(alone, before, keep_entry=False) == {"labels": []}
+    stock = settings(tmp_path, default="runc")
+    assert docker_hook._without_ours(alone, stock, keep_entry=False) == {"labels": [], "default-runtime": "runc"}
 
 
 @pytest.mark.parametrize(
@@ -151,10 +157,219 @@ def test_the_default_runtime_must_be_a_program() -> None:
             docker_hook._words_of(name, config, described)
 
 
+class Engine:
+    """An engine of Docker that reads its configuration file whenever it is told to, as process 42."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.default = "runc"
+        self.containers: list[str] = []
+        self.alive = True
+        self.obeys = True
+        self.asked_at: set[str | None] = set()
+        self.seen: list[dict] = []
+
+    def reload(self, daemon: int, default: str) -> None:
+        if not self.alive:
+            raise DockerUnavailable("it has ended")
+        config = json.loads(self.path.read_text())
+        self.seen.append(config)
+        if not self.obeys:
+            raise CalicoError("the Docker Engine (process 42) has not taken it")
+        self.default = config.get("default-runtime", self.default)
+
+    def info(self) -> dict:
+        if not self.alive:
+            raise DockerUnavailable("it has ended")
+        self.asked_at.add(os.environ.get("DOCKER_HOST"))
+        return {"DefaultRuntime": self.default, "DockerRootDir": "/data", "Runtimes": {"runc": {"path": "runc"}}}
+
+    def process(self) -> int:
+        self.info()
+        return 42
+
+    def using(self, runtime: str) -> list[str]:
+        self.info()
+        assert self.default != runtime, "a container that is created now would not be in the list"
+        return self.containers
+
+
+@pytest.fixture
+def an_engine(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    found = Engine(tmp_path / "daemon.json")
+    monkeypatch.setattr(engine, "info", found.info)
+    monkeypatch.setattr(docker_hook, "_engine_process", found.process)
+    monkeypatch.setattr(docker_hook, "_configuration_of", lambda daemon: found.path)
+    monkeypatch.setattr(docker_hook, "_refuse_unsuitable", lambda *_: None)
+    monkeypatch.setattr(docker_hook, "_refuse_other_root", lambda daemon: None)
+    monkeypatch.setattr(docker_hook, "_reload", found.reload)
+    monkeypatch.setattr(docker_hook, "_containers_of", found.using)
+    monkeypatch.setattr(proc, "running_since", lambda pid: "1" if found.alive else None)
+    monkeypatch.setattr(files, "RUN", tmp_path / "run")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///its.sock")
+    return found
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mode) for path in folder.glob("*")}
+
+
+def test_the_hook_is_set_up_and_removed(an_engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    an_engine.path.write_text('{"labels": ["a"]}')
+    assert docker_hook.set_up("host1") and not docker_hook.set_up("host1")
+    assert an_engine.default == "calico"
+    entry = {"path": str(folder / "runtime")}
+    with_hook = {"labels": ["a"], "runtimes": {"calico": entry}, "default-runtime": "calico"}
+    assert json.loads(an_engine.path.read_text()) == with_hook
+    # the engine is the one that the hook was set up for; and its file is not what it was when the removal began
+    monkeypatch.delenv("DOCKER_HOST")
+    an_engine.asked_at.clear()
+
+    def using(runtime: str) -> list[str]:
+        config = json.loads(an_engine.path.read_text())
+        assert config == {"labels": ["a"], "runtimes": {"calico": entry}}
+        an_engine.path.write_text(json.dumps({**config, "debug": True}))
+        return an_engine.using(runtime)
+
+    monkeypatch.setattr(docker_hook, "_containers_of", using)
+    assert docker_hook.remove() is None
+    assert an_engine.default == "runc" and an_engine.asked_at == {"unix:///its.sock"}
+    assert "DOCKER_HOST" not in os.environ
+    assert json.loads(an_engine.path.read_text()) == {"labels": ["a"], "debug": True} and not folder.exists()
+
+
+def test_the_runtime_stays_while_it_may_be_needed(an_engine: Engine, folder: Path) -> None:
+    docker_hook.set_up("host1")
+    entry = {"runtimes": {"calico": {"path": str(folder / "runtime")}}}
+    an_engine.alive = False
+    assert "Docker does not answer" in str(docker_hook.remove())
+    assert json.loads(an_engine.path.read_text()) == entry
+    an_engine.alive, an_engine.containers = True, ["ab"]
+    assert "would not start 1 container without it (ab)" in str(docker_hook.remove())
+    assert an_engine.default == "runc" and json.loads(an_engine.path.read_text()) == entry
+    an_engine.containers = []
+    assert docker_hook.remove() is None
+    assert not an_engine.path.exists() and not folder.exists()
+
+
+def test_a_default_runtime_that_is_gone_is_not_made_the_default_again(an_engine: Engine, folder: Path) -> None:
+    an_engine.path.write_text('{"runtimes": {"mine": {"path": "/mine"}}, "default-runtime": "mine"}')
+    docker_hook.set_up("host1")
+    config = json.loads(an_engine.path.read_text())
+    del config["runtimes"]["mine"]
+    an_engine.path.write_text(json.dumps(config))
+    assert "no runtime mine any more" in str(docker_hook.remove())
+    assert json.loads(an_engine.path.read_text()) == {} and an_engine.default == "runc"
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("dies", [False, True], ids=["refuses", "dies"])
+def test_a_set_up_that_fails_puts_back_what_was(
+    an_engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch, before: bool, dies: bool
+) -> None:
+    an_engine.path.write_text('{"labels":   ["a"]}')
+    if before:
+        docker_hook.set_up("host1")
+        an_engine.path.write_text('{"labels":   ["b"]}')
+    content, kept = an_engine.path.read_bytes(), tree(folder)
+
+    def reload(daemon: int, default: str) -> None:
+        an_engine.alive = not dies
+        raise CalicoError("its log says why")
+
+    monkeypatch.setattr(docker_hook, "_reload", reload)
+    with pytest.raises(CalicoError, match="its log says why"):
+        docker_hook.set_up("host2")
+    assert an_engine.path.read_bytes() == content and tree(folder) == kept
+    assert bool(kept) == before
+
+
+def test_files_that_the_engine_uses_stay(an_engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reload(daemon: int, default: str) -> None:
+        an_engine.default = "calico"
+        raise CalicoError("its log says why")
+
+    monkeypatch.setattr(docker_hook, "_reload", reload)
+    with pytest.raises(CalicoError, match="its log says why"):
+        docker_hook.set_up("host1")
+    assert (folder / "runtime").exists() and not an_engine.path.exists()
+
+
+def test_damaged_settings_are_written_anew(an_engine: Engine, folder: Path) -> None:
+    docker_hook.set_up("host1")
+    (folder / "settings.json").write_text("{")
+    with pytest.raises(CalicoError, match="--docker-hook' writes it anew"):
+        docker_hook.remove()
+    an_engine.path.write_text("{}")
+    docker_hook.set_up("host1")
+    found = docker_hook.settings()
+    assert found is not None and found.host == "host1"
+
+
+def test_the_engine_is_found_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def process(number: int | str, name: bytes, **namespaces: str) -> None:
+        folder = tmp_path / str(number)
+        (folder / "ns").mkdir(parents=True)
+        (folder / "comm").write_bytes(name + b"\n")
+        for kind in ("pid", "mnt"):
+            (folder / "ns" / kind).symlink_to(namespaces.get(kind, f"{kind}:[1]"))
+
+    monkeypatch.setattr(docker_hook, "_PROC", tmp_path)
+    process("self", b"calicoctl")
+    process(2, b"\xff\xfe")
+    monkeypatch.setattr(docker_hook, "_is_root_s", lambda pid: pid != 3)
+    process(3, b"dockerd")
+    process(4, b"dockerd", pid="pid:[2]", mnt="mnt:[2]")
+    process(5, b"dockerd", mnt="mnt:[2]")
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(tmp_path / "docker.sock"))
+    listening.listen()  # as systemd does for it
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
+    assert docker_hook._engine_process() == 5, "it may have mounts of its own"
+    process(6, b"dockerd")
+    assert docker_hook._engine_process() == 6
+    process(7, b"dockerd")
+    with pytest.raises(CalicoError, match="2 processes here"):
+        docker_hook._engine_process()
+
+
+def test_the_hook_keeps_what_selects_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in environment.STORE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CALICO_ENV_FILE", "node.env")
+    (tmp_path / "node.env").write_text("ETCD_ENDPOINTS=https://a:1\nETCD_CA_CERT_FILE=/ca\n")
+    file = {"CALICO_ENV_FILE": str(tmp_path / "node.env")}
+    monkeypatch.setenv("ETCD_ENDPOINTS", "https://a:1")
+    monkeypatch.setenv("ETCD_CA_CERT_FILE", "/ca")
+    assert docker_hook._variables() == file, "the file is read when a container starts"
+    monkeypatch.setenv("ETCD_KEY_FILE", "key")
+    ours = {"ETCD_ENDPOINTS": "https://a:1", "ETCD_CA_CERT_FILE": "/ca", "ETCD_KEY_FILE": str(tmp_path / "key")}
+    assert docker_hook._variables() == {**file, **ours}
+    monkeypatch.delenv("ETCD_KEY_FILE")
+    monkeypatch.delenv("ETCD_CA_CERT_FILE")
+    assert docker_hook._variables() == {**file, "ETCD_ENDPOINTS": "https://a:1"}
+
+
+def test_the_files_follow_the_host_s_name(folder: Path, tmp_path: Path) -> None:
+    docker_hook._write_files(settings(tmp_path))
+    docker_hook.refresh("host2")
+    found = docker_hook.settings()
+    assert found is not None and found.host == "host2"
+    assert " prepare host2 " in (folder / "runtime").read_text()
+
+
+def test_an_interpreter_that_is_too_old_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert docker_hook._python() == "/usr/bin/python3"
+    monkeypatch.setattr(docker_hook, "_OLDEST_PYTHON", (4, 0))
+    assert docker_hook._python() == os.path.realpath(sys.executable)
+
+
 class Server:
     """Answers one request at the hook's socket."""
 
-    def __init__(self, run: Path, answer: bytes) -> None:
+    def __init__(self, run: Path, answer: bytes | None) -> None:
+        """If `answer` is empty, the server ends the connection; if it is None, it never answers."""
         (run / "host1").mkdir(parents=True)
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.bind(str(run / "host1/hook.sock"))
@@ -166,11 +381,11 @@ class Server:
     def _serve(self) -> None:
         channel, _ = self.socket.accept()
         self.request = channel.recv(65536)
-        channel.sendall(self._answer)
-        if self._answer:
-            channel.close()
+        if self._answer is None:
+            self.kept = channel
         else:
-            self.kept = channel  # and never answers
+            channel.sendall(self._answer)
+            channel.close()
 
 
 @pytest.mark.parametrize(
@@ -179,21 +394,22 @@ class Server:
         (b"HTTP/1.1 200 OK\r\n\r\n{}", None, False),
         (b'HTTP/1.1 400 Bad Request\r\n\r\n{"Err": "no pool."}', "Calico: no pool.\n", False),
         (b'HTTP/1.1 200 OK\r\n\r\n{"Err": "etcd is away", "Again": true}', "Calico: etcd is away.\n", True),
-        (b"HTTP/1.1 200 OK\r\n\r\n", "Calico: the server of the hook has ended.\n", True),
-        (b"nonsense", "Calico: the server of the hook has ended.\n", True),
-        (b"", "Calico: it was not connected within 0 s.\n", True),
+        (b'HTTP/1.1 400 Bad Request\r\n\r\n{"Err": "etcd is slow", "Again": true}', "Calico: etcd is slow.\n", True),
+        (b"HTTP/1.1 200 OK\r\n\r\n", "Calico: the server of the hook has given an invalid answer.\n", True),
+        (b"nonsense", "Calico: the server of the hook has given an invalid answer.\n", True),
+        (None, "Calico: it was not connected within 0 s.\n", True),
     ],
 )
 def test_the_hook_asks_the_server(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
-    answer: bytes,
+    answer: bytes | None,
     said: str | None,
     again: bool,
 ) -> None:
     monkeypatch.setattr(oci_hook, "RUN", str(tmp_path))
-    monkeypatch.setattr(oci_hook, "SECONDS", 5 if answer else 0.2)
+    monkeypatch.setattr(oci_hook, "SECONDS", 0.2 if answer is None else 5)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b'{"id": "a"}')))
     server = Server(tmp_path, answer)
     if said is None:
@@ -206,18 +422,22 @@ def test_the_hook_asks_the_server(
     assert (tmp_path / "host1" / f"start-again.{ID}").exists() == again
 
 
+@pytest.mark.parametrize("ends", [False, True], ids=["nobody-listens", "the-server-ends"])
 @pytest.mark.parametrize(
     ("script", "succeeds", "again"),
     [("exit 0", True, False), ("exit 1", False, False), ("exit 75", False, True), ("exec sleep 60", False, True)],
 )
 def test_without_a_server_a_new_process_connects(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, succeeds: bool, again: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, succeeds: bool, again: bool, ends: bool
 ) -> None:
+    if ends:
+        Server(tmp_path, b"")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b'{"id": "a"}')))
     monkeypatch.setattr(oci_hook, "RUN", str(tmp_path))
     monkeypatch.setattr(oci_hook, "SECONDS", 0.3 if "sleep" in script else 30)
     python = tmp_path / "tree/python"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/words\n{script}\n')
+    python.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/words\ncat >{tmp_path}/state\n{script}\n')
     python.chmod(0o755)
     (tmp_path / "tree/calicoctl").touch()
     (tmp_path / "calicoctl").symlink_to("tree/calicoctl")
@@ -228,6 +448,7 @@ def test_without_a_server_a_new_process_connects(
         status = end.code
     assert (status == 0) == succeeds
     assert (tmp_path / "words").read_text() == f"-I -c {oci_hook.PROGRAM}\n"
+    assert (tmp_path / "state").read_text() == '{"id": "a"}'
     assert (tmp_path / "host1" / f"start-again.{ID}").exists() == again
 
 
