@@ -174,7 +174,13 @@ def test_containers_without_labels_of_their_own_start_as_ever(hooked: AgentHost,
     answer = run("docker", "run", "--net=none", "--name", "db", "-e", f"CALICO_IP={B4}", image, "ip", "-o", "address")
     assert f"inet {B4}/32" in answer.out
     run("docker", "rm", "-f", "web", "db")
-    run("docker", "image", "rm", image)
+    # without the image, nobody knows whose the labels are: what is recorded stays, and others start as ever
+    for verb, name in (("run", "db"), ("create", "late")):
+        run("docker", verb, "--net=none", "--name", name, "-e", f"CALICO_IP={B4}", image, "ip", "-o", "address")
+    run("docker", "image", "rm", "--force", image)
+    assert f"inet {B4}/32" in run("docker", "start", "--attach", "db").out
+    assert "eth" not in run("docker", "start", "--attach", "late").out
+    run("docker", "rm", "db", "late")
 
 
 def test_labels_that_only_docker_finds_in_an_image_do_not_count(hooked: AgentHost, tmp_path: Path) -> None:
