@@ -215,6 +215,7 @@ def test_the_address_of_a_removed_container_is_waited_for(hooked: AgentHost) -> 
         run("docker", "rm", "-f", "web")
         docker_run("web", f"ip={A4}", command=words, options=("-d",))
     # if it takes too long, the container is started later
+    host.ctl("config", "felix", "GraceTime", "3")
     host.kill_agent()
     run("docker", "rm", "-f", "web")
     answer = docker_run("web", f"ip={A4}", command=words, options=options, status=1)
@@ -224,8 +225,9 @@ def test_the_address_of_a_removed_container_is_waited_for(hooked: AgentHost) -> 
     assert (record(host, "web") or {}).get("ipv4_nets") == [f"{A4}/32"]
     wait_for(lambda: not list(Path("/run/calico").glob("*/start-again.*")), "the file to go")
     run("docker", "rm", "-f", "web")
-    wait_for(lambda: host.records() == {}, host.log())
+    wait_for(lambda: host.records() == {} and not host.allocations(), host.log())
     host.check_consistent()
+    host.ctl("config", "felix", "GraceTime", "60")
 
 
 @SERVED
@@ -305,7 +307,7 @@ def test_the_configuration_of_docker_keeps_what_it_has(bare_host: AgentHost, eng
     # damaged settings keep no agent from starting
     kept = (FOLDER / "settings.json").read_bytes()
     (FOLDER / "settings.json").write_text("{")
-    refused = host.ctl("node", "remove", env=environment, status=1)
+    refused = host.ctl("node", "remove", "--remove-endpoints", env=environment, status=1)
     assert "settings.json cannot be read" in refused.err and host.agent_runs(host.pid)
     assert "settings.json cannot be read" in host.ctl("node", "restart", env=environment).err
     shown = host.ctl("status", status=None).out
@@ -411,6 +413,7 @@ def test_a_server_that_hangs_or_has_died_holds_up_no_start_for_long(hooked: Agen
     os.kill(server(), signal.SIGCONT)
     assert f"{A4}/32" in docker_run("web", f"ip={A4}", command=("ip", "-o", "address")).out
     run("docker", "rm", "web")
+    wait_for(lambda: host.records() == {}, host.log())
     host.kill_agent()  # it would start another
     # the server ends while it is asked
     os.kill(server(), signal.SIGSTOP)
@@ -419,8 +422,9 @@ def test_a_server_that_hangs_or_has_died_holds_up_no_start_for_long(hooked: Agen
         stdout=subprocess.PIPE,
         text=True,
     )
-    # Source: unix(7): the server's socket, and one for each connection
-    wait_for(lambda: Path("/proc/net/unix").read_text().count(f"/{host.name}/hook.sock\n") > 1, "the hook to ask")
+    # the socket with the name that it was created with, and one for each connection
+    sockets = Path("/proc/net/unix")
+    wait_for(lambda: sockets.read_text().count(f"/{host.name}/.hook.sock.") > 1, "the hook to ask")
     os.kill(server(), signal.SIGKILL)
     assert f"{A4}/32" in starting.communicate(timeout=30)[0] and starting.returncode == 0
     run("docker", "rm", "late")
