@@ -277,7 +277,7 @@ def test_what_is_refused_is_told_by_docker(served: AgentHost) -> None:
     refused("can have no second interface of Calico's", run("docker", "network", "connect", "net2", "web", check=False))
     assert len(endpoints(host)) == 1 and len(calico_links()) == 1
     run("docker", "stop", "--time=0", "web")
-    run("docker", "network", "disconnect", "net2", "web")
+    run("docker", "network", "disconnect", "net2", "web", check=False)  # Docker 28 has undone that by itself
     run("docker", "start", "web")
     remove("web")
     run("docker", "create", "--net=net1", "--name=web", "-ti", "busybox")
