@@ -86,6 +86,19 @@ def start(id: str) -> None:
         docker.start(id)
 
 
+def is_restarted(container: dict[str, Any]) -> bool:
+    """Return whether a container, the result of `inspect`, is one that the engine starts by itself when it starts.
+
+    Source: ShouldRestart in the engine's restartmanager/restartmanager.go.
+    """
+    policy = container["HostConfig"].get("RestartPolicy")
+    if not isinstance(policy, dict):
+        return False
+    most = policy.get("MaximumRetryCount") or 0
+    may_retry = not most or container.get("RestartCount", 0) < most
+    return policy.get("Name") in ("always", "unless-stopped") or (policy.get("Name") == "on-failure" and may_retry)
+
+
 @contextmanager
 def followed(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]:
     """Yield the list of all containers (see `containers`), and an iterator over their events.

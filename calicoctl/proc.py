@@ -13,6 +13,9 @@ from pathlib import Path
 START_TIME, STATE = 19, 0
 """Indices of fields in /proc/PID/stat, counted from 0 at the field after the command's name. Source: proc(5)."""
 
+_ACCEPTS = 0x10000
+"""The flag of Unix sockets that listen: __SO_ACCEPTCON. Source: the kernel's include/uapi/linux/net.h."""
+
 
 def start_time(process: Path) -> str:
     """Return the start time of a process or thread: clock ticks since boot, as decimal text.
@@ -64,6 +67,19 @@ def sockets(pid: int) -> set[str]:
                 if target.startswith("socket:["):
                     found.add(target[8:-1])
     return found
+
+
+def is_listened_at(path: Path) -> bool:
+    """Return whether a process in this network namespace listens at a Unix socket that was created at `path`.
+
+    The socket's file may have been renamed, removed or replaced since then. Source: proc_pid_net(5).
+    """
+    with suppress(OSError), open("/proc/self/net/unix", errors="replace") as table:
+        next(table, None)  # the titles
+        for words in map(str.split, table):
+            if len(words) > 7 and int(words[3], 16) & _ACCEPTS and words[7] == str(path):
+                return True
+    return False
 
 
 def udp_holder(port: int) -> str | None:

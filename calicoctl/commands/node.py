@@ -418,10 +418,17 @@ def _remove_hook() -> None:
 
 
 def _start_plugins(host: str, log_dir: str) -> None:
-    """Start the process for Docker networks, unless it runs.
+    """Start the process for Docker networks, unless it runs, or another one serves them: then a warning is printed.
 
     Raises CalicoError if it cannot be started, or if the running agent would not supervise it.
     """
+    if plugin_process.served_elsewhere():
+        warn(
+            "Warning: Docker networks are served by another process, such as calico-docker.service: --libnetwork has "
+            "no effect while it is."
+        )
+        plugin_process.stop(host)  # Docker does not reach it any more, and it keeps that one from serving
+        return
     pid = process.running(host)
     if pid and not (process.report(host) or {}).get("libnetwork"):
         raise CalicoError(

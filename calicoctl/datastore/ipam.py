@@ -140,6 +140,18 @@ class Ipam:
         holding = self.holding(handle, self.handles.read(handle))
         return None if holding is None else holding.owners
 
+    def is_elsewhere(self, handle: str) -> bool:
+        """Return whether a handle has addresses, and all of them are on other hosts.
+
+        Unlike `held_by`, this changes nothing, so no lock need be held. Raises InvalidValue like `held_by`.
+        """
+        entry = self.handles.read(handle)
+        blocks, invalid = read_blocks(self._store, {} if entry is None else counts_of(entry))
+        if invalid:
+            raise next(iter(invalid.values()))
+        owners = [owner for _, block in blocks for _, owner in block.held() if owner.handle == handle]
+        return bool(owners) and not any(map(self._is_here, owners))
+
     def holding(self, handle: str, entry: Entry | None, partly: bool = False) -> Holding | None:
         """Do what `held_by` does, but return a Holding.
 

@@ -176,7 +176,8 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     hook = status["docker_hook"]
     if hook is not None and not hook["works"]:
         yield Issue(HOST, f"Docker's hook does not work: {hook['text']}", "run 'calicoctl node --docker-hook'")
-    if status["libnetwork"] and plugin_process.running(status["host"]) is None:
+    served = plugin_process.running(status["host"]) is not None or plugin_process.served_elsewhere()
+    if status["libnetwork"] and not served:
         text = "the process for Docker networks does not run: their containers neither start nor stop"
         yield Issue(HOST, text, f"see plugins.log in {status['log_dir'] or process.DEFAULT_LOG_DIR}")
     yield from _host_failures(status)

@@ -1,11 +1,12 @@
 """The process that serves Docker networks (plugins/), as `calicoctl node --libnetwork` starts it, and the agent again.
 
 It outlives the agent: containers must be able to start and stop while no agent runs. Where systemd starts it instead,
-as calico-docker.service, nothing of this module is used.
+as calico-docker.service, this module starts none.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
@@ -13,9 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-from calicoctl import proc
+from calicoctl import environment, proc
+from calicoctl.environment import DOCKER_TLS, STORE
+from calicoctl.errors import CalicoError
 from calicoctl.felix.daemon import Daemon, Process
 from calicoctl.workloads.locks import DIRECTORY
+
+log = logging.getLogger("calico.felix")
 
 SOCKET = Path("/run/docker/plugins/calico.sock")
 """The socket of the network driver."""
@@ -25,6 +30,12 @@ ARGUMENT = "--plugins-of="
 
 START_PATIENCE = 30.0
 """Seconds to wait until the process serves."""
+
+POLL = 5.0
+"""Seconds between two looks whether another process still serves Docker networks."""
+
+SETTINGS = (*STORE, "DOCKER_HOST", *DOCKER_TLS)
+"""The variables of which the process must have the agent's values."""
 
 
 def running(host: str) -> int | None:
@@ -49,6 +60,25 @@ def is_of_other_version(host: str) -> bool:
         return pid is not None and proc.arguments(pid)[:1] != [sys.executable]
     except OSError:
         return False
+
+
+def served_elsewhere() -> bool:
+    """Return whether Docker's calls reach another process than this module starts, in particular one of systemd's."""
+    return proc.is_listened_at(SOCKET)
+
+
+def has_other_settings(host: str) -> bool:
+    """Return whether a host's process runs, and uses another store or Docker Engine than this process.
+
+    What its environment does not set, it reads from the settings file.
+    """
+    pid = running(host)
+    try:
+        variables = dict(text.partition("=")[::2] for text in proc.strings(pid, "environ")) if pid is not None else {}
+        environment.complete(variables)
+    except (OSError, CalicoError):
+        return False
+    return pid is not None and any((variables.get(name) or "") != os.environ.get(name, "") for name in SETTINGS)
 
 
 def await_replacement(host: str) -> None:
@@ -89,11 +119,22 @@ class PluginProcess:
         return self._daemon.start(self._command, lambda pid: None)
 
     def supervise(self) -> None:
-        """Have a thread start the process if it does not run, and again whenever it ends. Returns at once."""
+        """Have a thread start the process if it does not run, and again whenever it ends. Returns at once.
+
+        A process that uses another store or Docker Engine is replaced: the settings file was changed. While systemd's
+        process serves Docker networks, none is started.
+        """
         self._daemon.supervise(self._launch)
 
     def _launch(self) -> None:
+        if served_elsewhere():
+            log.warning("--libnetwork has no effect: another process, such as systemd's, serves Docker networks")
+            self._daemon.process.stop()  # which Docker does not reach any more, and which keeps that one from serving
+            while served_elsewhere():
+                time.sleep(POLL)
         self._end_other_version()
+        if has_other_settings(self._host):
+            self._daemon.process.stop()
         self._daemon.launch(self._command, lambda pid: None)
 
     def _end_other_version(self) -> None:

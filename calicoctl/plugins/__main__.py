@@ -2,6 +2,9 @@
 
 `calicoctl node --libnetwork` starts it with the name of the host, systemd without. It is a process of its own:
 containers start and stop while the agent does not run.
+
+There is one such process on a machine. If systemd starts a second one, the engine's calls reach that one and not the
+first, so it answers them: it says why, and serves when the first one has ended.
 """
 
 from __future__ import annotations
@@ -9,9 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from calicoctl import programs, slim
@@ -26,9 +32,18 @@ from calicoctl.plugins import hook  # noqa: E402
 from calicoctl.plugins.collection import Collection  # noqa: E402
 from calicoctl.plugins.engine_events import EngineEvents  # noqa: E402
 from calicoctl.plugins.ipam_driver import IpamDriver  # noqa: E402
+from calicoctl.plugins.log_file import LogFile  # noqa: E402
 from calicoctl.plugins.network_driver import NetworkDriver  # noqa: E402
 from calicoctl.plugins.networks import Networks  # noqa: E402
-from calicoctl.plugins.server import CALL, Listening, servers  # noqa: E402
+from calicoctl.plugins.restarting import UNAVAILABLE  # noqa: E402
+from calicoctl.plugins.server import (  # noqa: E402
+    CALL,
+    OTHER,
+    Listening,
+    passed_sockets,
+    servers,
+    wait_answered,
+)
 from calicoctl.plugins.stores import Stores, wait_idle  # noqa: E402
 
 log = logging.getLogger("calico.plugins")
@@ -41,6 +56,9 @@ LOCK = "plugins.lock"
 
 LOCK_PATIENCE = 10.0
 """Seconds to wait for the lock, while the process of another version ends."""
+
+LOCK_POLL = 0.5
+"""Seconds between two attempts to get the lock, while this process refuses all calls."""
 
 
 class _OneLine(logging.Formatter):
@@ -56,24 +74,39 @@ def main() -> None:
     environment.complete(os.environ)
     if len(sys.argv) > 1:  # see felix/plugin_process.py
         os.environ["HOSTNAME"] = sys.argv[1].partition("=")[2]
-    handler = logging.StreamHandler()
+    handler = LogFile()
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s: %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    _lock()
+    passed = passed_sockets()
+    try:
+        _lock(LOCK_PATIENCE)
+    except CalicoError as error:
+        if not passed:
+            raise
+        log.error("%s", error)
+        _refuse_until_locked(passed, str(error), ended)
     stores = Stores(hostname(), variables)
+    with suppress(CalicoError):  # the first call is in time, also if this has to import much
+        stores.require()
     known = Networks(stores.host)
     events = EngineEvents(stores, known)
     driver = NetworkDriver(stores, known)
     serving = servers(
         [
-            Listening(SOCKETS / "calico.sock", driver.routes()),
-            Listening(SOCKETS / "calico-ipam.sock", IpamDriver(stores).routes()),
+            Listening(SOCKETS / "calico.sock", driver.routes(), failed=stores.failed.set, unavailable=UNAVAILABLE),
+            Listening(
+                SOCKETS / "calico-ipam.sock",
+                IpamDriver(stores).routes(),
+                failed=stores.failed.set,
+                unavailable=UNAVAILABLE,
+            ),
             Listening(files.RUN / stores.host / hook.SOCKET, hook.routes(stores), hook.SECONDS),
-        ]
+        ],
+        passed,
     )
     for server in serving:
         server.start()
@@ -84,21 +117,27 @@ def main() -> None:
     ended.wait()
     for server in serving:
         server.stop()
+    wait_answered(CALL)
     wait_idle(CALL)
     log.info("the end")
+    (files.RUN / LOCK).unlink(missing_ok=True)
     os._exit(0)  # threads may be waiting for the engine
 
 
-def _lock() -> None:
-    """Lock the file LOCK until this process ends. Raises CalicoError if another process keeps it locked."""
-    give_up = time.monotonic() + LOCK_PATIENCE
+def _lock(patience: float) -> None:
+    """Lock the file LOCK until this process ends.
+
+    Raises CalicoError if another process keeps it locked for `patience` seconds.
+    """
+    give_up = time.monotonic() + patience
     path = files.RUN / LOCK
 
     def refuse() -> None:
         if time.monotonic() > give_up:
             raise CalicoError(
-                f"another process serves Docker networks already ({path} is locked): either 'calicoctl node "
-                "--libnetwork' has started it, or systemd, as calico-docker.service"
+                f"{OTHER} ({path} is locked): either 'calicoctl node --libnetwork' has started it, or systemd, as "
+                "calico-docker.service. Only one of them can be used: disable calico-docker.socket, or omit "
+                "--libnetwork; then run 'calicoctl node stop --force' and 'calicoctl node' again"
             )
 
     try:
@@ -106,6 +145,26 @@ def _lock() -> None:
         files.lock(path, refuse)
     except OSError as error:
         raise CalicoError(f"{path}: {error.strerror}") from None
+
+
+def _refuse_until_locked(passed: Mapping[str, socket.socket], why: str, ended: threading.Event) -> None:
+    """Answer each call at the sockets `passed` with the error `why`, until the file LOCK can be locked.
+
+    Ends this process when `ended` is set.
+    """
+    serving = servers([Listening(Path(path), {}, refusal=why) for path in passed], passed)
+    for server in serving:
+        server.start()
+    _notify_ready()
+    while not ended.wait(LOCK_POLL):
+        with suppress(CalicoError):
+            _lock(0)
+            break
+    for server in serving:
+        server.stop()
+    wait_answered(CALL)
+    if ended.is_set():
+        os._exit(0)
 
 
 def _notify_ready() -> None:

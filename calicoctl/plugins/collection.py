@@ -1,10 +1,13 @@
 """Removes what the engine's calls have not removed: endpoints, addresses, veth pairs and networks that are not in use.
 
+It also has the engine start the containers that were refused meanwhile: see restarting.py.
+
 Something is left when the engine, this process, or the host was killed, or when etcd did not answer. What is in use is
 what the engine says. So nothing is removed while it does not answer, or while it starts; and only what it has not known
 for GRACE seconds, since it makes and removes an endpoint in several calls. What has its interface in a container is in
-use, whatever the engine says: the wrong one may have been asked. Nothing is removed, either, while another machine's
-agent has this host's name.
+use, whatever the engine says: the wrong one may have been asked. The files of networks, and the profiles that are kept
+for containers, are removed only if it is the engine that had these networks before. Nothing is removed, either, while
+another machine's agent has this host's name.
 """
 
 from __future__ import annotations
@@ -12,16 +15,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from calicoctl import engine
+from calicoctl import engine, state
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError, DockerUnavailable, InvalidValue, NotFound
 from calicoctl.felix.heartbeat import Identity
+from calicoctl.plugins import restarting
 from calicoctl.plugins.endpoints import PEER_PREFIX
 from calicoctl.plugins.engine_events import EngineEvents
 from calicoctl.plugins.networks import Networks
@@ -44,6 +48,9 @@ GRACE = 15.0
 
 REQUEST_GRACE = 60.0
 """The same for an address that was requested, and has no endpoint yet."""
+
+PAUSE = 5.0
+"""Seconds between a look that has failed and the next one."""
 
 POLL = 1.0
 """Seconds until it is noticed that something has happened."""
@@ -70,27 +77,49 @@ class Collection:
         """Text of a Leftover -> the time (monotonic) since which every look has found it."""
         self._foreign: set[str] = set()
         """Handles whose addresses are on other hosts."""
+        self._refused = True
+        """Whether containers may not have started since the store was away."""
+        self._said: dict[str, str] = {}
+        """What a warning is about -> the warning that was logged last."""
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="collecting what is left", daemon=True).start()
 
     def _run(self) -> None:
-        due = 0.0
+        due = not_before = 0.0
         while True:
+            now = time.monotonic()
             happened = self._events.connected.is_set() or self._stores.failed.is_set()
-            if happened or time.monotonic() >= due:
+            if now >= due or (happened and now >= not_before):
+                self._refused = self._refused or self._stores.failed.is_set()
                 self._events.connected.clear()
                 self._stores.failed.clear()
-                try:
-                    self.look()
-                except DockerUnavailable:
-                    self._since.clear()
-                except CalicoError as error:
-                    log.warning("it cannot be seen what is left of Docker networks: %s", error)
-                except Exception:  # of whatever kind: nothing else would look again
-                    log.exception("looking for what is left failed")
-                due = time.monotonic() + (GRACE / 2 if self._since else INTERVAL)
+                if self.try_to_look():
+                    due = time.monotonic() + (GRACE / 2 if self._since else INTERVAL)
+                else:
+                    due = not_before = time.monotonic() + PAUSE
             time.sleep(POLL)
+
+    def try_to_look(self) -> bool:
+        """Do what `look` does; return False, and log the reason, if it fails."""
+        try:
+            self.look()
+        except CalicoError as error:
+            if isinstance(error, DockerUnavailable):
+                self._since.clear()
+            self._warn("look", f"it cannot be seen what is left of Docker networks: {error}")
+            return False
+        except Exception:  # of whatever kind: nothing else would look again
+            log.exception("looking for what is left failed")
+            return False
+        self._said.pop("look", None)
+        return True
+
+    def _warn(self, subject: str, text: str) -> None:
+        """Log a warning, unless it was the last one about this subject."""
+        if self._said.get(subject) != text:
+            log.warning("%s", text)
+            self._said[subject] = text
 
     def look(self) -> None:
         """Remove what is left; note since when what may be left is there. Raises CalicoError."""
@@ -101,6 +130,9 @@ class Collection:
                 self._since.clear()
                 return
             found = list(self._stored(datastore))
+        locks.remove_stale(self._stores.host, LIBNETWORK)
+        joined = self._driver.joined()
+        known = self._networks.all()
         kept = network_profiles.every(self._stores.host)
         networks = {one["Id"]: one for one in engine.networks() if one["Driver"] == DRIVER}
         for network in networks.values():
@@ -111,27 +143,43 @@ class Collection:
                 used.add(endpoint["EndpointID"])
                 if libnetwork.is_id(container):
                     self._events.connect(container, endpoint)
-        self._driver.forget_others(used)
+        self._driver.forget(joined - used)
         left = [leftover for id, leftover in found if id not in used]
-        left += [
-            Leftover(f"network {network.name or id[:12]}", partial(self._networks.remove, id))
-            for id, network in self._networks.all().items()
-            if id not in networks
-        ]
-        containers = {container["Id"] for container in engine.containers()} if kept else set()
-        left += [
-            Leftover(
-                f"the file with the profiles of container {container[:12]} in network {network[:12]}",
-                partial(network_profiles.forget, self._stores.host, container, network),
-            )
-            for container, network in kept
-            if container not in containers or network not in networks
-        ]
+        if self._is_engine_of(known.keys(), networks.keys()):
+            left += [
+                Leftover(f"network {network.name or id[:12]}", partial(self._networks.remove, id))
+                for id, network in known.items()
+                if id not in networks
+            ]
+            containers = {container["Id"] for container in engine.containers()} if kept else set()
+            left += [
+                Leftover(
+                    f"the file with the profiles of container {container[:12]} in network {network[:12]}",
+                    partial(network_profiles.forget, self._stores.host, container, network),
+                )
+                for container, network in kept
+                if container not in containers or network not in networks
+            ]
         now = time.monotonic()
         self._since = {leftover.text: self._since.get(leftover.text, now) for leftover in left}
         for leftover in left:
             if now - self._since[leftover.text] >= leftover.grace:
                 self._remove(leftover)
+        self._said = {subject: text for subject, text in self._said.items() if subject in self._since}
+        if self._refused:
+            restarting.start_refused(networks.keys())
+            self._refused = self._stores.failed.is_set()
+
+    def _is_engine_of(self, known: Set[str], listed: Set[str]) -> bool:
+        """Return whether the engine that has listed the networks `listed` is the one that the networks `known` are of.
+
+        DOCKER_HOST may name another one. Both are ids. Raises CalicoError.
+        """
+        id = str(engine.info().get("ID") or "")
+        if not known.isdisjoint(listed):
+            state.write(self._stores.host, libnetwork.ENGINE, content=id.encode())
+            return True
+        return bool(id) and state.read(self._stores.host, libnetwork.ENGINE) == id.encode()
 
     def _remove(self, leftover: Leftover) -> None:
         try:
@@ -141,7 +189,7 @@ class Collection:
         except NotFound:
             del self._since[leftover.text]
         except CalicoError as error:
-            log.warning("%s is left, and cannot be removed: %s", leftover.text, error)
+            self._warn(leftover.text, f"{leftover.text} is left, and cannot be removed: {error}")
 
     def _stored(self, datastore: DatastoreClient) -> Iterator[tuple[str, Leftover]]:
         """Yield (endpoint id, leftover) for what exists of this host's endpoints. The id of a request is empty."""
@@ -156,7 +204,7 @@ class Collection:
             if id in ids or not (libnetwork.is_id(id) or handle.startswith(requests)):
                 continue
             with suppress(InvalidValue):
-                if not datastore.ipam.held_by(handle):
+                if datastore.ipam.is_elsewhere(handle):
                     self._foreign.add(handle)
                 elif libnetwork.is_id(id):
                     ids.add(id)

@@ -1,6 +1,8 @@
 """Follows the Docker Engine's events, for what its calls do not say: the names of networks, and whose an endpoint is.
 
-This runs in a thread of its own. No call waits for the engine: it may not answer while it waits for a call.
+This runs in threads of its own. No call waits for the engine: it may not answer while it waits for a call. The names
+of networks, for which calls wait, are read in one thread, and the containers of endpoints in another, since the engine
+takes long to say which ones a large network has.
 """
 
 from __future__ import annotations
@@ -34,9 +36,13 @@ class EngineEvents:
         self._stores = stores
         self._networks = known
         self.connected = threading.Event()
+        self._joined: dict[str, set[str]] = {}
+        """The id of a network -> the ids of containers that have joined it, whose endpoints are to be asked for."""
+        self._changed = threading.Condition()
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="following Docker's networks", daemon=True).start()
+        threading.Thread(target=self._ask, name="asking whose endpoints are", daemon=True).start()
 
     def _run(self) -> None:
         while True:
@@ -59,7 +65,7 @@ class EngineEvents:
                 self.on_event(event)
 
     def on_event(self, event: Any) -> None:
-        """Take in an event: a JSON value of any shape. Raises DockerUnavailable."""
+        """Take in an event: a JSON value of any shape."""
         actor = event.get("Actor") if isinstance(event, dict) else None
         facts = actor.get("Attributes") if isinstance(actor, dict) else None
         if not isinstance(actor, dict) or not isinstance(facts, dict) or facts.get("type") != DRIVER:
@@ -70,16 +76,34 @@ class EngineEvents:
         if event.get("Action") == "create":
             self.name(str(id), name)
         elif event.get("Action") == "connect" and is_id(facts.get("container")):
+            with self._changed:
+                self._joined.setdefault(str(id), set()).add(str(facts["container"]))
+                self._changed.notify_all()
+
+    def _ask(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._joined)
+            try:
+                self.ask()
+            except Exception:  # of whatever kind: nothing else would ask
+                log.exception("asking for the containers in Docker's networks failed")
+
+    def ask(self) -> None:
+        """Ask the engine for the endpoints of the containers that have joined a network, and store whose they are."""
+        with self._changed:
+            joined, self._joined = self._joined, {}
+        for network, containers in joined.items():
             with suppress(DockerUnavailable):  # the network may just have been removed
-                endpoint = engine.network(str(id))["Containers"].get(facts["container"])
-                if endpoint is not None:
-                    self.connect(str(facts["container"]), endpoint)
+                endpoints_of = engine.network(network)["Containers"]
+                for container in containers & endpoints_of.keys():
+                    self.connect(container, endpoints_of[container])
 
     def learn(self, listed: Mapping[str, Any]) -> None:
         """Take in a network as the engine lists it, if it is one of ours."""
         if listed["Driver"] != DRIVER or not is_id(listed["Id"]):
             return
-        if self._networks.get(listed["Id"]) is None:  # its file was lost
+        if self._networks.get(listed["Id"]) is None:  # its file was lost before this process started
             options = listed.get("Options")
             with suppress(CalicoError):
                 self._networks.put(

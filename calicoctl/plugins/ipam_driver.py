@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import BITS, parse_address, parse_pool_cidr
-from calicoctl.errors import CalicoError
+from calicoctl.errors import AddressTaken, CalicoError
 from calicoctl.plugins import endpoints, requests
 from calicoctl.plugins.server import Route
 from calicoctl.plugins.stores import Stores
@@ -19,6 +19,8 @@ from calicoctl.workloads import libnetwork
 from calicoctl.workloads.wiring import AddressRequest, Terms, assign
 
 if TYPE_CHECKING:
+    from netaddr import IPAddress
+
     from calicoctl.datastore.client import DatastoreClient
 
 SPACE = "calico"
@@ -35,6 +37,8 @@ class IpamDriver:
 
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
+        self._unreleased: set[IPAddress] = set()
+        """The addresses whose release the store has not taken in time. Those assigned since then are not among them."""
 
     def routes(self) -> dict[str, Route]:
         return {
@@ -77,11 +81,23 @@ class IpamDriver:
             raise CalicoError("a Calico network has no gateway but the containers' own hosts: omit --gateway")
         asked = _request_of(requests.text(request, "PoolID"), requests.text(request, "Address"))
 
-        def taken(datastore: DatastoreClient) -> str:
+        def assigned(datastore: DatastoreClient) -> IPAddress:
             owner = libnetwork.request_owner(datastore.host)
-            return str(assign(datastore, owner, asked, Terms.read(datastore, asked), None))
+            return assign(datastore, owner, asked, Terms.read(datastore, asked), None)
 
-        return {"Address": f"{self._stores.call(taken)}/{BITS[asked.version]}", "Data": {}}
+        def taken(datastore: DatastoreClient) -> IPAddress:
+            try:
+                return assigned(datastore)
+            except AddressTaken:
+                if asked.address is None or asked.address not in self._unreleased:
+                    raise
+            # the container that had it has left: it may be this one, which is being restarted
+            endpoints.release(datastore, asked.address)
+            return assigned(datastore)
+
+        address = self._stores.call(taken)
+        self._unreleased.discard(address)
+        return {"Address": f"{address}/{BITS[asked.version]}", "Data": {}}
 
     def release_address(self, request: dict[str, Any]) -> dict[str, Any]:
         """Release the address of a request or of an endpoint of this host, with the rest of the endpoint.
@@ -89,7 +105,10 @@ class IpamDriver:
         For any other address, nothing is done: the engine also releases what no network has had.
         """
         address = parse_address(requests.text(request, "Address").partition("/")[0])
-        self._stores.remove(lambda datastore: endpoints.release(datastore, address))
+        if self._stores.remove(lambda datastore: endpoints.release(datastore, address)):
+            self._unreleased.discard(address)
+        else:
+            self._unreleased.add(address)
         return {}
 
 

@@ -122,31 +122,32 @@ class NetworkDriver:
             endpoints.refuse_second(sandbox, libnetwork.endpoint_id(self._stores.host, id), name)
             attached = self._stores.call(lambda datastore: endpoints.attach(datastore, id))
         except BaseException:
-            self._forget(id)
+            self.forget({id})
             raise
         return _joined(attached, internal=network is not None and network.internal)
 
     def leave(self, request: dict[str, Any]) -> dict[str, Any]:
         id = requests.id(request, "EndpointID")
-        self._forget(id)
+        self.forget({id})
         endpoints.detach(self._stores.host, id)
         return {}
 
     def delete_endpoint(self, request: dict[str, Any]) -> dict[str, Any]:
         id = requests.id(request, "EndpointID")
-        self._forget(id)
+        self.forget({id})
         endpoints.detach(self._stores.host, id)
         self._stores.remove(lambda datastore: endpoints.deactivate(datastore, id))
         return {}
 
-    def forget_others(self, used: set[str]) -> None:
-        """Forget the namespaces of endpoints that are not in `used`: the ids of those that the engine knows."""
+    def joined(self) -> set[str]:
+        """Return the ids of the endpoints whose containers' namespaces are known."""
         with self._lock:
-            self._joined = {sandbox: id for sandbox, id in self._joined.items() if id in used}
+            return set(self._joined.values())
 
-    def _forget(self, id: str) -> None:
+    def forget(self, gone: set[str]) -> None:
+        """Forget the namespaces of the endpoints with the ids in `gone`."""
         with self._lock:
-            self._joined = {sandbox: other for sandbox, other in self._joined.items() if other != id}
+            self._joined = {sandbox: id for sandbox, id in self._joined.items() if id not in gone}
 
 
 def _joined(attached: Attached, internal: bool) -> dict[str, Any]:

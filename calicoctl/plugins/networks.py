@@ -94,11 +94,11 @@ class Networks:
             return self._networks.get(id)
 
     def put(self, network: Network) -> None:
-        """Add or replace a network, and write its file. Raises CalicoError."""
+        """Add or replace a network, and write its file, also if that was removed. Raises CalicoError."""
         with self._changed:
+            content = {name: value for name, value in asdict(network).items() if name != "id"}
+            state.write(self._host, NETWORKS, network.id, content=json.dumps(content).encode())
             if self._networks.get(network.id) != network:
-                content = {name: value for name, value in asdict(network).items() if name != "id"}
-                state.write(self._host, NETWORKS, network.id, content=json.dumps(content).encode())
                 self._networks[network.id] = network
                 self._changed.notify_all()
 
@@ -106,10 +106,18 @@ class Networks:
         """Set the name of a network; return the network, None if it is not one of ours. Raises CalicoError."""
         with self._changed:
             network = self._networks.get(id)
-            if network is not None and network.name != name:
-                network = replace(network, name=name, has_profile=False)
+            if network is not None:
+                if network.name != name:
+                    network = replace(network, name=name, has_profile=False)
                 self.put(network)
             return network
+
+    def set_has_profile(self, id: str) -> None:
+        """Note that the profile with a network's name exists, unless the network was removed. Raises CalicoError."""
+        with self._changed:
+            network = self._networks.get(id)
+            if network is not None:
+                self.put(replace(network, has_profile=True))
 
     def remove(self, id: str) -> None:
         """Remove a network, its file, and the profiles that are kept for containers in it. Raises CalicoError."""
@@ -163,7 +171,7 @@ def ensure_profile(datastore: DatastoreClient, known: Networks, network: Network
     if network.has_profile or network.profiles is not None or network.name is None:
         return
     datastore.create_profile(*profiles_of(network))
-    known.put(replace(network, has_profile=True))
+    known.set_has_profile(network.id)
 
 
 def _parsed(id: str, content: bytes) -> Network | None:

@@ -2,7 +2,8 @@
 
 This is the protocol of the Docker Engine's plugins. An error is answered with status 400 or 500 and `{"Err": TEXT}`;
 the engine shows the text to the user. For our own clients, `"Again": true` beside it says that a later attempt may
-succeed. Requests are bounded in size and time, and so are the calls.
+succeed. Requests are bounded in size and time, and so are the calls. A call counts as running until its answer is
+written: see wait_answered.
 
 The sockets belong to root, and no other user may connect to them. They are created here, or by systemd, which passes
 them on when the engine first connects to one.
@@ -28,6 +29,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Callable
 
+from calicoctl import proc
 from calicoctl.answers import Bounds
 from calicoctl.errors import CalicoError, Conflict, StoreUnavailable, one_line
 from calicoctl.plugins.stores import bounded
@@ -48,17 +50,47 @@ CALL = 5.0
 
 BACKLOG = 128
 
+WITHOUT_BODY = ("Plugin.Activate", "GetCapabilities", "GetDefaultAddressSpaces")
+"""The ends of the paths of the calls that the engine makes with an empty body."""
+
+OTHER = "another process serves Docker networks already"
+
 _FIRST_PASSED = 3
 """The file descriptor of the first socket that systemd passes on. Source: sd_listen_fds(3)."""
 
 
 @dataclass(frozen=True)
 class Listening:
-    """A socket and its calls: `routes` maps the path in a request to what answers it, within `seconds`."""
+    """A socket and its calls: `routes` maps the path in a request to what answers it, within `seconds`.
+
+    `failed` is called when a call could not be made, or has not ended within this time, or the store is away. Then the
+    error begins with `unavailable`, unless that is empty. If `refusal` is not empty, it is the
+    error of every call.
+    """
 
     path: Path
     routes: Mapping[str, Route]
     seconds: float = CALL
+    failed: Callable[[], object] = lambda: None
+    unavailable: str = ""
+    refusal: str = ""
+
+
+_answering = 0
+_answered = threading.Condition()
+
+
+def _count(change: int) -> None:
+    global _answering
+    with _answered:
+        _answering += change
+        _answered.notify_all()
+
+
+def wait_answered(seconds: float) -> None:
+    """Wait until all calls that have been accepted are answered, at most `seconds`."""
+    with _answered:
+        _answered.wait_for(lambda: _answering == 0, seconds)
 
 
 class Server(socketserver.ThreadingUnixStreamServer):
@@ -68,7 +100,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
     request_queue_size = BACKLOG
 
     def __init__(self, listening: Listening, passed: socket.socket | None = None) -> None:
-        """Listen at `listening.path`, or at `passed`, the socket that systemd has created. Raises OSError."""
+        """Listen at `listening.path`, or at `passed`, the socket that systemd has created.
+
+        Raises OSError; and CalicoError if another process, such as systemd, has created a socket there, and listens.
+        """
         super().__init__(str(listening.path), _Handler, bind_and_activate=False)
         self.listening = listening
         self._inode = 0
@@ -85,6 +120,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
             os.umask(before)
         self.server_activate()
         self._inode = aside.stat().st_ino
+        # renamed below, so a socket of this program has another path in the kernel
+        if proc.is_listened_at(path):
+            aside.unlink()
+            raise CalicoError(f"{OTHER}: it listens at {path}")
         aside.rename(path)  # over the socket of a process that was killed
 
     def start(self) -> None:
@@ -99,13 +138,26 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self.listening.path.unlink()
         self.shutdown()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        _count(1)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            _count(-1)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            _count(-1)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a request at %s failed", self.listening.path)
 
 
-def servers(table: Sequence[Listening]) -> list[Server]:
-    """Return a Server for each entry of `table`. Those that systemd has passed on are used. Raises CalicoError."""
-    passed = _passed()
+def servers(table: Sequence[Listening], passed: Mapping[str, socket.socket]) -> list[Server]:
+    """Return a Server for each entry of `table`. `passed` are the sockets to use, by path. Raises CalicoError."""
     found = []
     for listening in table:
         try:
@@ -126,8 +178,8 @@ def _check_folder(folder: Path) -> None:
         raise CalicoError(f"{folder} must belong to root, and nobody else may write to it")
 
 
-def _passed() -> dict[str, socket.socket]:
-    """Return path -> socket for the sockets that systemd has passed on to this process."""
+def passed_sockets() -> dict[str, socket.socket]:
+    """Return path -> socket for the sockets that systemd has passed on to this process. To be called once."""
     count = os.environ.pop("LISTEN_FDS", "0")
     if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not count.isdecimal():
         return {}
@@ -172,6 +224,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(500, {"Err": "Internal error of Calico's plugin; its log says more"})
 
     def _called(self) -> dict[str, Any]:
+        if self.server.listening.refusal:
+            raise CalicoError(self.server.listening.refusal)
         route = self.server.listening.routes.get(self.path)
         if route is None:
             raise CalicoError(f"there is no call {self.path}")
@@ -179,6 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not (length.isascii() and length.isdecimal()) or self.headers.get("Transfer-Encoding") is not None:
             raise CalicoError("a request must have a Content-Length")
         body = self.rfile.read(int(length))
+        if not body.strip() and not self.path.endswith(WITHOUT_BODY):
+            raise CalicoError("the body of the request is empty, and must be a JSON object")
         try:
             request = json.loads(body) if body.strip() else {}
         except (ValueError, RecursionError):
@@ -186,7 +242,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(request, dict):
             raise CalicoError("a request must be a JSON object")
         called, asked = route, request
-        return bounded(self.server.listening.seconds, lambda: called(asked))
+        try:
+            return bounded(self.server.listening.seconds, lambda: called(asked))
+        except StoreUnavailable as error:
+            self.server.listening.failed()
+            if self.server.listening.unavailable:
+                raise StoreUnavailable(f"{self.server.listening.unavailable}: {error}") from None
+            raise
 
     def _answer(self, status: int, value: dict[str, Any]) -> None:
         body = json.dumps(value).encode()

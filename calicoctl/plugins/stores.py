@@ -2,10 +2,14 @@
 
 A client and its connections are kept for later calls. After a failure of the store, the kept clients are discarded, and
 the settings of the store are read anew: `calicoctl node --local-etcd` may have changed them.
+
+The engine makes its calls one after another when it starts, and waits for each. So only one of them waits for a store
+that is away: after a failure, calls fail at once for PAUSE seconds.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -30,11 +34,17 @@ KEPT = 8
 BUSY = 64
 """The maximum number of works that run at the same time, including those for which nobody waits any more."""
 
+ANSWER = 1.0
+"""Seconds within which the store must answer a small request before a call relies on it."""
+
+FRESH = 1.0
+"""Seconds for which an answer of the store counts as a sign that it still answers."""
+
 REMOVAL = 1.0
-"""The maximum number of seconds for which a removal waits for the store."""
+"""The maximum number of seconds that a removal takes."""
 
 PAUSE = 5.0
-"""Seconds for which removals do not try the store after it has failed."""
+"""Seconds for which calls do not try the store after it has failed."""
 
 _running = 0
 _idle = threading.Condition()
@@ -44,15 +54,17 @@ class TooSlow(StoreUnavailable):
     """A work took longer than it may. It goes on, and its outcome is unknown."""
 
 
-def bounded(seconds: float, work: Callable[[], T]) -> T:
+def bounded(seconds: float, work: Callable[[], T], part: bool = False) -> T:
     """Call `work` in a thread, and return its result. An exception of `work` is raised again.
+
+    `part` says that `work` is a part of another work, which waits for it: then it need not wait for its turn.
 
     Raises TooSlow if `work` takes longer than `seconds`, and StoreUnavailable if BUSY works run for as long.
     """
     global _running
     give_up = time.monotonic() + seconds
     with _idle:
-        if not _idle.wait_for(lambda: _running < BUSY, seconds):
+        if not part and not _idle.wait_for(lambda: _running < BUSY, seconds):
             raise StoreUnavailable(f"{BUSY} calls are waiting for an answer already; try again later")
         _running += 1
     outcome: SimpleQueue[tuple[BaseException | None, Any]] = SimpleQueue()
@@ -104,25 +116,36 @@ class Stores:
         self.failed = threading.Event()
         self._variables = dict(variables)
         self._kept: list[DatastoreClient] = []
-        self._down_until = 0.0
+        self._answered = -math.inf
+        """The time (monotonic) of the last answer of the store."""
+        self._down_until = -math.inf
 
     @contextmanager
     def client(self) -> Iterator[DatastoreClient]:
-        """Yield a client that nobody else uses inside `with`. Raises CalicoError if the settings are invalid."""
+        """Yield a client that nobody else uses inside `with`, where a request must be made.
+
+        Raises CalicoError if the settings are invalid.
+        """
         try:
             datastore = self._kept.pop()
         except IndexError:
             datastore = self._open()
         try:
             yield datastore
-        except StoreError:
+        except StoreError as error:
             self._kept.clear()
             self.failed.set()
+            if isinstance(error, StoreUnavailable):
+                self._pause()
             raise
         except CalicoError:
             self._keep(datastore)
             raise
+        self._answered, self._down_until = time.monotonic(), -math.inf
         self._keep(datastore)
+
+    def _pause(self) -> None:
+        self._answered, self._down_until = -math.inf, time.monotonic() + PAUSE
 
     def _keep(self, datastore: DatastoreClient) -> None:
         if len(self._kept) < KEPT:
@@ -135,22 +158,43 @@ class Stores:
         members = tuple(name for name, _ in settings.members)
         return DatastoreClient(backends.connect(settings, PATIENCE), self.host, members)
 
+    def require(self) -> None:
+        """Raise StoreUnavailable if the store has failed within the last PAUSE seconds, or does not answer now."""
+        if time.monotonic() < self._down_until:
+            self.failed.set()
+            raise StoreUnavailable("etcd did not answer a moment ago; try again in a few seconds")
+        if time.monotonic() - self._answered < FRESH:
+            return
+        try:
+            bounded(ANSWER, self._ask, part=True)
+        except TooSlow:
+            self.failed.set()
+            self._pause()
+            raise StoreUnavailable(f"etcd does not answer within {ANSWER:.0f} s; try again later") from None
+
+    def _ask(self) -> None:
+        with self.client() as datastore:
+            datastore.hosts.is_registered()
+
     def call(self, work: Callable[[DatastoreClient], T]) -> T:
-        """Return `work(client)`."""
+        """Return `work(client)`. Raises StoreUnavailable, before `work` is called, as `require` does."""
+        self.require()
+        return self._with_client(work)
+
+    def _with_client(self, work: Callable[[DatastoreClient], T]) -> T:
         with self.client() as datastore:
             return work(datastore)
 
-    def remove(self, work: Callable[[DatastoreClient], object]) -> None:
-        """Call `work(client)`, which removes something. Return if the store does not answer, or is too slow.
+    def remove(self, work: Callable[[DatastoreClient], object]) -> bool:
+        """Call `work(client)`, which removes something. Return False if the store does not answer, or is too slow.
 
-        Then `failed` is set, and collection.py removes it later. After that, `work` is not called for PAUSE seconds.
-        Raises the other exceptions of `work`.
+        Then `failed` is set, and collection.py removes it later. Raises the other exceptions of `work`.
         """
-        if time.monotonic() < self._down_until:
-            self.failed.set()
-            return
         try:
-            bounded(REMOVAL, lambda: self.call(work))
+            self.require()
+            bounded(REMOVAL, lambda: self._with_client(work), part=True)
         except StoreError:
             self.failed.set()
-            self._down_until = time.monotonic() + PAUSE
+            self._answered = -math.inf  # whether it answers at all is asked before the next work
+            return False
+        return True

@@ -46,7 +46,7 @@ def connections() -> list[Connection]:
 
     What the engine describes in an unexpected shape is left out.
     """
-    return [connection for container in engine.containers() for connection in _connections_of(container)]
+    return [connection for container in engine.containers() for connection in connections_of(container)]
 
 
 def connection_with(endpoint: str) -> Connection | None:
@@ -62,7 +62,7 @@ def connection_in(container: dict[str, Any], network: str) -> Connection | None:
 
     `container` is the result of engine.inspect, and `network` the network's id.
     """
-    return next((one for one in _connections_of(container) if one.network == network), None)
+    return next((one for one in connections_of(container) if one.network == network), None)
 
 
 def connection_of(endpoint: Endpoint) -> Connection | None:
@@ -86,7 +86,7 @@ def of_workload(workload: Workload) -> list[Connection]:
     The container need not run. For a workload without a network of Docker's, the result is empty. Raises
     NoSuchContainer or DockerUnavailable.
     """
-    return _of_calico(_connections_of(engine.inspect(workload.id))) if workload.docker_networks else []
+    return _of_calico(connections_of(engine.inspect(workload.id))) if workload.docker_networks else []
 
 
 def _of_calico(found: list[Connection]) -> list[Connection]:
@@ -103,8 +103,11 @@ def _of_calico(found: list[Connection]) -> list[Connection]:
     return result
 
 
-def _connections_of(container: dict[str, Any]) -> list[Connection]:
-    """Return the connections of a container, as `engine.containers` or `engine.inspect` describes it."""
+def connections_of(container: dict[str, Any]) -> list[Connection]:
+    """Return the connections of a container, as `engine.containers` or `engine.inspect` describes it.
+
+    What is described in an unexpected shape is left out.
+    """
     names = container.get("Names") or [container.get("Name") or short_id(container["Id"])]
     settings = container.get("NetworkSettings")
     networks = settings.get("Networks") if isinstance(settings, dict) else None

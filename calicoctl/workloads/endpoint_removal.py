@@ -137,3 +137,9 @@ def _refuse_on_docker_network(id: EndpointId) -> None:
             f"Endpoint {id.endpoint} is that of {container} on the Docker network {network}: disconnect it with "
             f"'docker network disconnect {network} {container}'."
         )
+    interface = netns.find_interface(id.interface)
+    if interface is not None and interface.peer_is_elsewhere:
+        raise CalicoError(
+            f"Endpoint {id.endpoint} has its interface {id.interface} in a container, which the Docker Engine does not "
+            "know: DOCKER_HOST may name another engine than the container's. End the container first."
+        )

@@ -30,6 +30,9 @@ NETWORK, CONTAINER = "docker_network", "docker_container"
 NETWORKS = "networks"
 """The folder, among the files of a host, with a file for each of its Docker networks: see plugins/networks.py."""
 
+ENGINE = "networks.engine"
+"""The file, among the files of a host, with the id of the Docker Engine that has these networks."""
+
 
 def is_id(value: object) -> bool:
     """Return whether a JSON value can be the engine's id of a network, an endpoint or a container."""
@@ -73,7 +76,8 @@ def request_owner(host: str) -> Owner:
 
 
 def forget_networks(host: str) -> None:
-    """Remove the files of a host's Docker networks. Raises CalicoError."""
+    """Remove the files of a host's Docker networks, and ENGINE. Raises CalicoError."""
     for id in state.read_all(host, NETWORKS):
         state.remove(host, NETWORKS, id)
+    state.remove(host, ENGINE)
     state.remove_empty(host, NETWORKS)

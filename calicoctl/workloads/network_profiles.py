@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Callable
 
 from calicoctl import engine, state
@@ -85,9 +86,12 @@ def keep(host: str, container: str, network: str, profiles: Sequence[str]) -> No
 
 
 def every(host: str) -> list[tuple[str, str]]:
-    """Return (container, network), both ids, for which profiles are kept. Raises CalicoError."""
+    """Return (container, network), both ids, for which profiles are kept. Raises CalicoError.
+
+    Files with other names, which nothing of ours has written, are left out.
+    """
     parts = [name.partition(".") for name in state.read_all(host, _FOLDER)]
-    return [(container, network) for container, _, network in parts]
+    return [(one, other) for one, _, other in parts if libnetwork.is_id(one) and libnetwork.is_id(other)]
 
 
 def forget(host: str, container: str, network: str) -> None:
@@ -103,9 +107,9 @@ def forget_network(host: str, network: str) -> None:
 
 
 def forget_all(host: str) -> None:
-    """Remove all profiles that are kept on a host. Raises CalicoError."""
-    for container, network in every(host):
-        forget(host, container, network)
+    """Remove all profiles that are kept on a host, and what else is in their folder. Raises CalicoError."""
+    for name in state.read_all(host, _FOLDER):
+        state.remove(host, _FOLDER, name)
     state.remove_empty(host, _FOLDER)
 
 
@@ -134,6 +138,8 @@ def settle(host: str, endpoint: Endpoint, container: str, network: str) -> None:
     is_new = endpoint.extra.get(libnetwork.CONTAINER) != container
     usual = endpoint.extra.pop(PENDING, None)
     own = kept(host, container, network) if is_new or usual is not None else None
+    if usual is not None and endpoint.profile_ids:
+        return  # a command on another host has set them meanwhile
     if own is not None:
         endpoint.profile_ids = own
     elif isinstance(usual, list):
@@ -203,5 +209,6 @@ def modify(datastore: DatastoreClient, connection: Connection, change: Callable[
                 stored.profile_ids = profiles
                 return True
 
-            datastore.modify_endpoint(libnetwork.endpoint_id(host, again.endpoint), repeat)
+            with suppress(NotFound):  # the container has stopped again
+                datastore.modify_endpoint(libnetwork.endpoint_id(host, again.endpoint), repeat)
         return changed

@@ -32,6 +32,8 @@ class World:
 
     datastore: DatastoreClient
     interfaces: set[str] = field(default_factory=set)
+    in_containers: set[str] = field(default_factory=set)
+    """Those of `interfaces` whose other end is in another namespace."""
     containers: dict[str, dict[str, Any]] | None = field(default_factory=dict)
 
     def endpoint(
@@ -76,7 +78,12 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
         return known()[name]
 
     monkeypatch.setattr(locks, "DIRECTORY", tmp_path)
-    monkeypatch.setattr(netns, "find_interface", lambda name: object() if name in world.interfaces else None)
+
+    def find_interface(name: str) -> netns.Interface | None:
+        found = netns.Interface(name, 1, "", True, peer_is_elsewhere=name in world.in_containers)
+        return found if name in world.interfaces else None
+
+    monkeypatch.setattr(netns, "find_interface", find_interface)
     monkeypatch.setattr(netns, "delete_interface", world.interfaces.discard)
     monkeypatch.setattr(engine, "containers", lambda: list(known().values()))
     monkeypatch.setattr(engine, "inspect", inspect)
@@ -170,6 +177,16 @@ def test_a_container_on_a_docker_network_is_to_be_disconnected_by_docker(world: 
         world.removed(id)
     assert world.held() == ["10.0.0.1"] and world.interfaces == {id.interface}
     world.containers = {CONTAINER: on_network(TWO)}
+    assert world.removed(id) == ["10.0.0.1"]
+
+
+def test_an_endpoint_of_a_container_of_another_engine_is_not_removed(world: World) -> None:
+    id = world.endpoint("libnetwork", ONE, ONE, "10.0.0.1")
+    world.in_containers.add(id.interface)
+    with pytest.raises(CalicoError, match="DOCKER_HOST may name another engine than the container's"):
+        world.removed(id)
+    assert world.held() == ["10.0.0.1"] and world.interfaces == {id.interface}
+    world.in_containers.clear()
     assert world.removed(id) == ["10.0.0.1"]
 
 

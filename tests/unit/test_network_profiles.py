@@ -111,6 +111,17 @@ def test_profiles_are_kept_for_each_container_and_network() -> None:
     assert network_profiles.every("vm") == [] and not state.path("vm").exists()
 
 
+def test_files_with_other_names_are_left_out_and_removed() -> None:
+    network_profiles.keep("vm", WEB, NET1, ["a"])
+    for name in ("notes", f"{WEB}.", f"{WEB}.{NET1}.bak", "a.b"):
+        state.write("vm", "networks.profiles", name, content=b"x")
+    assert network_profiles.every("vm") == [(WEB, NET1)]
+    network_profiles.forget_network("vm", NET1)
+    assert network_profiles.every("vm") == []
+    network_profiles.forget_all("vm")
+    assert not state.path("vm").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b"[" * 100_000])
 def test_an_invalid_file_is_no_empty_list(content: bytes) -> None:
     state.write("vm", "networks.profiles", f"{WEB}.{NET1}", content=content)
@@ -222,6 +233,22 @@ def test_a_container_that_starts_during_the_command(world: World) -> None:
 def test_a_container_that_stops_during_the_command(world: World) -> None:
     world.connect(FIRST)
     assert world.append("web") and network_profiles.kept("vm", WEB, NET1) == ["net1", "web"]
+
+
+def test_a_container_that_starts_and_stops_during_the_command(world: World) -> None:
+    world.connect("")
+    (connection,) = world.connections()
+    world.connect(FIRST)  # which is removed before it is changed
+    assert network_profiles.modify(world.datastore, connection, appending("web"))
+    assert network_profiles.kept("vm", WEB, NET1) == ["net1", "web"]
+
+
+def test_profiles_that_another_host_sets_before_the_container_is_known_stay(world: World) -> None:
+    network_profiles.keep("vm", DB, NET1, ["kept"])
+    world.create(FIRST, "net1")
+    world.datastore.modify_endpoint(libnetwork.endpoint_id("vm", FIRST), appending("from elsewhere"))
+    world.report(FIRST)
+    assert world.profiles(FIRST) == ["from elsewhere"]
 
 
 def test_too_many_profiles_are_not_kept(world: World) -> None:

@@ -6,8 +6,6 @@ The fakes are at the kernel: `netns`, the guard, and what this host's network is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.reserved import HostNetwork
 from calicoctl.errors import CalicoError, DockerUnavailable, NamespaceError, StoreUnavailable
 from calicoctl.felix.heartbeat import Identity
-from calicoctl.plugins import collection, endpoints, networks, stores
+from calicoctl.plugins import collection, endpoints, networks, restarting, stores
 from calicoctl.plugins.collection import Collection
 from calicoctl.plugins.engine_events import EngineEvents
 from calicoctl.plugins.ipam_driver import IpamDriver
@@ -64,9 +62,8 @@ class OneStore(Stores):
         super().__init__(host, {})
         self.store = store
 
-    @contextmanager
-    def client(self) -> Iterator[DatastoreClient]:
-        yield DatastoreClient(self.store, self.host)
+    def _open(self) -> DatastoreClient:
+        return DatastoreClient(self.store, self.host)
 
 
 class Node:
@@ -382,7 +379,10 @@ class Engine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.endpoints: dict[str, dict[str, dict[str, str]]] = {NETWORK: {}}
         self.answers = True
+        self.id = "this one"
         self.now = 1000.0
+        monkeypatch.setattr("calicoctl.engine.info", lambda: {"ID": self.id})
+        monkeypatch.setattr("calicoctl.engine.containers", list)
         monkeypatch.setattr("calicoctl.engine.networks", self.networks)
         monkeypatch.setattr("calicoctl.engine.network", lambda id: {"Containers": self.endpoints[id]})
         monkeypatch.setattr(collection.time, "monotonic", lambda: self.now)
@@ -484,11 +484,172 @@ def test_a_removal_succeeds_without_the_store(
     assert node.record(ONE) is None and node.held() == {}
 
 
+def test_an_address_that_was_not_released_in_time_is_given_to_the_next_container(
+    node: Node, store: MemoryStore, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Node("host2", store, "192.0.2.2")
+    other.network()
+    first = node.endpoint(ONE, address=node.address(address="192.168.0.9"))
+    node.join(ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(node.stores, "remove", lambda work: False)  # it is too slow
+        node.remove(ONE, first)
+    assert node.record(ONE) is not None
+    with pytest.raises(CalicoError, match="is already assigned"):
+        other.address(address="192.168.0.9")
+    assert node.address(address="192.168.0.9") == first
+    assert node.record(ONE) is None and list(node.held().values()) == [1]
+    # now it belongs to the new one
+    with pytest.raises(CalicoError, match="is already assigned"):
+        node.address(address="192.168.0.9")
+
+
+def test_an_address_that_was_not_released_and_assigned_again_is_not_taken(
+    node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = node.endpoint(ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(node.stores, "remove", lambda work: False)
+        node.remove(ONE, first)
+    node.remove(ONE, first)  # by somebody else, later
+    assert node.held() == {}
+    assert node.endpoint(TWO) == first
+    with pytest.raises(CalicoError, match="is already assigned"):
+        node.address(address=first.partition("/")[0])
+    assert node.record(TWO) is not None
+
+
+def test_a_networks_file_is_written_again(node: Node) -> None:
+    listed = {"Id": NETWORK, "Name": "net1", "Driver": "calico", "Internal": False}
+    before = state.read("host1", "networks", NETWORK)
+    libnetwork.forget_networks("host1")  # as `node remove` does
+    node.events.learn(listed)
+    assert state.read("host1", "networks", NETWORK) == before is not None
+
+
+def test_a_network_that_is_removed_meanwhile_does_not_come_back(node: Node) -> None:
+    network = Network(OTHER, "net2")
+    node.networks.put(network)
+    node.networks.remove(OTHER)
+    networks.ensure_profile(node.datastore, node.networks, network)
+    assert set(node.networks.all()) == {NETWORK} and list(state.read_all("host1", "networks")) == [NETWORK]
+
+
+def test_containers_are_asked_for_once_for_each_network(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, asked = Engine(monkeypatch), []
+    found = {CONTAINER: {"EndpointID": ONE, "Name": "web"}, "d" * 64: {"EndpointID": TWO, "Name": "db"}}
+
+    def inspected(id: str) -> dict[str, Any]:
+        asked.append(id)
+        if id == OTHER:
+            raise DockerUnavailable("no such network")
+        return {"Containers": found}
+
+    monkeypatch.setattr("calicoctl.engine.network", inspected)
+    node.endpoint(ONE)
+    node.endpoint(TWO)
+    for network, container in ((OTHER, CONTAINER), (NETWORK, CONTAINER), (NETWORK, "d" * 64), (NETWORK, "e" * 64)):
+        facts = {"type": "calico", "name": "net1", "container": container}
+        node.events.on_event({"Action": "connect", "Actor": {"ID": network, "Attributes": facts}})
+    assert asked == [], "the thread that takes the events does not ask"
+    node.events.ask()
+    assert asked == [OTHER, NETWORK]
+    assert [node.record(id).workload_name for id in (ONE, TWO)] == ["web", "db"]
+    assert engine.answers
+
+
+def test_files_are_not_removed_for_another_engine(node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+    network_profiles.keep("host1", CONTAINER, NETWORK, ["web"])
+    monkeypatch.setattr("calicoctl.engine.containers", lambda: [{"Id": CONTAINER, "State": "running"}])
+    node.collection.look()
+
+    def look_for_long() -> None:
+        for _ in range(3):
+            node.collection.look()
+            engine.now += collection.GRACE
+
+    engine.id, engine.endpoints = "another", {}
+    look_for_long()
+    assert set(node.networks.all()) == {NETWORK} and network_profiles.every("host1") == [(CONTAINER, NETWORK)]
+    engine.id = "this one"
+    look_for_long()
+    assert node.networks.all() == {} and network_profiles.every("host1") == []
+
+
+def test_a_look_changes_no_handle_of_another_host(
+    node: Node, store: MemoryStore, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(monkeypatch)
+    # another host is about to take an address: it has counted it already
+    wrong = {"id": f"libnetwork.{TWO}", "block": {"192.168.0.0/26": 1}}
+    key = f"/calico/ipam/v2/handle/libnetwork.{TWO}"
+    store.put(key, json.dumps(wrong))
+    node.collection.look()
+    assert store.entries[key].value == json.dumps(wrong)
+    engine.now += collection.GRACE
+    node.collection.look()
+    assert key not in store.entries, "it stands for nothing for long"
+
+
+def test_a_failure_is_logged_once(
+    node: Node, store: MemoryStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(monkeypatch)
+    engine.answers = False
+    assert not node.collection.try_to_look() and not node.collection.try_to_look()
+    assert [record.getMessage() for record in caplog.records] == [
+        "it cannot be seen what is left of Docker networks: it does not answer"
+    ]
+    engine.answers = True
+    assert node.collection.try_to_look()
+    engine.answers = False
+    assert not node.collection.try_to_look()
+    assert len(caplog.records) == 2
+
+
+def test_containers_that_were_refused_are_started_when_etcd_is_back(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Engine(monkeypatch)
+    error = f"failed to create endpoint: IpamDriver.RequestAddress: {restarting.UNAVAILABLE}: etcd did not answer"
+    described: dict[str, tuple[str, str, str, str]] = {
+        "1" * 64: ("exited", NETWORK, error, "always"),
+        "2" * 64: ("created", NETWORK, error, "unless-stopped"),
+        "3" * 64: ("exited", NETWORK, error, "no"),
+        "4" * 64: ("exited", NETWORK, "another error", "always"),
+        "5" * 64: ("exited", OTHER, error, "always"),
+        "6" * 64: ("running", NETWORK, error, "always"),
+        "7" * 64: ("exited", NETWORK, error, "on-failure"),
+    }
+
+    def listed() -> list[dict[str, Any]]:
+        return [
+            {"Id": id, "State": state, "NetworkSettings": {"Networks": {"net": {"NetworkID": network}}}}
+            for id, (state, network, _, _) in described.items()
+        ]
+
+    def inspected(id: str) -> dict[str, Any]:
+        state, _, text, policy = described[id]
+        host_config = {"RestartPolicy": {"Name": policy, "MaximumRetryCount": 0}}
+        status = {"Running": state == "running", "Error": text}
+        return {"Id": id, "Name": f"/{id[0]}", "State": status, "HostConfig": host_config}
+
+    started: list[str] = []
+    monkeypatch.setattr("calicoctl.engine.containers", listed)
+    monkeypatch.setattr("calicoctl.engine.inspect", inspected)
+    monkeypatch.setattr("calicoctl.engine.start", lambda id: started.append(id[0]))
+    node.collection.look()
+    assert started == ["1", "2", "7"]
+    node.collection.look()
+    assert len(started) == 3, "nothing was refused since then"
+
+
 def test_kept_profiles_are_forgotten_with_their_container_and_network(
     node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(monkeypatch)
-    containers = [{"Id": CONTAINER}]
+    containers = [{"Id": CONTAINER, "State": "running"}]
     monkeypatch.setattr("calicoctl.engine.containers", lambda: list(containers))
     gone = "d" * 64
     for container, network in ((CONTAINER, NETWORK), (gone, NETWORK), (CONTAINER, OTHER)):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
+from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError, StoreUnavailable
+from calicoctl.plugins import log_file, stores
 from calicoctl.plugins import server as module
-from calicoctl.plugins import stores
 from calicoctl.plugins.server import Listening, Server, servers
 from calicoctl.plugins.stores import TooSlow, bounded
+from tests.unit.memory_store import MemoryStore
 
 release = threading.Event()
 
@@ -35,7 +38,13 @@ def hang(request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-ROUTES = {"/Echo": lambda request: {"got": request}, "/Refuse": refuse, "/Fail": fail, "/Hang": hang}
+ROUTES = {
+    "/Plugin.Activate": lambda request: {},
+    "/Echo": lambda request: {"got": request},
+    "/Refuse": refuse,
+    "/Fail": fail,
+    "/Hang": hang,
+}
 
 
 @pytest.fixture
@@ -43,7 +52,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The path of a socket that is served. A request must arrive within 0.3 s, and be answered within 0.5 s."""
     monkeypatch.setattr(module, "PATIENCE", 0.3)
     release.clear()
-    (one,) = servers([Listening(tmp_path / "plugins/calico.sock", ROUTES, 0.5)])
+    (one,) = servers([Listening(tmp_path / "plugins/calico.sock", ROUTES, 0.5)], {})
     one.start()
     yield one.listening.path
     release.set()
@@ -80,7 +89,8 @@ def call(path: Path, route: str, body: bytes = b"{}", head: bytes = b"") -> tupl
 
 def test_calls(path: Path) -> None:
     assert call(path, "/Echo", b'{"a": [1]}') == (200, {"got": {"a": [1]}})
-    assert call(path, "/Echo", b"") == (200, {"got": {}})  # Plugin.Activate has no body
+    assert call(path, "/Plugin.Activate", b"") == (200, {})
+    assert call(path, "/Echo", b" ") == (400, {"Err": "the body of the request is empty, and must be a JSON object"})
     assert call(path, "/Refuse") == (400, {"Err": "no, since it is Tuesday"})
     assert call(path, "/Other") == (400, {"Err": "there is no call /Other"})
     status, answer = call(path, "/Fail")
@@ -113,6 +123,7 @@ def test_works_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
             bounded(0.01, lambda: release.wait(20))
     with pytest.raises(StoreUnavailable, match="calls are waiting"):
         bounded(0.1, lambda: None)
+    assert bounded(1, lambda: 3, part=True) == 3, "what another work waits for is not refused"
     threading.Timer(0.1, release.set).start()
     assert bounded(20, lambda: 4) == 4, "it waits for its turn"
     stores.wait_idle(5)
@@ -127,7 +138,7 @@ def test_only_root_may_connect(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "plugins/other.sock"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(other))
-    (one,) = servers([Listening(other, ROUTES)])
+    (one,) = servers([Listening(other, ROUTES)], {})
     one.start()
     assert call(other, "/Echo")[0] == 200
     one.stop()
@@ -135,7 +146,7 @@ def test_only_root_may_connect(path: Path, tmp_path: Path) -> None:
     open_folder.mkdir()
     open_folder.chmod(0o777)
     with pytest.raises(CalicoError, match="nobody else may write to it"):
-        servers([Listening(open_folder / "a.sock", ROUTES)])
+        servers([Listening(open_folder / "a.sock", ROUTES)], {})
 
 
 def test_a_socket_that_systemd_has_created(tmp_path: Path) -> None:
@@ -151,37 +162,147 @@ def test_a_socket_that_systemd_has_created(tmp_path: Path) -> None:
     passed.close()
 
 
-def test_removals_do_not_wait_for_a_store_that_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "REMOVAL", 0.1)
-    one = stores.Stores("host1", {})
-    asked = []
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStore]:
+    """The store that all clients of a Stores have."""
+    store = MemoryStore()
+    monkeypatch.setattr(stores.Stores, "_open", lambda self: DatastoreClient(store, self.host))
+    monkeypatch.setattr(stores, "ANSWER", 0.2)
+    monkeypatch.setattr(stores, "REMOVAL", 0.2)
+    release.clear()
+    yield store
+    release.set()
 
-    def unavailable(datastore: Any) -> None:
-        asked.append(datastore)
-        raise StoreUnavailable("no etcd")
 
-    for _ in range(3):
-        one.remove(unavailable)
-    assert len(asked) == 1 and one.failed.is_set()
-    monkeypatch.setattr(stores, "PAUSE", 0.0)
-    one._down_until = 0.0
+def unavailable() -> None:
+    raise StoreUnavailable("no etcd")
+
+
+@pytest.mark.parametrize("fails", [unavailable, lambda: release.wait(20)], ids=["refuses", "hangs"])
+def test_after_a_failure_of_the_store_works_fail_at_once(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, fails: Callable[[], object]
+) -> None:
+    one, tried = stores.Stores("host1", {}), []
+    assert one.call(lambda datastore: 5) == 5
+    monkeypatch.setattr(stores, "FRESH", 0.0)
+    store.before_read = fails
     began = time.monotonic()
-    one.remove(lambda datastore: time.sleep(1))
-    assert time.monotonic() - began < 0.9
-    one.remove(asked.append)
-    assert len(asked) == 2
+    for _ in range(5):
+        with pytest.raises(StoreUnavailable):
+            one.call(tried.append)
+        assert not one.remove(tried.append)
+    assert time.monotonic() - began < 1 and tried == []
+    assert one.failed.is_set()
+    # after PAUSE, it is tried again
+    store.before_read = lambda: None
+    one._down_until = time.monotonic()
+    assert one.call(lambda datastore: 6) == 6 and one.remove(tried.append) and len(tried) == 1
+
+
+def test_a_slow_work_fails_alone(store: MemoryStore) -> None:
+    one = stores.Stores("host1", {})
+    began = time.monotonic()
+    assert not one.remove(lambda datastore: release.wait(20))
+    assert time.monotonic() - began < 5 and one.failed.is_set()
+    requests = store.requests
+    assert one.call(lambda datastore: 5) == 5, "the store answers"
+    assert store.requests > requests, "which was asked"
     with pytest.raises(CalicoError, match="not of the store"):
         one.remove(lambda datastore: refuse_other())
-    # the settings are read anew after a failure, and clients are kept otherwise
+
+
+def test_clients_are_kept_until_the_store_fails(store: MemoryStore) -> None:
+    one = stores.Stores("host1", {})
     with one.client() as first:
         pass
     with one.client() as second:
         assert second is first
     with pytest.raises(StoreUnavailable), one.client():
         raise StoreUnavailable("no etcd")
-    with one.client() as third:
+    with one.client() as third:  # with the settings of now
         assert third is not first
 
 
 def refuse_other() -> None:
     raise CalicoError("not of the store")
+
+
+def test_the_failure_of_a_call_is_told(tmp_path: Path) -> None:
+    failed = threading.Event()
+    routes = {"/Hang": hang, "/Away": lambda request: unavailable(), "/Refuse": refuse}
+    release.clear()
+    (one,) = servers([Listening(tmp_path / "a/a.sock", routes, 0.2, failed.set, "no store")], {})
+    one.start()
+    try:
+        assert call(one.listening.path, "/Refuse")[0] == 400 and not failed.is_set()
+        assert call(one.listening.path, "/Away") == (400, {"Err": "no store: no etcd"}) and failed.is_set()
+        failed.clear()
+        assert call(one.listening.path, "/Hang")[1]["Err"].startswith("no store: ") and failed.is_set()
+    finally:
+        release.set()
+        one.stop()
+
+
+def test_all_calls_can_be_refused(tmp_path: Path) -> None:
+    (one,) = servers([Listening(tmp_path / "a/a.sock", ROUTES, refusal="no, since another one does")], {})
+    one.start()
+    assert call(one.listening.path, "/Plugin.Activate", b"") == (400, {"Err": "no, since another one does"})
+    one.stop()
+
+
+def test_the_socket_of_another_process_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        theirs.listen()
+        with pytest.raises(CalicoError, match="another process serves Docker networks already: it listens at"):
+            servers([Listening(path, ROUTES)], {})
+        assert list(tmp_path.iterdir()) == [path]
+    for _ in range(2):  # one of ours is replaced
+        (one,) = servers([Listening(path, ROUTES)], {})
+        one.start()
+        assert call(path, "/Echo")[0] == 200
+        one.shutdown()
+
+
+def test_the_end_waits_for_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = servers([Listening(tmp_path / "a/a.sock", ROUTES)], {})
+    writing = threading.Event()
+    answer = module._Handler._answer
+
+    def slow(self: Any, status: int, value: dict[str, Any]) -> None:
+        writing.set()
+        time.sleep(0.3)
+        answer(self, status, value)
+
+    monkeypatch.setattr(module._Handler, "_answer", slow)
+    one.start()
+    got: list[int] = []
+    client = threading.Thread(target=lambda: got.append(call(one.listening.path, "/Echo")[0]))
+    client.start()
+    assert writing.wait(5)
+    one.stop()
+    began = time.monotonic()
+    module.wait_answered(5)
+    assert 0.1 < time.monotonic() - began < 4 or got
+    client.join(1)
+    assert got == [200]
+    assert module._answering == 0
+
+
+def test_the_log_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_file, "LARGEST", 100)
+    with open(tmp_path / "log", "ab", buffering=0) as log:
+        for number in range(10):
+            log.write(b"%09d\n" % number)
+        log_file.shorten(log.fileno())
+        assert len((tmp_path / "log").read_bytes()) == 100
+        log.write(b"the last\n")
+        log_file.shorten(log.fileno())
+        log.write(b"and one\n")
+    assert (tmp_path / "log").read_text().splitlines()[-3:] == ["000000009", "the last", "and one"]
+    assert (tmp_path / "log").stat().st_size < 70
+    read, write = os.pipe()
+    log_file.shorten(write)
+    os.close(read)
+    os.close(write)
