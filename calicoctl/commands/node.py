@@ -113,7 +113,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calicoctl import netlink
+from calicoctl import engine, netlink
 from calicoctl.addresses import (
     FAMILIES,
     check_unicast,
@@ -131,7 +131,7 @@ from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
-from calicoctl.errors import CalicoError, Frozen, NotFound, StoreError, about
+from calicoctl.errors import CalicoError, DockerUnavailable, Frozen, NotFound, StoreError, about
 from calicoctl.felix import heartbeat, kept_addresses, local_etcd, plugin_process, process
 from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.dataplane.sysctls import HostSettings
@@ -140,7 +140,7 @@ from calicoctl.felix.plugin_process import PluginProcess
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.netlink import OUR_PROTOCOLS
 from calicoctl.output import print_json, print_table, quantity, wants_json, warn
-from calicoctl.workloads import connected, docker_hook, libnetwork, locks, network_profiles
+from calicoctl.workloads import connected, docker_hook, docker_networks, libnetwork, locks, network_profiles
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -537,6 +537,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
 
         if this_one:
             process.stop(host)
+            plugin_process.stop(host)  # the agent may have started it again
             ran = remove_all(host, warn)
         else:
             ran = remove_former_bird(datastore.host, warn)
@@ -560,6 +561,21 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         print(f"Host {datastore.host} is removed.")
     else:
         print(f"Host {datastore.host} was not registered; what it had left here is removed.")
+    if this_one:
+        _warn_of_networks()
+
+
+def _warn_of_networks() -> None:
+    """Print a warning if Docker still has networks with Calico's driver."""
+    with suppress(DockerUnavailable):
+        listed = engine.networks() if engine.may_be_there() else []
+        names = sorted(network["Name"] for network in listed if network["Driver"] == docker_networks.DRIVER)
+        if names:
+            warn(
+                f"Warning: Docker still has networks with Calico's driver, whose containers do not start any more: "
+                f"{', '.join(names)}. 'docker network rm' removes a network while its driver is served: before this "
+                "command, or after 'calicoctl node --libnetwork'."
+            )
 
 
 def _show(as_json: bool) -> None:

@@ -459,6 +459,44 @@ def test_the_engine_starts_without_etcd(bare_host: Host, own_etcd: Etcd, own_eng
         await_clean(host)
 
 
+@pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "refuses"])
+def test_containers_that_are_restarted_wait_for_etcd(
+    bare_host: Host, own_etcd: Etcd, own_engine: Engine, hangs: bool
+) -> None:
+    bare_host.etcd = own_etcd
+    with serving(bare_host, DOCKER_HOST=SOCKET) as host:
+        create("net1")
+        names = ("web", "db", "app")
+        for name in names:
+            start(name, "net1", "--restart=always")
+        own_engine.end(signal.SIGTERM)
+        plain = own_engine.start()
+        wait_for(lambda: all(running(name) for name in names), "all containers")
+        own_engine.end(signal.SIGTERM)
+        assert own_etcd.process is not None
+        if hangs:
+            own_etcd.process.send_signal(signal.SIGSTOP)
+        else:
+            own_etcd.stop(signal.SIGKILL)
+        took = own_engine.start()
+        assert took < plain + 2, f"{took} s, and {plain} s with etcd"
+        for name in names:
+            assert not running(name) and "Calico cannot reach etcd" in inspected(name)["State"]["Error"]
+        if hangs:
+            own_etcd.process.send_signal(signal.SIGCONT)
+        else:
+            own_etcd.start()
+        wait_for(lambda: all(running(name) for name in names), f"all containers\n{plugin_log()}", 60)
+        await_reach("web", "db")
+        remove(*names)
+        await_clean(host, 60)
+        assert len(plugin_log().splitlines()) < 200
+
+
+def running(name: str) -> bool:
+    return bool(inspected(name)["State"]["Running"])
+
+
 def test_an_endpoint_of_the_old_plugin_is_enforced(served: AgentHost) -> None:
     host = served
     create("net1")
@@ -504,31 +542,60 @@ def test_node_remove_takes_all_of_it(served: AgentHost) -> None:
     await_clean(host)
 
 
-def test_systemd_passes_the_sockets(bare_host: Host, engine: None, tmp_path: Path) -> None:
-    bare_host.register(HOST_IP, HOST_IP6)
+@contextlib.contextmanager
+def sockets_of_systemd(host: Host, tmp_path: Path) -> Iterator[None]:
+    """Have systemd's tool listen at the sockets, and start the process at the first call."""
     sockets = [PLUGINS / "calico.sock", PLUGINS / "calico-ipam.sock"]
     listen = [word for path in sockets for word in ("--listen", str(path))]
     module = (str(Path(CALICOCTL).parent / "python"), "-I", "-m", "calicoctl.plugins")
-    environment = [f"--setenv={name}={value}" for name, value in bare_host.environment().items()]
+    environment = [f"--setenv={name}={value}" for name, value in host.environment().items()]
     PLUGINS.mkdir(parents=True, exist_ok=True)
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(["systemd-socket-activate", *listen, *environment, *module], stdout=log, stderr=log)
-    try:
-        wait_for(lambda: all(path.exists() for path in sockets), "the sockets")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(["systemd-socket-activate", *listen, *environment, *module], stdout=log, stderr=log)
+        try:
+            wait_for(lambda: "Listening" in (tmp_path / "log").read_text(), "the sockets")
+            yield
+        finally:
+            run("sh", "-c", "docker ps -aq | xargs -r docker rm -f", check=False)
+            run("docker", "network", "rm", "net1", check=False)
+            end_agents()
+            process.terminate()
+            process.wait()
+            shutil.rmtree(f"/var/lib/calico/{host.name}/networks", ignore_errors=True)
+            for path in sockets:
+                path.unlink(missing_ok=True)
+
+
+def test_systemd_passes_the_sockets(bare_host: Host, engine: None, tmp_path: Path) -> None:
+    bare_host.register(HOST_IP, HOST_IP6)
+    with sockets_of_systemd(bare_host, tmp_path):
         create("net1")
         start("web", "net1")
         assert len(endpoints(bare_host)) == 1
-        # another one is refused, and says why
-        second = bare_host.ctl("node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}", "--libnetwork", status=1)
-        assert "another process serves Docker networks already" in second.err
-        remove("web")
-        assert bare_host.records() == {} and bare_host.allocations() == {}
+        # the agent starts no other one, and says why
+        done = bare_host.ctl("node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}", "--libnetwork")
+        assert "Docker networks are served by another process" in done.err
+        assert not Path(f"/run/calico/{bare_host.name}/plugins.pid").exists()
+        start("db", "net1")
+        await_reach("db", "web")
+        bare_host.ctl("node", "stop", "--force")
+        remove("web", "db")
+        wait_for(lambda: bare_host.records() == {} and bare_host.allocations() == {}, "nothing left")
         run("docker", "network", "rm", "net1")
-    finally:
-        run("docker", "rm", "-f", "web", check=False)
-        run("docker", "network", "rm", "net1", check=False)
-        process.terminate()
-        process.wait()
-        shutil.rmtree(f"/var/lib/calico/{bare_host.name}/networks", ignore_errors=True)
-        for path in sockets:
-            path.unlink(missing_ok=True)
+
+
+def test_from_libnetwork_to_systemd(served: AgentHost, tmp_path: Path) -> None:
+    host = served
+    create("net1")
+    start("web", "net1")
+    with sockets_of_systemd(host, tmp_path):
+        # the engine reaches the new one, while the old one still runs
+        refused("another process serves Docker networks already", start("db", "net1", status=1))
+        remove("db")
+        old = plugin_pid(host)
+        assert "--libnetwork has no effect" in host.ctl("node", f"--ip={HOST_IP}", "--libnetwork").err
+        wait_for(lambda: not Path(f"/proc/{old}").exists(), "the end of the old one")
+        wait_for(lambda: start_succeeds("db"), (tmp_path / "log").read_text(), 15)
+        await_reach("db", "web")
+        remove("web", "db")
+        wait_for(lambda: endpoints(host) == {} and host.allocations() == {}, "nothing left", 30)

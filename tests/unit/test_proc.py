@@ -69,3 +69,15 @@ def test_who_holds_a_udp_port_is_found() -> None:
         assert found.startswith(f"process {os.getpid()} ('") and found.endswith(f" of user {os.getuid()}")
         port = held.getsockname()[1]
     assert proc.udp_holder(port) is None
+
+
+def test_whether_a_process_listens_at_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+        assert not proc.is_listened_at(path)
+        one.listen()
+        assert proc.is_listened_at(path) and not proc.is_listened_at(tmp_path / "b.sock")
+        path.rename(tmp_path / "b.sock")
+        assert proc.is_listened_at(path) and not proc.is_listened_at(tmp_path / "b.sock")
+    assert not proc.is_listened_at(path)
