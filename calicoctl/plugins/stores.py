@@ -126,6 +126,7 @@ class Stores:
 
         Raises CalicoError if the settings are invalid.
         """
+        began = time.monotonic()
         try:
             datastore = self._kept.pop()
         except IndexError:
@@ -135,7 +136,7 @@ class Stores:
         except StoreError as error:
             self._kept.clear()
             self.failed.set()
-            if isinstance(error, StoreUnavailable):
+            if isinstance(error, StoreUnavailable) and self._answered < began:
                 self._pause()
             raise
         except CalicoError:

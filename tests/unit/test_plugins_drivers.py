@@ -25,7 +25,7 @@ from calicoctl.plugins.ipam_driver import IpamDriver
 from calicoctl.plugins.network_driver import NetworkDriver
 from calicoctl.plugins.networks import Network, Networks
 from calicoctl.plugins.stores import Stores
-from calicoctl.workloads import libnetwork, netns, network_profiles, wiring
+from calicoctl.workloads import libnetwork, locks, netns, network_profiles, wiring
 from tests.unit.memory_store import MemoryStore
 
 NETWORK, OTHER = "a" * 64, "b" * 64
@@ -606,6 +606,56 @@ def test_a_failure_is_logged_once(
     engine.answers = False
     assert not node.collection.try_to_look()
     assert len(caplog.records) == 2
+
+
+def test_a_failed_look_is_not_repeated_at_once(node: Node, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, looks = Engine(monkeypatch), []
+
+    class Ended(BaseException):
+        pass
+
+    def away() -> None:
+        looks.append(engine.now)
+        node.stores.failed.set()  # by calls of the engine, too
+        raise StoreUnavailable("etcd is away")
+
+    def sleep(seconds: float) -> None:
+        engine.now += seconds
+        if engine.now > 1000 + 3 * collection.PAUSE:
+            raise Ended
+
+    store.before_read = away
+    monkeypatch.setattr(collection.time, "sleep", sleep)
+    with pytest.raises(Ended):
+        node.collection._run()
+    assert len(looks) in (3, 4)
+
+
+def test_what_joins_during_a_look_is_not_forgotten(node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    Engine(monkeypatch)
+    node.endpoint(ONE)
+    node.endpoint(TWO)
+
+    def inspected(id: str) -> dict[str, Any]:
+        node.join(ONE)  # just after the engine has listed what is in the network
+        return {"Containers": {}}
+
+    monkeypatch.setattr("calicoctl.engine.network", inspected)
+    node.collection.look()
+    with pytest.raises(CalicoError, match="no second interface"):
+        node.join(TWO)
+
+
+def test_lock_files_of_killed_processes_are_removed(
+    node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Engine(monkeypatch)
+    stale = locks.DIRECTORY / "host1" / f"libnetwork.{ONE}"
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.touch()
+    with locks.WorkloadLock("host1", "libnetwork", TWO) as held:
+        node.collection.look()
+        assert not stale.exists() and held.path.exists()
 
 
 def test_containers_that_were_refused_are_started_when_etcd_is_back(

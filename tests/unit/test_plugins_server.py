@@ -211,6 +211,15 @@ def test_a_slow_work_fails_alone(store: MemoryStore) -> None:
         one.remove(lambda datastore: refuse_other())
 
 
+def test_a_failure_that_is_late_does_not_count(store: MemoryStore) -> None:
+    one = stores.Stores("host1", {})
+    with pytest.raises(StoreUnavailable), one.client():
+        time.sleep(0.01)
+        assert one.call(lambda datastore: 5) == 5, "the store has answered since"
+        raise StoreUnavailable("a timeout")
+    assert one.call(lambda datastore: 6) == 6
+
+
 def test_clients_are_kept_until_the_store_fails(store: MemoryStore) -> None:
     one = stores.Stores("host1", {})
     with one.client() as first:
