@@ -24,7 +24,8 @@ def routes(stores: Stores) -> dict[str, Route]:
     """Return the calls of the hook, by path."""
 
     def connect(state: dict[str, Any]) -> dict[str, Any]:
-        ignored = stores.call(lambda datastore: starting.connect(datastore, state))
+        # a container whose labels are those of its image needs no store
+        ignored = stores.call(lambda datastore: starting.connect(datastore, state), asks=False)
         if ignored:
             log.info("container %s: %s", short_id(str(state["id"])), one_line("; ".join(ignored)))
         return {}

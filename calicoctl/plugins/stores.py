@@ -121,8 +121,8 @@ class Stores:
         self._down_until = -math.inf
 
     @contextmanager
-    def client(self) -> Iterator[DatastoreClient]:
-        """Yield a client that nobody else uses inside `with`, where a request must be made.
+    def client(self, asks: bool = True) -> Iterator[DatastoreClient]:
+        """Yield a client that nobody else uses inside `with`. `asks` says that a request is made there in any case.
 
         Raises CalicoError if the settings are invalid.
         """
@@ -142,7 +142,8 @@ class Stores:
         except CalicoError:
             self._keep(datastore)
             raise
-        self._answered, self._down_until = time.monotonic(), -math.inf
+        if asks:
+            self._answered, self._down_until = time.monotonic(), -math.inf
         self._keep(datastore)
 
     def _pause(self) -> None:
@@ -177,13 +178,17 @@ class Stores:
         with self.client() as datastore:
             datastore.hosts.is_registered()
 
-    def call(self, work: Callable[[DatastoreClient], T]) -> T:
-        """Return `work(client)`. Raises StoreUnavailable, before `work` is called, as `require` does."""
-        self.require()
-        return self._with_client(work)
+    def call(self, work: Callable[[DatastoreClient], T], asks: bool = True) -> T:
+        """Return `work(client)`. Raises StoreUnavailable, before `work` is called, as `require` does.
 
-    def _with_client(self, work: Callable[[DatastoreClient], T]) -> T:
-        with self.client() as datastore:
+        If `asks` is false, `work` may do without the store, and is called in any case.
+        """
+        if asks:
+            self.require()
+        return self._with_client(work, asks)
+
+    def _with_client(self, work: Callable[[DatastoreClient], T], asks: bool = True) -> T:
+        with self.client(asks) as datastore:
             return work(datastore)
 
     def remove(self, work: Callable[[DatastoreClient], object]) -> bool:

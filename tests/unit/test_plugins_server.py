@@ -193,6 +193,9 @@ def test_after_a_failure_of_the_store_works_fail_at_once(
         assert not one.remove(tried.append)
     assert time.monotonic() - began < 1 and tried == []
     assert one.failed.is_set()
+    assert one.call(lambda datastore: 5, asks=False) == 5, "which needs no store"
+    with pytest.raises(StoreUnavailable):
+        one.call(tried.append)
     # after PAUSE, it is tried again
     store.before_read = lambda: None
     one._down_until = time.monotonic()
