@@ -64,8 +64,7 @@ class Listening:
     """A socket and its calls: `routes` maps the path in a request to what answers it, within `seconds`.
 
     `failed` is called when a call could not be made, or has not ended within this time, or the store is away. Then the
-    error begins with `unavailable`, unless that is empty. If `refusal` is not empty, it is the
-    error of every call.
+    error begins with `unavailable`, unless that is empty. If `refusal` is not empty, it is the error of every call.
     """
 
     path: Path
@@ -224,15 +223,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(500, {"Err": "Internal error of Calico's plugin; its log says more"})
 
     def _called(self) -> dict[str, Any]:
+        length = self.headers.get("Content-Length", "0")
+        if not (length.isascii() and length.isdecimal()) or self.headers.get("Transfer-Encoding") is not None:
+            raise CalicoError("a request must have a Content-Length")
+        body = self.rfile.read(int(length))
         if self.server.listening.refusal:
             raise CalicoError(self.server.listening.refusal)
         route = self.server.listening.routes.get(self.path)
         if route is None:
             raise CalicoError(f"there is no call {self.path}")
-        length = self.headers.get("Content-Length", "0")
-        if not (length.isascii() and length.isdecimal()) or self.headers.get("Transfer-Encoding") is not None:
-            raise CalicoError("a request must have a Content-Length")
-        body = self.rfile.read(int(length))
         if not body.strip() and not self.path.endswith(WITHOUT_BODY):
             raise CalicoError("the body of the request is empty, and must be a JSON object")
         try:
