@@ -246,13 +246,8 @@ def _lacks_address(datastore: DatastoreClient, container: dict[str, Any]) -> boo
 
 
 def _is_to_start(container: dict[str, Any]) -> bool:
-    policy = container["HostConfig"].get("RestartPolicy") or {}
-    if container["State"]["Running"] or oci_hook.PREFIX not in str(container["State"].get("Error")):
-        return False
-    # Source: ShouldRestart in the engine's restartmanager/restartmanager.go
-    most = policy.get("MaximumRetryCount") or 0
-    may_retry = not most or container.get("RestartCount", 0) < most
-    return policy.get("Name") in ("always", "unless-stopped") or (policy.get("Name") == "on-failure" and may_retry)
+    refused = oci_hook.PREFIX in str(container["State"].get("Error"))
+    return refused and not container["State"]["Running"] and engine.is_restarted(container)
 
 
 # The program
