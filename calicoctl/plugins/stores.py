@@ -37,7 +37,7 @@ BUSY = 64
 ANSWER = 1.0
 """Seconds within which the store must answer a small request before a call relies on it."""
 
-FRESH = 1.0
+FRESH = 0.2
 """Seconds for which an answer of the store counts as a sign that it still answers."""
 
 REMOVAL = 1.0
