@@ -94,7 +94,8 @@ def _refuse_existing(datastore: DatastoreClient, id: EndpointId, held: dict[IPAd
 
     `held` are the workload's addresses on this host. For a container, running or not, and a namespace that this program
     may have connected, the error names `calicoctl container remove`. For an endpoint on a Docker network that a running
-    container has, it names `docker network disconnect`. Workloads of other orchestrators are not looked for.
+    container has, it names `docker network disconnect`; if the Docker Engine does not know the container, one whose
+    interface leads to another namespace is refused as well. Workloads of other orchestrators are not looked for.
     """
     orchestrator, workload = workload_of(id)
     if orchestrator == LIBNETWORK:

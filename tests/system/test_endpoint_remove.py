@@ -58,6 +58,10 @@ def test_an_endpoint_of_the_plugin_of_2015_is_enforced_and_can_be_removed(node: 
 
     shown = node.ctl("endpoint", "show", "--detailed", "--orchestrator=libnetwork").out
     assert ID in shown and A4 in shown
+    said = node.ctl("endpoint", ID, "remove", status=1)
+    assert f"has its interface {NAME} in a container, which the Docker Engine does not know" in said.err
+    assert NAME in links() and OLD_PLUGINS in node.records()
+    run("ip", "link", "delete", NAME)  # with its container
     assert node.ctl("endpoint", ID[:12], "remove").out == f"Removed endpoint {ID}, released {A4}\n"
     assert OLD_PLUGINS not in node.records() and list(node.allocations()) == [B4] and NAME not in links()
     wait_for(lambda: A4 not in run("ip", "route").out, f"the route's end\n{node.log()}")
