@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import ALLOW, LOG_DIR, AgentHost
+from tests.system.agent import ALLOW, LOG_DIR, AgentHost, holds
 from tests.system.support import (
     CALICOCTL,
     HOST_IP,
@@ -518,8 +518,7 @@ def test_an_endpoint_of_the_old_plugin_is_enforced(served: AgentHost) -> None:
         )
         wait_for(lambda: (host.endpoint_status(old) or {}).get("status") == "up", host.log())
         assert f"192.168.0.200 dev cali{OLD[:11]}" in run("ip", "route").out
-        time.sleep(2)
-        assert host.etcd.get(old) is not None, "it is not this process's to remove"
+        assert holds(lambda: host.etcd.get(old) is not None, 2), "it is not this process's to remove"
     finally:
         run("ip", "link", "delete", "old0")
         host.etcd.delete(old)
