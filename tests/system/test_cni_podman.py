@@ -61,12 +61,19 @@ def podman(node: AgentHost, tmp_path: Path) -> Iterator[Callable[..., Result]]:
     def podman(*arguments: str, check: bool = True, **variables: str) -> Result:
         return run("podman", *arguments, check=check, env=node.environment(**settings, **variables))
 
+    # what detaches a container has no variables of the user's
+    environment = node.environment()
+    names = ("HOSTNAME", "DATASTORE_TYPE", "ETCD_ENDPOINTS", "ETCD_AUTHORITY")
+    file = Path("/etc/calico/node.env")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(f"{name}={environment[name]}\n" for name in names if name in environment))
     tar = tmp_path / "image.tar"
     subprocess.run(["tar", "-C", str(busybox_root(tmp_path / "root")), "-cf", str(tar), "."], check=True)
     with installed_plugin():  # podman does nothing at all without the plugins' folder
         podman("import", str(tar), "busybox")
         yield podman
         podman("rm", "--all", "--force", "--time=0", check=False)
+    file.unlink()
     shutil.rmtree(RUN, ignore_errors=True)
 
 
@@ -99,9 +106,9 @@ def test_containers_of_podman(node: AgentHost, podman: Callable[..., Result]) ->
     wait_for(lambda: reached(two["ipv4"]), "the network's profile, of the new attachment")
     node.kill_agent()
     assert reached(two["ipv4"])
-    podman("stop", "--time=0", "two")
+    podman("stop", "--time=0", "two")  # which does not always wait for the process that detaches it
+    wait_for(lambda: {"one"} == {owner["workload_name"] for owner in owners(node)}, "that it is detached")
     node.start_agent()
-    assert {"one"} == {owner["workload_name"] for owner in owners(node)}
     refused = podman("run", "--name=bad", "--net=net1", "--ip=10.9.9.9", "busybox", "true", check=False)
     assert refused.status != 0 and "10.9.9.9 is in no pool" in refused.err
     podman("rm", "--all", "--force", "--time=0")
@@ -113,19 +120,11 @@ def test_a_container_that_ends_is_detached_as_the_file_of_settings_says(
     node: AgentHost, podman: Callable[..., Result]
 ) -> None:
     """The process that awaits its end has no variables of the user's, and the agent, which may be slower, is dead."""
-    environment = node.environment()
-    names = ("HOSTNAME", "DATASTORE_TYPE", "ETCD_ENDPOINTS", "ETCD_AUTHORITY")
-    file = Path("/etc/calico/node.env")
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("".join(f"{name}={environment[name]}\n" for name in names if name in environment))
-    try:
-        node.kill_agent()
-        others = {"HOSTNAME": "another", "ETCD_AUTHORITY": "127.0.0.1:1"}
-        podman("run", "--detach", "--name=brief", "--net=net1", "busybox", "/bin/sleep", "0", **others)
-        wait_for(lambda: not node.allocations(), "the end of the container", 30)
-        assert not node.records()
-    finally:
-        file.unlink()
+    node.kill_agent()
+    others = {"HOSTNAME": "another", "ETCD_AUTHORITY": "127.0.0.1:1"}
+    podman("run", "--detach", "--name=brief", "--net=net1", "busybox", "/bin/sleep", "0", **others)
+    wait_for(lambda: not node.allocations(), "the end of the container", 30)
+    assert not node.records()
 
 
 def test_a_network_with_a_second_plugin(host: Host) -> None:
