@@ -9,10 +9,8 @@ that only one agent runs in a network namespace, whatever its host name.
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import logging
-import logging.handlers
 import os
 import signal
 import socket
@@ -27,8 +25,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, TextIO
 
-from calicoctl import files, proc
-from calicoctl.errors import CalicoError, NotFound, one_line
+from calicoctl import files, logs, proc
+from calicoctl.errors import CalicoError, NotFound
 from calicoctl.workloads.locks import DIRECTORY
 
 DEFAULT_LOG_DIR = "/var/log/calico"
@@ -40,8 +38,6 @@ STOP_PATIENCE = 25.0
 """Seconds to wait for the agent to end after SIGTERM."""
 
 _IN_BACKGROUND = ["-m", "calicoctl.felix"]
-
-_LOG_SIZE = 10 * 2**20
 
 
 @dataclass(frozen=True)
@@ -276,24 +272,6 @@ def notify_ready() -> None:
     sdnotify.SystemdNotifier().notify("READY=1")
 
 
-class _OneLine(logging.Formatter):
-    """Writes each log record as one line, even if it contains names from etcd with line breaks."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return one_line(super().formatMessage(record))
-
-
-class _LogFile(logging.handlers.RotatingFileHandler):
-    """A log that only root and the file's group can read, since it may quote the store."""
-
-    def _open(self) -> io.TextIOWrapper:
-        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        file = io.TextIOWrapper(io.FileIO(descriptor, "a"), self.encoding, "backslashreplace")
-        with suppress(OSError):  # of an older version
-            os.fchmod(descriptor, os.fstat(descriptor).st_mode & 0o7770)
-        return file
-
-
 def log_to(directory: str | None) -> None:
     """Log to the file felix.log in `directory`, with rotation, or to standard error if `directory` is None.
 
@@ -302,9 +280,8 @@ def log_to(directory: str | None) -> None:
     handler: logging.Handler = logging.StreamHandler()
     text = "%(levelname)s: %(message)s"
     if directory is not None:
-        handler = _LogFile(Path(directory) / "felix.log", maxBytes=_LOG_SIZE, backupCount=4)
-        text = "%(asctime)s %(levelname)s: %(message)s"
-    handler.setFormatter(_OneLine(text))
+        handler, text = logs.RotatingFile(Path(directory) / "felix.log"), logs.WITH_TIME
+    handler.setFormatter(logs.OneLine(text))
     logging.raiseExceptions = False  # there is no place to report a log that cannot be written
     logger = logging.getLogger("calico")
     threading.excepthook = lambda died: logger.critical(

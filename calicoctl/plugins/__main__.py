@@ -25,14 +25,13 @@ from calicoctl import programs, slim
 slim.install()
 programs.look_in_system_folders()
 
-from calicoctl import environment, files  # noqa: E402
+from calicoctl import environment, files, logs  # noqa: E402
 from calicoctl.datastore.hosts import hostname  # noqa: E402
-from calicoctl.errors import CalicoError, one_line  # noqa: E402
+from calicoctl.errors import CalicoError  # noqa: E402
 from calicoctl.plugins import hook  # noqa: E402
 from calicoctl.plugins.collection import Collection  # noqa: E402
 from calicoctl.plugins.engine_events import EngineEvents  # noqa: E402
 from calicoctl.plugins.ipam_driver import IpamDriver  # noqa: E402
-from calicoctl.plugins.log_file import LogFile  # noqa: E402
 from calicoctl.plugins.network_driver import NetworkDriver  # noqa: E402
 from calicoctl.plugins.networks import Networks  # noqa: E402
 from calicoctl.plugins.restarting import UNAVAILABLE  # noqa: E402
@@ -61,21 +60,14 @@ LOCK_POLL = 0.5
 """Seconds between two attempts to get the lock, while this process refuses all calls."""
 
 
-class _OneLine(logging.Formatter):
-    """Writes each log record, except for a traceback, as one line."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return one_line(super().formatMessage(record))
-
-
 def main() -> None:
     """Serve until SIGTERM. Raises CalicoError if this process cannot serve."""
     variables = dict(os.environ)
     environment.complete(os.environ)
     if len(sys.argv) > 1:  # see felix/plugin_process.py
         os.environ["HOSTNAME"] = sys.argv[1].partition("=")[2]
-    handler = LogFile()
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s: %(message)s"))
+    handler = logs.StandardError()
+    handler.setFormatter(logs.OneLine(logs.WITH_TIME))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     ended = threading.Event()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -390,23 +389,3 @@ def test_what_everybody_may_read_quotes_no_values(
     assert "is error: root alone is told what (sudo calicoctl status)" in out
     report = json.loads(told(capsys, "--output=json")[0])
     assert {problem["key"] for problem in report["problems"]} == set(health.problems)
-
-
-def test_the_log_is_not_for_everybody(tmp_path: Path) -> None:
-    file = tmp_path / "felix.log"
-    file.write_text("of an older version\n")
-    file.chmod(0o644)
-    logger = logging.getLogger("calico")
-    before = list(logger.handlers)
-    process.log_to(str(tmp_path))
-    (handler,) = set(logger.handlers) - set(before)
-    try:
-        logger.error("hé\n")
-        assert file.stat().st_mode & 0o777 == 0o640
-        handler.doRollover()  # type: ignore[attr-defined]
-        logger.error("new")
-        assert file.stat().st_mode & 0o777 == 0o640 and "new" in file.read_text()
-        assert (tmp_path / "felix.log.1").read_text().splitlines()[1].endswith("ERROR: hé\\n")
-    finally:
-        logger.removeHandler(handler)
-        handler.close()

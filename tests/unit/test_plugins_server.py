@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import stat
 import threading
@@ -16,8 +15,8 @@ import pytest
 
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError, StoreUnavailable
-from calicoctl.plugins import log_file, stores
 from calicoctl.plugins import server as module
+from calicoctl.plugins import stores
 from calicoctl.plugins.server import Listening, Server, servers
 from calicoctl.plugins.stores import TooSlow, bounded
 from tests.unit.memory_store import MemoryStore
@@ -300,21 +299,3 @@ def test_the_end_waits_for_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     client.join(1)
     assert got == [200]
     assert module._answering == 0
-
-
-def test_the_log_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_file, "LARGEST", 100)
-    with open(tmp_path / "log", "ab", buffering=0) as log:
-        for number in range(10):
-            log.write(b"%09d\n" % number)
-        log_file.shorten(log.fileno())
-        assert len((tmp_path / "log").read_bytes()) == 100
-        log.write(b"the last\n")
-        log_file.shorten(log.fileno())
-        log.write(b"and one\n")
-    assert (tmp_path / "log").read_text().splitlines()[-3:] == ["000000009", "the last", "and one"]
-    assert (tmp_path / "log").stat().st_size < 70
-    read, write = os.pipe()
-    log_file.shorten(write)
-    os.close(read)
-    os.close(write)

@@ -1,0 +1,50 @@
+"""The log files of the agent and of the process for Docker networks: who may read them, and how large they grow."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from calicoctl import logs
+from calicoctl.felix import process
+
+
+def test_the_log_is_not_for_everybody(tmp_path: Path) -> None:
+    file = tmp_path / "felix.log"
+    file.write_text("of an older version\n")
+    file.chmod(0o644)
+    logger = logging.getLogger("calico")
+    before = list(logger.handlers)
+    process.log_to(str(tmp_path))
+    (handler,) = set(logger.handlers) - set(before)
+    try:
+        logger.error("hé\n")
+        assert file.stat().st_mode & 0o777 == 0o640
+        handler.doRollover()  # type: ignore[attr-defined]
+        logger.error("new")
+        assert file.stat().st_mode & 0o777 == 0o640 and "new" in file.read_text()
+        assert (tmp_path / "felix.log.1").read_text().splitlines()[1].endswith("ERROR: hé\\n")
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def test_a_file_that_cannot_be_renamed_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LARGEST", 100)
+    with open(tmp_path / "log", "ab", buffering=0) as log:
+        for number in range(10):
+            log.write(b"%09d\n" % number)
+        logs.shorten(log.fileno())
+        assert len((tmp_path / "log").read_bytes()) == 100
+        log.write(b"the last\n")
+        logs.shorten(log.fileno())
+        log.write(b"and one\n")
+    assert (tmp_path / "log").read_text().splitlines()[-3:] == ["000000009", "the last", "and one"]
+    assert (tmp_path / "log").stat().st_size < 70
+    read, write = os.pipe()
+    logs.shorten(write)
+    os.close(read)
+    os.close(write)
