@@ -29,7 +29,8 @@ API_noble = etcdv2
 # failure at each step of a command, and concurrency, run once through each API; in noble, what always uses v3 does not.
 # podman has no CNI in trixie, and prefers another way in noble.
 LEFT_OUT = memory_usage soak hosts hosts_gone host_identity failure_isolation file_descriptors \
-	commands completion foreign_names limits round_trips old_felix cni_podman compose bad_input docker_network_policy
+	commands completion foreign_names limits round_trips old_felix cni_podman compose bad_input docker_network_policy \
+	docker_hosts
 LEFT_OUT_trixie = $(LEFT_OUT) fault_injection concurrency connected container profile ipam
 LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
 	host_attacks policy host_addresses lifeline vxlan docker_hook cni

@@ -20,7 +20,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from base64 import b64decode, b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -423,13 +423,18 @@ class Host:
         assert not (folders and found), "a workload's folder is still there"
 
 
-def start_docker(directory: Path, *options: str, host: str = "unix:///var/run/docker.sock") -> subprocess.Popen:
-    """Start a Docker Engine, and wait until it answers. Without `options`, it has no bridge and no firewall."""
+def start_docker(
+    directory: Path, *options: str, host: str = "unix:///var/run/docker.sock", inside: Sequence[str] = ()
+) -> subprocess.Popen:
+    """Start a Docker Engine, and wait until it answers. Without `options`, it has no bridge and no firewall.
+
+    `inside` is a prefix for its command line.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "log").open("ab") as log:
         engine = subprocess.Popen(
             [
-                *("dockerd", "--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
+                *(*inside, "dockerd", "--data-root", str(directory / "data"), "--exec-root", str(directory / "exec")),
                 *("--pidfile", str(directory / "pid"), "--host", host),
                 *(options or ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false")),
             ],
