@@ -123,7 +123,7 @@ class Snapshot:
         """The endpoints of all hosts, each with its last valid value."""
         self.local: dict[EndpointId, LocalEndpoint] = {}
         self.unusable: dict[EndpointId, tuple[int, str]] = {}
-        """This host's endpoints that are not in `local` -> (revision in the store, reason)."""
+        """This host's endpoints that are invalid, inactive or in conflict -> (revision in the store, reason)."""
         self.profiles: dict[str, Profile] = {}
         self.pools: dict[str, Pool] = {}
         self.host_action = "RETURN"

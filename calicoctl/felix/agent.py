@@ -500,10 +500,10 @@ class Agent:
         self._health.record(events.Failure(why, "registration"))
 
     def _check_peers(self) -> None:
-        """Report a failure while no session is possible with some of this host's own BGP peers.
+        """Report a failure while no session is possible with some of the BGP peers that are set for this host alone.
 
-        These are peers of an IP version for which this host has no registered address, and peers that are this host
-        itself.
+        These are peers of an IP version for which this host has no registered address, and peers whose address is one
+        of this host's.
         """
         for version, option in ((4, "--ip"), (6, "--ip6")):
             peers, why = self._snapshot.topology.peers_without_session(version), None

@@ -123,7 +123,11 @@ def _variables(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _listed(source: str, text: str, most: int) -> list[str]:
-    """Return the parts of a comma-separated list. Raise CalicoError if it is too long."""
+    """Return the parts of `text`, a comma-separated list.
+
+    Raises CalicoError if the text is longer than _LONGEST, or if it has more than `most` parts. `source`, such as
+    "label calico.ip", says in the error where the text is from.
+    """
     if len(text) > _LONGEST:
         raise CalicoError(f"{source}: it has more than {_LONGEST // 1024} KiB")
     found = [part.strip() for part in text.split(",") if part.strip()]

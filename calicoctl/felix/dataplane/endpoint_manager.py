@@ -272,7 +272,10 @@ class EndpointManager(Manager):
         return Status("up", endpoint.revision)
 
     def _report_unknown_interfaces(self, before: set[str] | None = None) -> None:
-        """Report the `cali…` interfaces that belong to no endpoint, not even to an unusable one (Snapshot.unusable).
+        """Report the `cali…` interfaces that belong to no endpoint in the store.
+
+        Those of endpoints that are not programmed, since they are invalid, inactive or in conflict with another
+        (Snapshot.unusable), are known, too.
 
         If `before` is not None, interfaces that are not in `before` are not reported.
         """
