@@ -367,7 +367,7 @@ def _start_agent(host: str, options: process.Options) -> None:
     while why := (process.report(host) or {}).get("replaced"):  # until it notices that the name has been claimed
         if time.monotonic() > give_up:
             raise CalicoError(str(why))
-        time.sleep(heartbeat.POLL_INTERVAL)
+        time.sleep(heartbeat.POLL_INTERVAL)  # the agent replaces the file of its report whenever something changes
     older = process.without_bgp(process.report(host))
     if older is not None and options.bgp:
         warn(f"Warning: {older}.")

@@ -192,7 +192,7 @@ class Daemon:
                 last = self._last_log_line()
                 said = f"{self._log_file} ends with: {last}" if last else f"{self._log_file} is empty"
                 raise NotServing(f"{self.process.name} does not serve; {said}")
-            time.sleep(0.05)  # a daemon does not announce that it is ready
+            time.sleep(0.05)  # nothing announces that a daemon is ready which another process has started
 
     def _end_child(self) -> None:
         """End the process that this object has started, if any. Remove the pid file unless it names another process."""

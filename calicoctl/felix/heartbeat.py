@@ -53,7 +53,7 @@ YIELD_PATIENCE = INTERVAL + 2
 """Seconds within which an agent notices that another agent has written its status."""
 
 POLL_INTERVAL = 0.5
-"""Seconds between two reads of a status while waiting."""
+"""Seconds between two reads of a status while waiting. A watch may expire, so it would need reads as well."""
 
 TIMES = ("time", "uptime")
 """The fields of a status that always change. A status that differs only in these fields need not be written."""

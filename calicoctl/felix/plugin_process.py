@@ -32,7 +32,10 @@ START_PATIENCE = 30.0
 """Seconds to wait until the process serves."""
 
 POLL = 5.0
-"""Seconds between two looks whether another process still serves Docker networks."""
+"""Seconds between two looks whether another process still serves Docker networks.
+
+The end of a listener is no event: the file of its socket may stay, and to connect would have systemd start its process.
+"""
 
 SETTINGS = (*STORE, "DOCKER_HOST", *DOCKER_TLS)
 """The variables of which the process must have the agent's values."""
@@ -86,9 +89,9 @@ def await_replacement(host: str) -> None:
 
     Returns after START_PATIENCE in any case.
     """
-    give_up = time.monotonic() + START_PATIENCE
-    while is_of_other_version(host) and time.monotonic() < give_up:
-        time.sleep(0.05)
+    pid = running(host)
+    if pid is not None and is_of_other_version(host):
+        proc.await_end(pid, START_PATIENCE)
 
 
 def _process(host: str) -> Process:

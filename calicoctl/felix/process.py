@@ -308,7 +308,7 @@ def start(host: str, options: Options, environment: Mapping[str, str] = os.envir
     with short as directory, tempfile.TemporaryFile("w+") as stderr:
         ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         ready.bind(f"{directory}/notify")
-        ready.settimeout(0.1)
+        ready.settimeout(0.1)  # then _await_ready looks for what sends nothing: an end, another agent's report
         process = subprocess.Popen(
             [sys.executable, *_IN_BACKGROUND, json.dumps(asdict(options))],
             stdin=subprocess.DEVNULL,

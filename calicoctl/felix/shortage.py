@@ -8,7 +8,9 @@ import resource
 import time
 
 PAUSE = 1.0
-"""Seconds between two attempts at an operation that failed for lack of descriptors or memory."""
+"""Seconds between two attempts at an operation that failed for lack of descriptors or memory: no event says when these
+are there again.
+"""
 
 
 def wait_out() -> None:

@@ -83,10 +83,16 @@ LONGEST_SPREAD = 4.0
 """The maximum number of seconds over which re-reads are spread."""
 
 ENGINE_PAUSE = 0.5
-"""Seconds between two attempts to reach the Docker Engine. Short, since a new engine starts containers at once."""
+"""Seconds between two attempts to reach the Docker Engine. Short, since a new engine starts containers at once.
+
+Nothing says when an engine listens again: its socket may exist before that, and after its end.
+"""
 
 SERVERS_INTERVAL = 10.0
-"""Seconds between two rounds of resolving the names of etcd's members and reading the files with the DNS servers."""
+"""Seconds between two rounds of resolving the names of etcd's members and reading the files with the DNS servers.
+
+DNS does not say when a name has got another address.
+"""
 
 SERVERS_KEPT = 600.0
 """Seconds for which an address of an etcd member is used after the member's name was last resolved to it. Some DNS

@@ -57,7 +57,7 @@ LOCK_PATIENCE = 10.0
 """Seconds to wait for the lock, while the process of another version ends."""
 
 LOCK_POLL = 0.5
-"""Seconds between two attempts to get the lock, while this process refuses all calls."""
+"""Seconds between two attempts to get the lock, while this process refuses all calls: see files.lock."""
 
 
 def main() -> None:
@@ -89,11 +89,11 @@ def main() -> None:
     driver = NetworkDriver(stores, known)
     serving = servers(
         [
-            Listening(SOCKETS / "calico.sock", driver.routes(), failed=stores.failed.set, unavailable=UNAVAILABLE),
+            Listening(SOCKETS / "calico.sock", driver.routes(), failed=stores.note_failure, unavailable=UNAVAILABLE),
             Listening(
                 SOCKETS / "calico-ipam.sock",
                 IpamDriver(stores).routes(),
-                failed=stores.failed.set,
+                failed=stores.note_failure,
                 unavailable=UNAVAILABLE,
             ),
             Listening(files.RUN / stores.host / hook.SOCKET, hook.routes(stores), hook.SECONDS),

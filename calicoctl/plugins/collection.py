@@ -52,8 +52,8 @@ REQUEST_GRACE = 60.0
 PAUSE = 5.0
 """Seconds between a look that has failed and the next one."""
 
-POLL = 1.0
-"""Seconds until it is noticed that something has happened."""
+SHORTEST = 1.0
+"""The minimum number of seconds between two looks: a look at what is left is a dozen requests."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,15 @@ class Collection:
         threading.Thread(target=self._run, name="collecting what is left", daemon=True).start()
 
     def _run(self) -> None:
-        due = not_before = 0.0
         while True:
-            now = time.monotonic()
-            happened = self._events.connected.is_set() or self._stores.failed.is_set()
-            if now >= due or (happened and now >= not_before):
-                self._refused = self._refused or self._stores.failed.is_set()
-                self._events.connected.clear()
-                self._stores.failed.clear()
-                if self.try_to_look():
-                    due = time.monotonic() + (GRACE / 2 if self._since else INTERVAL)
-                else:
-                    due = not_before = time.monotonic() + PAUSE
-            time.sleep(POLL)
+            self._stores.happened.clear()
+            if self._stores.failed:
+                self._refused, self._stores.failed = True, False
+            if self.try_to_look():
+                time.sleep(SHORTEST)  # whatever happens meanwhile
+                self._stores.happened.wait(GRACE / 2 if self._since else INTERVAL)
+            else:
+                time.sleep(PAUSE)
 
     def try_to_look(self) -> bool:
         """Do what `look` does; return False, and log the reason, if it fails."""
@@ -168,7 +164,7 @@ class Collection:
         self._said = {subject: text for subject, text in self._said.items() if subject in self._since}
         if self._refused:
             restarting.start_refused(networks.keys())
-            self._refused = self._stores.failed.is_set()
+            self._refused = self._stores.failed
 
     def _is_engine_of(self, known: Set[str], listed: Set[str]) -> bool:
         """Return whether the engine that has listed the networks `listed` is the one that the networks `known` are of.

@@ -25,17 +25,18 @@ from calicoctl.workloads.libnetwork import is_id
 log = logging.getLogger("calico.plugins")
 
 PAUSE = 0.5
-"""Seconds until the engine is asked again after it has not answered, or has ended its events."""
+"""Seconds until the engine is asked again after it has not answered, or has ended its events.
+
+Nothing says when it listens again: its socket may exist before that, and after its end.
+"""
 
 
 class EngineEvents:
     """Follows the networks of the engine, and stores what their events say."""
 
     def __init__(self, stores: Stores, known: Networks) -> None:
-        """`connected` is set whenever the engine's events are followed anew."""
         self._stores = stores
         self._networks = known
-        self.connected = threading.Event()
         self._joined: dict[str, set[str]] = {}
         """The id of a network -> the ids of containers that have joined it, whose endpoints are to be asked for."""
         self._changed = threading.Condition()
@@ -60,7 +61,7 @@ class EngineEvents:
         with engine.followed_networks(int(time.time())) as (listed, events):
             for network in listed:
                 self.learn(network)
-            self.connected.set()
+            self._stores.happened.set()  # the engine may have been killed meanwhile
             for event in events:
                 self.on_event(event)
 

@@ -128,6 +128,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def start(self) -> None:
         """Start a thread that accepts connections."""
         name = f"serving {self.listening.path.name}"
+        # every half second, socketserver looks whether `stop` was called: nothing else ends its wait
         threading.Thread(target=self.serve_forever, args=(0.5,), name=name, daemon=True).start()
 
     def stop(self) -> None:

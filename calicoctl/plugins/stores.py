@@ -107,18 +107,25 @@ def wait_idle(seconds: float) -> None:
 class Stores:
     """Clients of the store on behalf of one host. Thread-safe.
 
-    `failed` is set when the store has failed, or a work was too slow: then something may have been left behind.
+    `failed` becomes true when the store has failed, or a work was too slow: then something may have been left behind.
+    `happened` is set then, and when something else has happened of which that may be true.
     """
 
     def __init__(self, host: str, variables: Mapping[str, str]) -> None:
         """`variables` is the environment of this process, without the variables of the settings file."""
         self.host = host
-        self.failed = threading.Event()
+        self.failed = False
+        self.happened = threading.Event()
         self._variables = dict(variables)
         self._kept: list[DatastoreClient] = []
         self._answered = -math.inf
         """The time (monotonic) of the last answer of the store."""
         self._down_until = -math.inf
+
+    def note_failure(self) -> None:
+        """Set `failed` and `happened`."""
+        self.failed = True
+        self.happened.set()
 
     @contextmanager
     def client(self, asks: bool = True) -> Iterator[DatastoreClient]:
@@ -135,7 +142,7 @@ class Stores:
             yield datastore
         except StoreError as error:
             self._kept.clear()
-            self.failed.set()
+            self.note_failure()
             if isinstance(error, StoreUnavailable) and self._answered < began:
                 self._pause()
             raise
@@ -163,14 +170,14 @@ class Stores:
     def require(self) -> None:
         """Raise StoreUnavailable if the store has failed within the last PAUSE seconds, or does not answer now."""
         if time.monotonic() < self._down_until:
-            self.failed.set()
+            self.note_failure()
             raise StoreUnavailable("etcd did not answer a moment ago; try again in a few seconds")
         if time.monotonic() - self._answered < FRESH:
             return
         try:
             bounded(ANSWER, self._ask, part=True)
         except TooSlow:
-            self.failed.set()
+            self.note_failure()
             self._pause()
             raise StoreUnavailable(f"etcd does not answer within {ANSWER:.0f} s; try again later") from None
 
@@ -194,13 +201,13 @@ class Stores:
     def remove(self, work: Callable[[DatastoreClient], object]) -> bool:
         """Call `work(client)`, which removes something. Return False if the store does not answer, or is too slow.
 
-        Then `failed` is set, and collection.py removes it later. Raises the other exceptions of `work`.
+        Then `failed` is true, and collection.py removes it later. Raises the other exceptions of `work`.
         """
         try:
             self.require()
             bounded(REMOVAL, lambda: self._with_client(work), part=True)
         except StoreError:
-            self.failed.set()
+            self.note_failure()
             self._answered = -math.inf  # whether it answers at all is asked before the next work
             return False
         return True

@@ -394,7 +394,7 @@ def _reload(daemon: int, default: str) -> None:
         described = engine.info()
         if described.get("DefaultRuntime") == default and default in (described.get("Runtimes") or {default}):
             return
-        time.sleep(0.05)  # it says nowhere that it has read it
+        time.sleep(0.05)  # its event of that would be a stream that needs a limit of time, too, for a wait this short
     raise CalicoError(
         f"the Docker Engine (process {daemon}) has not taken {default} as its default runtime: its log says why"
     )

@@ -52,7 +52,10 @@ PATIENCE = 3.0
 """Seconds for which requests to the store are retried, and for which a lock, or an address, is waited for."""
 
 PAUSE = 0.1
-"""Seconds between two attempts to get the address of a container that was just removed."""
+"""Seconds between two attempts to get the address of a container that was just removed.
+
+The agent releases it within moments. A watch would cost more than the few attempts do: see etcd2_watch.py.
+"""
 
 
 def connect(datastore: DatastoreClient, state: dict[str, Any]) -> tuple[str, ...]:

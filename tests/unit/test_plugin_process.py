@@ -60,6 +60,20 @@ def test_what_the_process_reads_from_the_file_is_no_other_setting(
     assert plugin_process.has_other_settings("vm")
 
 
+def test_a_command_waits_for_the_end_of_another_version(one: PluginProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin_process.await_replacement("vm")
+    one._launch()
+    plugin_process.await_replacement("vm")
+    monkeypatch.setattr(plugin_process, "is_of_other_version", lambda host: True)
+    waiting = threading.Thread(target=plugin_process.await_replacement, args=("vm",), daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    plugin_process.stop("vm")
+    waiting.join(5)
+    assert not waiting.is_alive()
+
+
 def test_none_is_started_while_another_process_serves(one: PluginProcess) -> None:
     one._launch()
     before = plugin_process.running("vm")

@@ -6,6 +6,8 @@ The fakes are at the kernel: `netns`, the guard, and what this host's network is
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -472,7 +474,7 @@ def test_a_removal_succeeds_without_the_store(
 
     store.before_read = away
     node.remove(ONE, address)
-    assert kernel.names == set() and node.stores.failed.is_set()
+    assert kernel.names == set() and node.stores.failed
     with pytest.raises(StoreUnavailable):
         node.address()
     store.before_read = lambda: None
@@ -616,7 +618,7 @@ def test_a_failed_look_is_not_repeated_at_once(node: Node, store: MemoryStore, m
 
     def away() -> None:
         looks.append(engine.now)
-        node.stores.failed.set()  # by calls of the engine, too
+        node.stores.note_failure()  # by calls of the engine, too
         raise StoreUnavailable("etcd is away")
 
     def sleep(seconds: float) -> None:
@@ -629,6 +631,30 @@ def test_a_failed_look_is_not_repeated_at_once(node: Node, store: MemoryStore, m
     with pytest.raises(Ended):
         node.collection._run()
     assert len(looks) in (3, 4)
+
+
+def test_a_failure_of_the_store_ends_the_wait_for_the_next_look(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    class Ended(BaseException):
+        pass
+
+    def look() -> bool:
+        looks.append(node.stores.failed)
+        if len(looks) > 1:
+            raise Ended
+        return True
+
+    monkeypatch.setattr(node.collection, "try_to_look", look)
+    monkeypatch.setattr(collection, "SHORTEST", 0)
+    monkeypatch.setattr(collection, "INTERVAL", 20)
+    node.collection._refused = False
+    began = time.monotonic()
+    threading.Timer(0.1, node.stores.note_failure).start()
+    with pytest.raises(Ended):
+        node.collection._run()
+    assert time.monotonic() < began + 10
+    assert node.collection._refused and looks == [False, False]
 
 
 def test_what_joins_during_a_look_is_not_forgotten(node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

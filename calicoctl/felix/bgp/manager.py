@@ -53,7 +53,9 @@ PORT_POLL = 0.1
 """Seconds between two polls soon after BIRD's start, while it does not listen on the port of BGP yet."""
 
 PASSWORDS_POLL = 2.0
-"""Seconds between two checks whether the file with the passwords has changed, and whether BIRD is suspended."""
+"""Seconds between two checks whether the file with the passwords has changed, and whether BIRD is suspended, which no
+event says.
+"""
 
 BESIDE_POLL = 10.0
 """The minimum number of seconds between two searches for a foreign BIRD beside ours."""
