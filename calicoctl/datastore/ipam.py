@@ -634,7 +634,10 @@ class Ipam:
         raise Conflict(f"block {block_cidr(version, first)} keeps being modified concurrently; retry")
 
     def _counts_after(self, block: Block, handles: set[str]) -> list[Write]:
-        """Return the writes that set the count for `block` in each of `handles`; none if the store is not atomic."""
+        """Return the writes that set the count for `block` in each of `handles`.
+
+        Returns none if the store cannot write several keys at once (`Store.atomic`).
+        """
         if not self._store.atomic:  # `release` recounts the handles afterwards
             return []
         names = sorted(handles)

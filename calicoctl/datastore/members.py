@@ -133,7 +133,7 @@ class Members(Generic[C]):
         """Send an idempotent request, again and again, until it is answered; return the answer.
 
         Raises NoSuchApi if no member serves the API, and StoreUnavailable if no member can be reached, or if none has
-        answered for `patience` seconds.
+        answered within the `patience` that the constructor was given.
         """
         return self.resend(lambda connection, doubtful: send(connection))
 

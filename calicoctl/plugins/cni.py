@@ -489,7 +489,10 @@ def _gc(request: Request) -> None:
 
 
 def valid_attachments(request: Request) -> set[tuple[str, str]]:
-    """Return the valid attachments, as (container id, interface). Raises CniError if the runtime does not list them."""
+    """Return the attachments that the runtime still has, which GC must keep, as (container id, interface).
+
+    CNI calls them valid. Raises CniError if the runtime does not list them.
+    """
     key = "cni.dev/valid-attachments"
     if key not in request.config:  # an empty list would remove all
         raise CniError(INVALID_CONFIG, f"'{key}' of network {request.network} is missing")

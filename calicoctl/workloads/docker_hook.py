@@ -306,9 +306,10 @@ def _shares(pid: int, kind: str) -> bool:
 
 
 def _configuration_of(daemon: int) -> Path:
-    """Return the path of the engine's configuration file, which need not exist. Raises CalicoError.
+    """Return the path of the engine's configuration file, which need not exist. `daemon` is the engine's process id.
 
-    Raises CalicoError also if the command line of the engine says which runtimes there are: then the file must not.
+    Raises CalicoError, also if the engine's command line names runtimes, or the default one: dockerd does not start if
+    the file names them as well.
     """
     words = proc.arguments(daemon)[1:]
     for word in words:

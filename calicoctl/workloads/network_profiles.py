@@ -2,8 +2,9 @@
 
 These are the usual ones, those of the network, unless a command has set others. A container gets a new endpoint at each
 start. So profiles that a command sets belong to the container and the network: they are kept in a file of this host,
-/var/lib/calico/HOST/networks.profiles/CONTAINER.NETWORK, which contains a JSON list of their names, and are given to
-the container's next endpoints as well. The file is removed when the container or the network no longer exists.
+/var/lib/calico/HOST/networks.profiles/CONTAINER.NETWORK (the ids of both), which contains a JSON list of their
+names, and are given to the container's next endpoints as well. The file is removed when the container or the network
+no longer exists.
 
 When an endpoint is made, the container that it is for is not known yet: the engine reports it afterwards. So in a
 network for which any profiles are kept, a new endpoint has no profiles at first, so that no packet passes, and its
@@ -95,7 +96,7 @@ def every(host: str) -> list[tuple[str, str]]:
 
 
 def forget(host: str, container: str, network: str) -> None:
-    """Remove the profiles that are kept for a container in a network, if any. Raises CalicoError."""
+    """Remove the profiles that are kept for a container in a network (ids), if any. Raises CalicoError."""
     state.remove(host, _FOLDER, _file_name(container, network))
 
 

@@ -65,8 +65,9 @@ class ConntrackManager(Manager):
         Another endpoint may have had such an address before, and its connections would pass on the established fast
         path. The method changes `dirty`, so that the managers program no pending address:
 
-        * An endpoint that is not in the tables yet is removed from `dirty`, unless the tables are reloaded anyway.
-        * An endpoint that is in the tables stays in `dirty`, and everything but its new addresses is programmed.
+        * An endpoint with such addresses that is not in the tables yet is removed from `dirty`, unless the tables are
+          reloaded anyway.
+        * One that is in the tables stays in `dirty`, and everything but its new addresses is programmed.
         * An endpoint whose pending addresses have been verified is added to `dirty`.
 
         Before the agent's first update of the kernel, this method does nothing.
