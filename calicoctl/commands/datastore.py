@@ -55,7 +55,10 @@ from calicoctl.datastore import cluster, keys
 from calicoctl.datastore.backends import PATIENCE, Backends
 from calicoctl.datastore.detection import Choice
 from calicoctl.datastore.hosts import hostname
-from calicoctl.datastore.migration import Migration, Moved, State
+from calicoctl.datastore.migration import move
+from calicoctl.datastore.migration_after import finish, roll_back
+from calicoctl.datastore.migration_run import Run
+from calicoctl.datastore.migration_state import Moved, State
 from calicoctl.datastore.settings import TYPE, V2, V3, EtcdSettings
 from calicoctl.datastore.store import Store
 from calicoctl.errors import CalicoError, InvalidValue, NoSuchApi, StoreError, one_line
@@ -72,10 +75,10 @@ def prepare(argv: list[str]) -> Prepared:
     if arguments["show"]:
         return partial(_show, wants_json(arguments))
     if arguments["--rollback"]:
-        return partial(_migrate, lambda migration: migration.roll_back(arguments["--discard"]))
+        return partial(_migrate, lambda run: roll_back(run, arguments["--discard"]))
     if arguments["--finish"]:
         return partial(_finish, arguments["--discard"])
-    return partial(_migrate, lambda migration: migration.move())
+    return partial(_migrate, move)
 
 
 class Progress:
@@ -101,7 +104,7 @@ class Progress:
             print(file=sys.stderr)
 
 
-def _migrate(act: Callable[[Migration], Moved]) -> None:
+def _migrate(act: Callable[[Run], Moved]) -> None:
     settings = EtcdSettings.from_environment()
     if settings.api is not None:
         raise CalicoError(
@@ -115,7 +118,7 @@ def _migrate(act: Callable[[Migration], Moved]) -> None:
         return backends.open(V2), backends.open(V3)
 
     try:
-        moved = act(Migration(settings.urls, open, progress.tell))
+        moved = act(Run(settings.urls, open, progress.tell))
     finally:
         progress.end()
     print(moved.text)
@@ -128,7 +131,7 @@ def _finish(discard: bool) -> None:
     has_v2 = local_etcd.serves_v2(host) and local_etcd.is_named(host, EtcdSettings.from_environment())
     if has_v2:
         require_root()
-    _migrate(lambda migration: migration.finish(discard))
+    _migrate(lambda run: finish(run, discard))
     if has_v2:
         local_etcd.serve_v3_alone()
         if process.running(host) is None:
@@ -160,7 +163,7 @@ def _show(as_json: bool) -> None:
     backends = Backends(settings, PATIENCE)
     state: State | None = None
     with suppress(InvalidValue, StoreError):  # it is said above what is wrong
-        state = Migration(settings.urls, lambda: (backends.open(V2), backends.open(V3)), lambda text: None).state()
+        state = Run(settings.urls, lambda: (backends.open(V2), backends.open(V3)), lambda text: None).state()
     users = cluster.users(settings)
     apis = {
         version: _contents(backends, api, users[number])

@@ -21,7 +21,7 @@ import sys
 
 from calicoctl import slim
 from calicoctl.cli.main import entry
-from calicoctl.datastore import etcd3_http, migration
+from calicoctl.datastore import etcd3_http, migration_run
 from calicoctl.datastore.members import ConnectionLost, NotSent
 from calicoctl.plugins import cni
 from calicoctl.workloads import netns
@@ -160,7 +160,7 @@ faulty_v3()
 for request in ("link", "addr", "route", "neigh"):
     faulty_netlink(request)
 faulty_sysctl()
-migration.SETTLE = float(os.environ.get("SETTLE", migration.SETTLE))
+migration_run.SETTLE = float(os.environ.get("SETTLE", migration_run.SETTLE))
 if os.environ.get("FAULTY") == "cni":
     cni.entry()
 sys.argv = ["calicoctl", *sys.argv[1:]]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from calicoctl.datastore import migration
+from calicoctl.datastore import migration_run
 from calicoctl.datastore.etcd2 import Etcd2Store
 from tests.system.agent import LOG_DIR, FreeHost
 from tests.system.fabric import FabricHost, fabric
@@ -76,7 +76,7 @@ def by(api: str, etcd: Etcd) -> Etcd:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands in this process do not wait for others that do not exist."""
-    monkeypatch.setattr(migration, "SETTLE", 0.05)
+    monkeypatch.setattr(migration_run, "SETTLE", 0.05)
 
 
 @pytest.fixture

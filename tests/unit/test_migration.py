@@ -9,9 +9,12 @@ from typing import Callable
 
 import pytest
 
-from calicoctl.datastore import keys, migration
+from calicoctl.datastore import keys, migration_run
 from calicoctl.datastore.detection import Shown, decide
-from calicoctl.datastore.migration import Migration, Moved, State
+from calicoctl.datastore.migration import move
+from calicoctl.datastore.migration_after import finish, roll_back
+from calicoctl.datastore.migration_run import Run
+from calicoctl.datastore.migration_state import Moved, State
 from calicoctl.datastore.settings import V2, V3
 from calicoctl.datastore.store import Delete, Entry, Write
 from calicoctl.errors import CalicoError, CompareFailed, NoSuchApi, StoreError, StoreUnavailable
@@ -35,11 +38,11 @@ class World:
             self.v2.put(key, value)
         self.told: list[str] = []
 
-    def migration(self) -> Migration:
-        return Migration("http://etcd", lambda: (self.v2, self.v3), self.told.append)
+    def run(self) -> Run:
+        return Run("http://etcd", lambda: (self.v2, self.v3), self.told.append)
 
     def move(self) -> Moved:
-        return self.migration().move()
+        return move(self.run())
 
     def agent(self, store: MemoryStore, host: str = "host1", **fields: object) -> None:
         """Report as an agent does."""
@@ -76,7 +79,7 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     for name in ("SETTLE", "AGENTS_PATIENCE", "POLL"):
-        monkeypatch.setattr(migration, name, 0.0)
+        monkeypatch.setattr(migration_run, name, 0.0)
     return World()
 
 
@@ -132,20 +135,20 @@ def test_the_state_says_what_there_is_to_do() -> None:
 
 def test_data_that_somebody_else_has_frozen_stays_so(world: World) -> None:
     world.v2.put(READY, "false")
-    for act in (world.move, lambda: world.migration().roll_back(False)):
+    for act in (world.move, lambda: roll_back(world.run(), False)):
         world.refuses("v2 API is frozen ./calico/v1/Ready is false., and not by this command", act)
 
 
 def test_without_data_or_with_data_in_both_nothing_moves(world: World) -> None:
     world.v3.put(READY, "true")
-    acts = (world.move, lambda: world.migration().roll_back(True), lambda: world.migration().finish(True))
+    acts = (world.move, lambda: roll_back(world.run(), True), lambda: finish(world.run(), True))
     for act in acts:
         world.refuses("Ready is true in both APIs", act)
     empty = World()
     empty.v2.remove_tree("/calico")
     empty.refuses("There is no data to move")
-    empty.refuses("There is no data to go back to", lambda: empty.migration().roll_back(True))
-    empty.refuses("has not moved to etcd's v3 API: nothing is deleted", lambda: empty.migration().finish(True))
+    empty.refuses("There is no data to go back to", lambda: roll_back(empty.run(), True))
+    empty.refuses("has not moved to etcd's v3 API: nothing is deleted", lambda: finish(empty.run(), True))
 
 
 def test_agents_that_cannot_follow_are_named(world: World) -> None:
@@ -204,7 +207,7 @@ def noticed(world: World) -> Callable[[], Fault]:
 
 
 def test_agents_are_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migration, "AGENTS_PATIENCE", 10.0)
+    monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 10.0)
     world.agent(world.v2)
     waits: list[str] = []
 
@@ -280,8 +283,8 @@ def test_what_old_programs_write_after_the_copy_is_reported(world: World) -> Non
     world.v2.put("/calico/v1/later", "1")
     (again,) = world.move().problems
     assert again.endswith("2 new (/calico/v1/late, /calico/v1/later)")
-    world.refuses("Old programs have written .* Nothing is deleted", lambda: world.migration().finish(False))
-    world.migration().finish(True)
+    world.refuses("Old programs have written .* Nothing is deleted", lambda: finish(world.run(), False))
+    finish(world.run(), True)
     assert world.v2.entries == {}
 
 
@@ -291,7 +294,7 @@ LATE = "1 new (/calico/v1/late)"
 def written_late(world: World) -> str:
     """What `--finish` refuses to lose."""
     with pytest.raises(CalicoError, match=r"Old programs have written .* Nothing is deleted") as refused:
-        world.migration().finish(False)
+        finish(world.run(), False)
     return str(refused.value)
 
 
@@ -299,7 +302,7 @@ def test_what_was_written_before_ready_was_set_again_by_hand_is_not_deleted(worl
     world.move()
     world.v2.put(READY, "true")
     world.v2.put("/calico/v1/late", "1")
-    world.refuses("Ready is true in both APIs", lambda: world.migration().finish(True))
+    world.refuses("Ready is true in both APIs", lambda: finish(world.run(), True))
     world.v2.put(READY, "false")
     assert LATE in written_late(world)
     world.v2.entries.pop(READY)
@@ -311,7 +314,7 @@ def test_what_was_written_before_the_way_back_was_undone_is_not_deleted(world: W
     world.v2.put("/calico/v1/late", "1")
     world.agent(world.v3)
     with pytest.raises(CalicoError, match="The agents of host1 do not say that they have noticed"):
-        world.migration().roll_back(True)
+        roll_back(world.run(), True)
     assert world.used() == ("v3", False)
     assert LATE in written_late(world)
 
@@ -346,18 +349,18 @@ def test_without_the_revision_nothing_in_v2_counts_as_moved(world: World, value:
         world.v3.put(keys.COPIED_REVISION, value)
     (problem,) = world.move().problems
     assert "was not moved by this command" in problem and problem.endswith(f"1 new ({RULES})")
-    world.refuses("was not moved by this command.* Nothing is deleted", lambda: world.migration().finish(False))
+    world.refuses("was not moved by this command.* Nothing is deleted", lambda: finish(world.run(), False))
     world.v3.put(RULES, "{}")
     assert world.move().problems == ()
-    world.migration().finish(False)
+    finish(world.run(), False)
     assert world.v2.entries == {}
 
 
 def test_what_cannot_be_read_in_v3_prevents_a_move_and_no_way_back(world: World) -> None:
     world.move()
     world.v3.entries["/calico/v1/x"] = Entry("/calico/v1/x", "", 99, 99, problem="its value is not UTF-8")
-    world.refuses(r"would be lost: 1 new ./calico/v1/x", lambda: world.migration().roll_back(False))
-    world.migration().roll_back(True)
+    world.refuses(r"would be lost: 1 new ./calico/v1/x", lambda: roll_back(world.run(), False))
+    roll_back(world.run(), True)
     assert world.used() == ("v2", False)
     world.refuses("/calico/v1/x in etcd's v3 API cannot be copied or compared: its value is not UTF-8. Delete it first")
 
@@ -367,15 +370,15 @@ def test_the_revision_is_kept_as_long_as_v2_has_the_data(world: World) -> None:
     revision = world.v2.entries[READY].revision
     assert world.v3.entries[keys.COPIED_REVISION].value == str(revision)
     assert world.v3.entries[keys.COPIED_REVISION].revision == world.v3.entries[READY].revision, "in one transaction"
-    world.migration().roll_back(False)
+    roll_back(world.run(), False)
     assert keys.COPIED_REVISION not in world.v3.entries
     world.v3.put(keys.COPIED_REVISION, "1")  # an earlier version leaves it there
     world.move()
     assert int(world.v3.entries[keys.COPIED_REVISION].value) > revision
-    world.migration().finish(False)
+    finish(world.run(), False)
     assert keys.COPIED_REVISION not in world.v3.entries
     world.v3.put(keys.COPIED_REVISION, "1")  # the process was killed after it had deleted the data
-    world.migration().finish(False)
+    finish(world.run(), False)
     assert keys.COPIED_REVISION not in world.v3.entries
 
 
@@ -391,10 +394,10 @@ def test_another_run_that_takes_over_is_not_disturbed(world: World) -> None:
 
 def test_a_run_that_was_taken_over_leaves_the_data_frozen(world: World) -> None:
     """For the other one, which goes on."""
-    other = world.migration()
+    other = world.run()
 
     def take_over() -> None:
-        other._take_note(other.state(), "copying")
+        other.take_note(other.state(), "copying")
 
     world.v2.before_read = once(take_over, lambda: world.v2.entries[READY].value == "false")
     with pytest.raises(CalicoError, match="Another 'calicoctl datastore migrate' has taken over"):
@@ -445,7 +448,7 @@ def test_an_agent_that_is_started_while_the_data_is_copied_is_waited_for(world: 
 @pytest.mark.parametrize("ready", ["false", "true"])
 def test_who_was_taken_over_says_so_at_once(world: World, monkeypatch: pytest.MonkeyPatch, ready: str) -> None:
     """And blames neither an agent, which has no reason to notice a freeze any more, nor an old program."""
-    monkeypatch.setattr(migration, "AGENTS_PATIENCE", 30.0)
+    monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 30.0)
     if ready == "true":
         world.agent(world.v2)
 
@@ -464,7 +467,7 @@ def test_on_the_way_back_only_what_agents_say_since_then_counts(world: World) ->
     world.agent(world.v2)  # the last status before the agent has gone over to v3
     world.agent(world.v3)
     with pytest.raises(CalicoError, match="The agents of host1 do not say that they have noticed"):
-        world.migration().roll_back(False)
+        roll_back(world.run(), False)
     assert world.used() == ("v3", False)
 
 
@@ -492,28 +495,28 @@ def prepared(run: Callable[[World], object]) -> World:
     world = World()
     for number in range(250):
         world.v2.put(f"/calico/v1/many/{number}", str(number))
-    if run is not move:
+    if run is not forward:
         world.move()
     return world
 
 
-def move(world: World) -> object:
+def forward(world: World) -> object:
     return world.move()
 
 
-def roll_back(world: World) -> object:
-    return world.migration().roll_back(False)
+def back(world: World) -> object:
+    return roll_back(world.run(), False)
 
 
-@pytest.mark.parametrize("run", [move, roll_back])
+@pytest.mark.parametrize("run", [forward, back])
 @pytest.mark.parametrize("fault", ["before", "lost", "down"])
-@pytest.mark.parametrize("repeat", [move, roll_back])
+@pytest.mark.parametrize("repeat", [forward, back])
 def test_whatever_ends_it_the_data_is_in_use_or_it_can_be_repeated(
     world: World, run: Callable[[World], object], fault: str, repeat: Callable[[World], object]
 ) -> None:
     """`before`: it is killed before a write; `lost`: after it; `down`: etcd is gone for good at that moment."""
     total = writes_of(run)
-    assert total == (7 if run is move else 2)
+    assert total == (7 if run is forward else 2)
     for number in range(total):
         attempt = prepared(run)
         before = attempt.data(attempt.v2)
@@ -541,17 +544,17 @@ def test_whatever_ends_it_the_data_is_in_use_or_it_can_be_repeated(
         assert attempt.used() in (("v2", False), ("v2", True), ("v3", False)), number
         assert (keys.COPIED_REVISION in attempt.v3.entries) == (attempt.used()[0] == "v3"), number
         repeat(attempt)
-        assert (keys.COPIED_REVISION in attempt.v3.entries) == (repeat is move), number
-        assert attempt.used() == (("v3", False) if repeat is move else ("v2", False)), number
-        used = attempt.v3 if repeat is move else attempt.v2
+        assert (keys.COPIED_REVISION in attempt.v3.entries) == (repeat is forward), number
+        assert attempt.used() == (("v3", False) if repeat is forward else ("v2", False)), number
+        used = attempt.v3 if repeat is forward else attempt.v2
         assert attempt.data(used) == {**before, READY: "true"}, number
 
 
 def test_an_interrupt_takes_v2_into_use_again(world: World) -> None:
     """At whichever write it comes, whether that was applied or not, before v3 is in use."""
-    for number in range(writes_of(move)):
+    for number in range(writes_of(forward)):
         for applied in (True, False):
-            attempt = prepared(move)
+            attempt = prepared(forward)
             count = iter(range(1000))
 
             def strike(count=count, number: int = number, applied: bool = applied) -> Fault:  # type: ignore[no-untyped-def]
@@ -570,10 +573,10 @@ def test_an_interrupt_takes_v2_into_use_again(world: World) -> None:
 def test_going_back_refuses_to_lose_what_was_written_to_v3(world: World) -> None:
     world.move()
     world.v3.put("/calico/v1/new", "1")
-    world.refuses(r"would be lost: 1 new \(/calico/v1/new\)", lambda: world.migration().roll_back(False))
-    assert world.migration().roll_back(True).text == "etcd's v2 API is in use again."
+    world.refuses(r"would be lost: 1 new \(/calico/v1/new\)", lambda: roll_back(world.run(), False))
+    assert roll_back(world.run(), True).text == "etcd's v2 API is in use again."
     assert world.used() == ("v2", False) and "/calico/v1/new" not in world.v2.entries
-    assert world.migration().roll_back(False).text == "etcd's v2 API is in use."
+    assert roll_back(world.run(), False).text == "etcd's v2 API is in use."
     world.v2.put("/calico/v1/other", "1")
     world.move()
     assert world.data(world.v3) == {TAGS: "[]", RULES: "{}", "/calico/v1/other": "1", READY: "true"}
@@ -585,7 +588,7 @@ def test_what_is_written_to_v3_while_it_is_frozen_takes_it_into_use_again(world:
         lambda: world.v3.put("/calico/v1/new", "1"), lambda: world.v3.entries[READY].value == "false"
     )
     with pytest.raises(CalicoError, match="would be lost"):
-        world.migration().roll_back(False)
+        roll_back(world.run(), False)
     assert world.used() == ("v3", False) and world.v3.entries["/calico/v1/new"].value == "1"
     assert keys.UNUSED_COPY not in world.v3.entries
 
@@ -603,7 +606,7 @@ def test_an_interrupted_way_back_is_undone_by_a_move_without_a_copy(world: World
 
     world.v3.fault = strike
     with pytest.raises(Killed):
-        world.migration().roll_back(True)
+        roll_back(world.run(), True)
     world.v2.fault = world.v3.fault = lambda: None
     assert world.used() == ("v2", True)
     assert world.move().text == "The interrupted way back to v2 is undone: etcd's v3 API is in use again."
@@ -611,15 +614,15 @@ def test_an_interrupted_way_back_is_undone_by_a_move_without_a_copy(world: World
 
 
 def test_the_data_in_v2_is_deleted_when_no_agent_uses_it(world: World) -> None:
-    world.refuses("has not moved", lambda: world.migration().finish(False))
+    world.refuses("has not moved", lambda: finish(world.run(), False))
     world.move()
     world.agent(world.v2)
-    world.refuses("The agents of host1 use etcd's v2 API", lambda: world.migration().finish(False))
+    world.refuses("The agents of host1 use etcd's v2 API", lambda: finish(world.run(), False))
     world.v2.clock += 40
-    assert world.migration().finish(False).text == "3 keys are deleted from etcd's v2 API."
+    assert finish(world.run(), False).text == "3 keys are deleted from etcd's v2 API."
     assert world.v2.entries == {} and world.used() == ("v3", False)
-    assert world.migration().finish(False).text == "etcd's v2 API has no data."
-    world.refuses("There is no data to go back to", lambda: world.migration().roll_back(True))
+    assert finish(world.run(), False).text == "etcd's v2 API has no data."
+    world.refuses("There is no data to go back to", lambda: roll_back(world.run(), True))
 
 
 def test_agents_that_stay_in_v2_are_named_and_keep_its_data(world: World) -> None:
@@ -633,7 +636,7 @@ def test_agents_that_stay_in_v2_are_named_and_keep_its_data(world: World) -> Non
         world.agent(world.v3, host)
     (problem,) = world.move().problems
     assert problem.startswith("The agents of early, late, old stay in etcd's v2 API")
-    world.refuses("The agents of early, late, old use etcd's v2 API", lambda: world.migration().finish(True))
+    world.refuses("The agents of early, late, old use etcd's v2 API", lambda: finish(world.run(), True))
 
 
 def test_after_the_end_v2_need_not_be_served(world: World) -> None:
@@ -646,8 +649,8 @@ def test_after_the_end_v2_need_not_be_served(world: World) -> None:
     world.move()
     world.v2.before_read = unserved
     assert world.move().text.startswith("The data is in etcd's v3 API already.")
-    assert world.migration().finish(False).text == "etcd does not serve its v2 API any more."
-    world.refuses("There is no data to go back to", lambda: world.migration().roll_back(True))
+    assert finish(world.run(), False).text == "etcd does not serve its v2 API any more."
+    world.refuses("There is no data to go back to", lambda: roll_back(world.run(), True))
 
 
 def test_v2_is_in_use_again_if_v3_has_no_space_left(world: World) -> None:
@@ -683,10 +686,10 @@ def outcome(act: Callable[[], Moved]) -> str:
         return str(error)
 
 
-OPTIONS: dict[str, Callable[[Migration], Moved]] = {
-    "migrate": Migration.move,
-    "rollback": lambda migration: migration.roll_back(True),
-    "finish": lambda migration: migration.finish(True),
+OPTIONS: dict[str, Callable[[Run], Moved]] = {
+    "migrate": move,
+    "rollback": lambda run: roll_back(run, True),
+    "finish": lambda run: finish(run, True),
 }
 
 
@@ -702,10 +705,10 @@ def test_two_commands_at_once_never_lose_the_data(world: World, one: str, other:
         said: list[str] = []
 
         def run(attempt: World = attempt, said: list[str] = said) -> None:
-            said.append(outcome(lambda: OPTIONS[other](attempt.migration())))
+            said.append(outcome(lambda: OPTIONS[other](attempt.run())))
 
         at(attempt, number, run)
-        said.append(outcome(lambda attempt=attempt: OPTIONS[one](attempt.migration())))  # type: ignore[misc]
+        said.append(outcome(lambda attempt=attempt: OPTIONS[one](attempt.run())))  # type: ignore[misc]
         if len(said) == 1:
             assert number > 0
             break
@@ -734,7 +737,7 @@ def test_commands_that_interrupt_each_other_never_lose_the_data(
             assert {TAGS, RULES} <= data.keys(), (first, second, said)
 
 
-def interleaved(world: World, acts: list[Callable[[Migration], Moved]], stops: list[int]) -> list[str]:
+def interleaved(world: World, acts: list[Callable[[Run], Moved]], stops: list[int]) -> list[str]:
     """Run several commands; each is stopped at one of its reads (`stops`) until the first one has ended.
 
     While one is stopped, the next one begins.
@@ -752,7 +755,7 @@ def interleaved(world: World, acts: list[Callable[[Migration], Moved]], stops: l
                 turns[number].wait()
 
         v2, v3 = Watched(world.v2, read), Watched(world.v3, read)
-        said[number] = outcome(lambda: acts[number](Migration("http://etcd", lambda: (v2, v3), lambda text: None)))  # type: ignore[arg-type,return-value]
+        said[number] = outcome(lambda: acts[number](Run("http://etcd", lambda: (v2, v3), lambda text: None)))  # type: ignore[arg-type,return-value]
         stopped[number].set()
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(acts))]
@@ -779,11 +782,11 @@ class Watched:
 
 def test_a_way_back_ends_when_a_move_takes_v3_into_use_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.move()
-    monkeypatch.setattr(migration, "SETTLE", 0.001)
+    monkeypatch.setattr(migration_run, "SETTLE", 0.001)
     said: list[Moved] = []
     monkeypatch.setattr("time.sleep", lambda seconds: said.append(world.move()))
     with pytest.raises(StoreError, match="Another 'calicoctl datastore migrate' has taken over"):
-        world.migration().roll_back(False)
+        roll_back(world.run(), False)
     assert said[0].text.startswith("The interrupted way back to v2 is undone")
     assert world.used() == ("v3", False) and "etcd's v3 API is in use again" not in world.told
 
@@ -796,15 +799,15 @@ def test_a_way_back_is_no_more_when_the_deletion_begins(world: World) -> None:
 
     remove, world.v2.remove_tree = world.v2.remove_tree, killed  # type: ignore[method-assign]
     with pytest.raises(Killed):
-        world.migration().finish(False)
-    world.refuses("There is no way back to etcd's v2 API.*--finish' goes on", lambda: world.migration().roll_back(True))
+        finish(world.run(), False)
+    world.refuses("There is no way back to etcd's v2 API.*--finish' goes on", lambda: roll_back(world.run(), True))
     assert world.move().text.endswith("--finish' goes on.")
     world.v3.put(READY, "false")
     for act in OPTIONS.values():
-        world.refuses("Ready is not true in v3", lambda act=act: act(world.migration()))
+        world.refuses("Ready is not true in v3", lambda act=act: act(world.run()))
     world.v3.put(READY, "true")
     world.v2.remove_tree = remove  # type: ignore[method-assign]
-    assert world.migration().finish(False).text == "3 keys are deleted from etcd's v2 API."
+    assert finish(world.run(), False).text == "3 keys are deleted from etcd's v2 API."
     assert world.data(world.v3) == {TAGS: "[]", RULES: "{}", READY: "true"}
     assert keys.COPIED_REVISION not in world.v3.entries and world.v2.entries == {}
 
@@ -814,27 +817,27 @@ def test_data_is_not_deleted_when_v2_is_in_use_again_after_the_wait(
 ) -> None:
     world.move()
     world.agent(world.v2)
-    monkeypatch.setattr(migration, "AGENTS_PATIENCE", 10.0)
+    monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 10.0)
 
     def sleep(seconds: float) -> None:
         world.v2.clock += 40
         if world.used() == ("v3", False):
-            world.migration().roll_back(False)
+            roll_back(world.run(), False)
 
     monkeypatch.setattr("time.sleep", sleep)
     with pytest.raises(CalicoError, match="The data has not moved to etcd's v3 API: nothing is deleted"):
-        world.migration().finish(False)
+        finish(world.run(), False)
     assert world.used() == ("v2", False) and world.data(world.v2) == {TAGS: "[]", RULES: "{}", READY: "true"}
 
 
 def test_a_move_that_still_waits_does_not_undo_a_way_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.agent(world.v2)
-    monkeypatch.setattr(migration, "AGENTS_PATIENCE", 10.0)
+    monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 10.0)
 
     def sleep(seconds: float) -> None:
         if world.used() == ("v3", False):
             world.v2.clock += 40
-            world.migration().roll_back(False)
+            roll_back(world.run(), False)
         elif STATUS in world.v2.entries:
             world.agent(world.v2)
 
@@ -846,7 +849,7 @@ def test_a_move_that_still_waits_does_not_undo_a_way_back(world: World, monkeypa
 
 def test_an_agent_that_died_shortly_before_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.agent(world.v2)
-    monkeypatch.setattr(migration, "AGENTS_PATIENCE", 10.0)
+    monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 10.0)
     waits: list[str] = []
 
     def sleep(seconds: float) -> None:
@@ -862,12 +865,12 @@ def test_keys_of_another_calico_leave_the_way_back_open(world: World) -> None:
     world.move()
     world.v3.put(keys.OTHER_CALICO + "/node", "{}")
     world.refuses("the data of another Calico in its v3 API")
-    world.refuses("the data of another Calico in its v3 API", lambda: world.migration().finish(True))
-    world.migration().roll_back(False)
+    world.refuses("the data of another Calico in its v3 API", lambda: finish(world.run(), True))
+    roll_back(world.run(), False)
     assert world.used() == ("v2", False)
     world.v3.put(keys.UNUSED_COPY, '{"state": "copying"}')
     world.v2.put(READY, "false")
-    assert "The interrupted move is undone" in world.migration().roll_back(False).text
+    assert "The interrupted move is undone" in roll_back(world.run(), False).text
     assert world.used() == ("v2", False)
 
 
@@ -876,4 +879,4 @@ def test_a_ready_that_is_neither_true_nor_false_is_refused(world: World, value: 
     world.move()
     world.v2.put(READY, value)
     for act in OPTIONS.values():
-        world.refuses(f"'{value}', in etcd's v2 API, is neither true nor false", lambda act=act: act(world.migration()))
+        world.refuses(f"'{value}', in etcd's v2 API, is neither true nor false", lambda act=act: act(world.run()))
