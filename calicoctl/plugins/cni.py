@@ -277,6 +277,7 @@ def _add(request: Request) -> dict[str, Any]:
 
     requests = _address_requests(request)
     profiles = _profiles(request)
+    mac = _mac(request)
     dns = _dns(request)
     _refuse_others(request)
     namespace = namespace_at(request.path)
@@ -287,7 +288,7 @@ def _add(request: Request) -> dict[str, Any]:
     datastore = _datastore()
     name = request.arguments.get("K8S_POD_NAME", "")
     name = name if len(name) <= 253 and re.fullmatch(_NAME, name, re.ASCII) else ""
-    attachment = wiring.connect_container(datastore, _workload(request, name), requests, profiles)
+    attachment = wiring.connect_container(datastore, _workload(request, name), requests, profiles, mac)
     return result(request, attachment, netns.HOST_MAC, dns)
 
 
@@ -328,8 +329,6 @@ def _refuse_others(request: Request) -> None:
     for key, value in ipam.items():
         if key != "type" or value not in (None, "", "calico", "calico-ipam"):
             raise _unsupported(request, f"ipam.{key}", value, why)
-    if request.arguments.get("MAC") or _runtime_config(request).get("mac"):
-        raise CniError(FAILED, "the MAC cannot be chosen: the kernel chooses it")
 
 
 def _unsupported(request: Request, key: str, value: object, why: str) -> CniError:
@@ -406,6 +405,24 @@ def _profiles(request: Request) -> list[str] | None:
         with _coded(INVALID_CONFIG, "the network's configuration should name a 'profile': "):
             check_name(request.network, "profile")
     return names
+
+
+def _mac(request: Request) -> str | None:
+    """Return the MAC that the user asks for; None if the kernel is to choose one. Raises CniError if it is invalid."""
+    from calicoctl.workloads.netns import HOST_MAC
+
+    asked = request.arguments.get("MAC") or _runtime_config(request).get("mac")
+    if not asked:
+        return None
+    mac = str(asked).lower()
+    is_mac = re.fullmatch("([0-9a-f]{2}:){5}[0-9a-f]{2}", mac) is not None
+    # the lowest bit of the first byte says that a MAC is one of several interfaces
+    if not is_mac or int(mac[:2], 16) & 1 or mac in ("00:00:00:00:00:00", HOST_MAC):
+        raise CniError(
+            INVALID_VARIABLE,
+            f"the MAC that the user asks for is '{asked}': it must be one of a single interface, as 02:00:00:00:00:01",
+        )
+    return mac
 
 
 def _dns(request: Request) -> Mapping[str, Any]:

@@ -299,19 +299,30 @@ def _connect_as_asked(
 
 
 def connect_container(
-    datastore: DatastoreClient, workload: Workload, requests: Sequence[AddressRequest], profiles: Sequence[str] | None
+    datastore: DatastoreClient,
+    workload: Workload,
+    requests: Sequence[AddressRequest],
+    profiles: Sequence[str] | None,
+    mac: str | None = None,
 ) -> Attachment:
     """Connect a container for its CNI runtime, with an address for each of `requests`, and with these profiles.
 
     If `profiles` is None, the container gets the profile that has the network's name. If this does not exist, it is
-    created just before the endpoint, and a rollback keeps it: another container may have it then.
+    created just before the endpoint, and a rollback keeps it: another container may have it then. `mac` is the MAC of
+    the interface; if it is None, the kernel chooses one.
 
-    If the container was connected before, but not in its namespace of now, it is disconnected first. Raises CalicoError
-    if it is connected in this namespace already, NotFound if a profile does not exist, and any other CalicoError after
-    a rollback.
+    If the container was connected before, but not in its namespace of now, it is disconnected first; also if it was
+    connected in this namespace, to the same network, and has lost its interface. Raises CalicoError if it is connected
+    in this namespace already, even if it has lost the interface that it has in another network; NotFound if a profile
+    does not exist; and any other CalicoError after a rollback.
     """
     with WorkloadSession.enter(datastore, workload) as session:
         attached = session.attached_interface(also_down=True)
+        known = session.known
+        # the agent will re-attach it, and detaching it from the other network must be left to the runtime
+        if attached is None and known is not None and known.started == namespace_identity(workload.path or ""):
+            is_other = (known.network, known.interface) != (workload.network, workload.interface)
+            attached = known.interface if is_other else None
         if session.endpoint is not None and attached is not None:
             raise CalicoError(
                 f"container {workload.name} has {', '.join(session.endpoint.addresses) or 'no address'} on {attached} "
@@ -328,6 +339,7 @@ def connect_container(
             workload.interface,
             [workload.network] if profiles is None else profiles,
             new_profile=workload.network if is_new else "",
+            mac=mac,
         )
 
 
@@ -376,11 +388,13 @@ def _connect_new(
     interface: str,
     profiles: Sequence[str] = (),
     new_profile: str = "",
+    mac: str | None = None,
 ) -> Attachment:
     """Connect a workload that has no endpoint, with an address for each of `requests`; there must be at least one.
 
     The endpoint has the profiles from the beginning, so no packet passes before they apply. `new_profile` is the one of
-    `profiles` that is created just before the endpoint; empty if none is.
+    `profiles` that is created just before the endpoint; empty if none is. `mac` is the MAC of the interface; if it is
+    None, the kernel chooses one.
     """
     datastore, workload = session.datastore, session.workload
     terms = [Terms.read(datastore, request) for request in requests]
@@ -409,7 +423,7 @@ def _connect_new(
         pools = [pool for one in terms for pool in one.pools]
         size = mtu.of_interface(datastore, map(str, addresses), pools, next_hops, terms[0].mtu)
         nets = [host_net(address) for address in addresses]
-        mac = _attach(session, id.interface, interface, nets, next_hops, None, size, undo)
+        mac = _attach(session, id.interface, interface, nets, next_hops, mac, size, undo)
 
         endpoint = Endpoint(id, name=id.interface, mac=mac, workload_name=workload.docker_name or None)
         endpoint.profile_ids = list(profiles)

@@ -205,6 +205,24 @@ def test_a_container_is_in_one_network(host: Host, interface: str) -> None:
     host.check_nothing_left()
 
 
+def test_a_container_that_has_lost_its_interface_stays_in_its_network(host: Host) -> None:
+    namespaces("c1")
+    network, other = Network(host), Network(host, name="net2")
+    network.add()
+    run("ip", "link", "delete", *calico_links())
+    code, why = other.refusal("ADD", CNI_IFNAME="eth1")
+    assert code == 100 and f"has {FIRST4} on eth0 already" in why
+    other.delete(CNI_IFNAME="eth1")
+    assert host.record()["profile_ids"] == ["net1"]
+    network.add()
+    assert "eth0" in links("c1")
+    run("ip", "netns", "delete", "c1")
+    namespaces("c1")
+    other.add(CNI_IFNAME="eth1")  # in another namespace, as after a reboot
+    assert host.record()["profile_ids"] == ["net2"]
+    host.check_consistent()
+
+
 def test_commands_know_the_container_by_its_id_and_its_name(host: Host) -> None:
     namespaces("c1", "feed00112233")
     network = Network(host)

@@ -104,6 +104,11 @@ def test_containers_of_podman(node: AgentHost, podman: Callable[..., Result]) ->
     podman("restart", "--time=0", "two")
     assert "192.168.0.77" in node.allocations(), "the address that was asked for stays"
     wait_for(lambda: reached(two["ipv4"]), "the network's profile, of the new attachment")
+    # podman detaches it, and attaches it with the addresses and the MAC that it had
+    before = podman("exec", "two", "ip", "link", "show", "eth0").out
+    podman("network", "reload", "two")
+    assert podman("exec", "two", "ip", "link", "show", "eth0").out.split()[-3:] == before.split()[-3:], before
+    wait_for(lambda: reached(two["ipv4"]), "the network, attached anew")
     node.kill_agent()
     assert reached(two["ipv4"])
     podman("stop", "--time=0", "two")  # which does not always wait for the process that detaches it

@@ -104,7 +104,10 @@ def test_the_versions_are_told_without_a_network() -> None:
         ("ADD", None, {"CNI_NETNS": "/run/netns/none"}, 4, "no network namespace"),
         ("ADD", None, {"CNI_ARGS": "IP"}, 4, "NAME=VALUE"),
         ("ADD", None, {"CNI_ARGS": "IP=10.0.0"}, 4, "'10.0.0' is not a valid IP address"),
-        ("ADD", None, {"CNI_ARGS": "MAC=02:00:00:00:00:01"}, 100, "MAC"),
+        ("ADD", None, {"CNI_ARGS": "MAC=02:00:00:00:00"}, 4, "MAC that the user asks for is '02:00:00:00:00'"),
+        ("ADD", None, {"CNI_ARGS": "MAC=03:00:00:00:00:01"}, 4, "of a single interface"),
+        ("ADD", None, {"CNI_ARGS": "MAC=00:00:00:00:00:00"}, 4, "MAC"),
+        ("ADD", None, {"CNI_ARGS": "MAC=EE:EE:EE:EE:EE:EE"}, 4, "MAC"),
         ("ADD", {**CONFIG, "prevResult": {}}, {}, 7, "first of the plugins"),
         ("ADD", {**CONFIG, "ipam": {"type": "host-local"}}, {}, 2, "'ipam.type', with the value \"host-local\""),
         ("ADD", {**CONFIG, "ipam": {"type": "calico-ipam", "ipv4_pools": ["x"]}}, {}, 2, "'ipam.ipv4_pools'"),
@@ -126,7 +129,7 @@ def test_the_versions_are_told_without_a_network() -> None:
         ("ADD", {**CONFIG, "pool": {}}, {}, 7, "'pool'"),
         ("ADD", {**CONFIG, "runtimeConfig": 1}, {}, 7, "'runtimeConfig'"),
         ("ADD", {**CONFIG, "runtimeConfig": {"ips": "10.0.0.1"}}, {}, 7, "'ips'"),
-        ("ADD", {**CONFIG, "runtimeConfig": {"mac": "02:00:00:00:00:01"}}, {}, 100, "MAC"),
+        ("ADD", {**CONFIG, "runtimeConfig": {"mac": ["02:00:00:00:00:01"]}}, {}, 4, "MAC"),
         ("CHECK", None, {}, 7, "'prevResult' of network net1 is missing"),
         ("CHECK", {**CONFIG, "prevResult": {"interfaces": [{}]}}, {}, 7, "not a result"),
         ("CHECK", {**CONFIG, "prevResult": {"interfaces": 1}}, {}, 7, "not a result"),
@@ -164,6 +167,12 @@ def test_an_error_is_in_the_version_of_the_configuration(monkeypatch: pytest.Mon
 
         monkeypatch.setattr(cni, "_OPERATIONS", {"DEL": fails})
         assert run("DEL")[1]["code"] == code
+
+
+def test_the_user_may_choose_the_mac() -> None:
+    assert cni._mac(request()) is None
+    assert cni._mac(request(arguments="MAC=02:00:00:00:00:0A")) == "02:00:00:00:00:0a"
+    assert cni._mac(request(runtimeConfig={"mac": "02:00:00:00:00:01"})) == "02:00:00:00:00:01"
 
 
 def test_a_container_with_an_id_that_is_too_long_is_not_attached() -> None:
