@@ -86,9 +86,16 @@ def connect(datastore: DatastoreClient, id: str) -> Labelled:
 
 
 def checked(wanted: Wanted) -> tuple[list[AddressRequest], str | None]:
-    """Return the requested addresses and the name of the interface. Raises CalicoError if one of them is invalid."""
+    """Return the requested addresses and the name of the interface.
+
+    Raises CalicoError if one of them is invalid, or if an address is named twice, perhaps in two spellings.
+    """
     with about(labels.IP):
         requests = [AddressRequest.parse(text) for text in wanted.addresses]
+        addresses = [request.address for request in requests if request.address is not None]
+        twice = next((address for address in addresses if addresses.count(address) > 1), None)
+        if twice is not None:
+            raise CalicoError(f"{twice} is named twice")
     if wanted.interface is not None:
         with about(labels.INTERFACE):
             wiring.check_interface_name(wanted.interface)

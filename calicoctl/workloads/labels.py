@@ -52,7 +52,7 @@ def is_labelled(container: Mapping[str, Any]) -> bool:
 def wanted(container: Mapping[str, Any], image: Mapping[str, Any]) -> Wanted:
     """Return how a container asks to be connected. Both arguments are the engine's descriptions.
 
-    Raises CalicoError if a value is too long, contains too many addresses or profiles, or one of them twice.
+    Raises CalicoError if a value is too long, contains too many addresses or profiles, or a profile twice.
     """
     ignored: list[str] = []
     source, text = _chosen(container, image, IP, ignored)
@@ -61,10 +61,11 @@ def wanted(container: Mapping[str, Any], image: Mapping[str, Any]) -> Wanted:
     addresses = _listed(source, text.lower(), limits.ADDRESSES)
     if source == f"variable {_VARIABLES[IP]}":
         addresses = ["ipv4" if one == "auto" else one for one in addresses]
-    _refuse_repeated(source, [one for one in addresses if one not in ("ipv4", "ipv6") and "/" not in one])
     source, text = _chosen(container, image, PROFILE, ignored)
     profiles = _listed(source, text, limits.PROFILES)
-    _refuse_repeated(source, profiles)
+    twice = next((profile for profile in profiles if profiles.count(profile) > 1), None)
+    if twice is not None:
+        raise CalicoError(f"{source}: {limits.shortened(twice, limits.NAME)} is named twice")
     invalid = next((name for name in profiles if not can_be_part(name)), None)
     if invalid is not None:
         raise CalicoError(f"{source}: '{invalid}' is not a valid profile name")
@@ -134,9 +135,3 @@ def _listed(source: str, text: str, most: int) -> list[str]:
     if len(found) > most:
         raise CalicoError(f"{source}: it has {len(found)} items, and an endpoint can have {most}")
     return found
-
-
-def _refuse_repeated(source: str, items: list[str]) -> None:
-    twice = next((item for item in items if items.count(item) > 1), None)
-    if twice is not None:
-        raise CalicoError(f"{source}: {limits.shortened(twice, limits.NAME)} is named twice")

@@ -944,9 +944,9 @@ class WorkloadSession:
 
     def refuse_interface(self, name: str) -> None:
         if self.namespace.interface(name) is not None:
-            raise CalicoError(
-                f"{self.workload.name} has an interface {name} already. Choose another name with --interface."
-            )
+            advice = " Choose another name with --interface" if self.workload.orchestrator != CNI else ""
+            advice += " or with the label calico.interface" if self.workload.started_at is not None else ""
+            raise CalicoError(f"{self.workload.name} has an interface {name} already.{advice and advice + '.'}")
 
     def refuse_other_interface(self, attached: str, wanted: str | None) -> None:
         if wanted not in (None, attached):

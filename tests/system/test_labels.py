@@ -144,6 +144,12 @@ def test_labels_of_an_image_and_networks_that_are_taken(labelled: AgentHost) -> 
     await_up(host, db)
     assert record(host, web) is None
     stop("web")
+    start("web", f"ip={A6},{A6.replace('::1', ':0::1')}")
+    await_failure(host, f"{A6} is named twice")
+    stop("web")
+    start("web", "ip=ipv4", "interface=lo")
+    await_failure(host, "with --interface or with the label calico.interface")
+    stop("web")
     command = ("docker", "run", "--net=host", "--label", f"calico.ip={A4}", "--name", "web", "-tid", "busybox")
     run(*command)
     await_failure(host, "web cannot be connected: it runs in the host's network (--net=host)")

@@ -88,15 +88,24 @@ def test_what_the_image_has_is_ignored_and_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["calico.ip", "calico.profile"])
-def test_lists_are_bounded_and_have_each_item_once(name: str) -> None:
+def test_lists_are_bounded(name: str) -> None:
     most = limits.ADDRESSES if name == "calico.ip" else limits.PROFILES
     for text, why in (
         (",".join(f"10.0.0.{number}" for number in range(most + 1)), f"can have {most}"),
-        ("10.0.0.1,10.0.0.2,10.0.0.1", "10.0.0.1 is named twice"),
         ("1" * 16385, "more than 16 KiB"),
     ):
         with pytest.raises(CalicoError, match=f"label {name}: .*{why}"):
             labels.wanted(described({"calico.ip": "ipv4", name: text}), image())
+
+
+def test_lists_have_each_item_once() -> None:
+    with pytest.raises(CalicoError, match="profile: web is named twice"):
+        labels.wanted(described({"calico.ip": "ipv4", "calico.profile": "web,db,web"}), image())
+    for addresses in (("10.0.0.1", "10.0.0.2", "10.0.0.1"), ("fd00::1", "ipv6", "fd00:0::1")):
+        with pytest.raises(CalicoError, match=r"calico\.ip: (10\.0\.0\.1|fd00::1) is named twice"):
+            labelling.checked(Wanted(addresses))
+    requests, _ = labelling.checked(Wanted(("ipv4", "ipv4", "10.0.0.0/24", "10.0.0.0/24")))
+    assert len(requests) == 4, "any address, twice"
 
 
 def test_names_of_profiles_that_cannot_be_keys() -> None:
