@@ -120,9 +120,19 @@ def _containers(words: list[str]) -> list[str]:
     from calicoctl import engine
 
     found = [f"/var/run/netns/{path.name}" for path in Path("/var/run/netns").glob("*")]
-    with suppress(CalicoError, OutOfTime):  # a host may have no Docker
-        found += [name.lstrip("/") for container in engine.containers() for name in container.get("Names") or ()]
+    with suppress(CalicoError, OutOfTime):
+        with suppress(CalicoError):  # a host may have no Docker
+            found += [name.lstrip("/") for container in engine.containers() for name in container.get("Names") or ()]
+        if "add" not in words:  # what another runtime has attached is only looked at, changed and removed
+            found += _attached()
     return found
+
+
+def _attached() -> list[str]:
+    """Return the names, or else the ids, of this host's containers that were attached through CNI."""
+    datastore = DatastoreClient.from_environment()
+    endpoints = datastore.readable_endpoints(datastore.host)[0]
+    return [one.workload_name or one.id.workload for one in endpoints if one.id.orchestrator == "cni"]
 
 
 def _addresses(words: list[str]) -> list[str]:

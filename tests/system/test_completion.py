@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.support import CALICOCTL, HOST_IP, Host, run, wait_for
+from tests.system.test_cni import Network, namespaces
 
 BASH = """
 compopt() { printf 'compopt %s %s\\n' "$@"; }
@@ -53,10 +54,12 @@ def test_completion(bare_host: Host, workload: str, shell: str) -> None:
     host.register(HOST_IP)
     host.ctl("profile", "add", "web")
     host.etcd.put("/calico/v1/policy/profile/x%3b%24(reboot)/tags", "[]")
-    run("ip", "netns", "add", "blue")
+    namespaces("blue", "red")
     host.ctl("container", "add", "/var/run/netns/blue", "ipv4")
     assert complete(host, shell, "calicoctl check") == ["checksystem"]
-    assert complete(host, shell, "calicoctl container add ") == ["/var/run/netns/blue", "workload"]
+    assert complete(host, shell, "calicoctl container add ") == [
+        *("/var/run/netns/blue", "/var/run/netns/red", "workload")
+    ]
     assert complete(host, shell, "calicoctl container workload profile append ") == ["web"]
     assert complete(host, shell, "calicoctl pool remove 1") == ["192.168.0.0/16"]
     assert complete(host, shell, "calicoctl profile web rule add inbound allow tcp from ") == [
@@ -74,6 +77,11 @@ def test_completion(bare_host: Host, workload: str, shell: str) -> None:
     assert complete(host, shell, "calicoctl endpoint ") == sorted(["show", endpoint])
     # bash replaces what is behind the = alone
     assert complete(host, shell, "calicoctl pool show --output=j") == ["json" if shell == "bash" else "--output=json"]
+    Network(host).add(id="c1", CNI_NETNS="/var/run/netns/red", CNI_ARGS="K8S_POD_NAME=shop")
+    assert "shop" in complete(host, shell, "calicoctl container ")
+    assert "shop" not in complete(host, shell, "calicoctl container add ")
+    Network(host).delete(id="c1", CNI_NETNS="/var/run/netns/red")
+    run("ip", "netns", "delete", "red")
     nowhere = complete(host, shell, "calicoctl container add ", ETCD_AUTHORITY="127.0.0.1:1", DOCKER_HOST="unix:///no")
     assert nowhere == ["/var/run/netns/blue"]
     host.ctl("container", "remove", "/var/run/netns/blue")
