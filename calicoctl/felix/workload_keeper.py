@@ -232,9 +232,15 @@ class Refused:
         if self.keys:
             pronoun = "it is" if len(self.keys) == 1 else "they are"
             names = first_few(printable(short_id(id)[:64]) for _, id in heapq.nsmallest(4, self.keys))
+            orchestrators = {orchestrator for orchestrator, _ in self.keys}
+            advice = "'calicoctl container add' connects one"
+            if orchestrators == {CNI}:
+                advice = "Its runtime connects one when it starts it again"
+            elif CNI in orchestrators:
+                advice += ", but its runtime, when it starts it again, if its orchestrator is cni"
             text = (
                 f"nobody has connected {len(self.keys)} of the workloads that have endpoints here, so {pronoun} not "
-                f"attached: {names}. 'calicoctl container add' connects one, 'calicoctl container remove' removes it"
+                f"attached: {names}. {advice}, 'calicoctl container remove' removes it"
             )
         if text != self._text:
             self._text = text

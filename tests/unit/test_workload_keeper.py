@@ -26,7 +26,7 @@ from calicoctl.workloads import connected, labelling, learning, locks, upkeep
 from calicoctl.workloads.labelling import Labelled, LabelsRefused
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.upkeep import COLLECTED, REATTACHED, Action, NotConnectedHere
-from calicoctl.workloads.workload import WorkloadState
+from calicoctl.workloads.workload import CNI, WorkloadState
 from tests.unit.memory_store import MemoryStore
 
 ONE, TWO = "1" * 64, "2" * 64
@@ -579,6 +579,17 @@ def test_what_is_connected_is_read_once_and_not_once_more_for_each_workload(
     order = bench.take(workload_keeper.Resynced({}))
     assert {*order[:20]} == {*here} and {*order[20:]} >= {*invented}, "what was connected here goes first"
     assert bench.failures()[-1].startswith("nobody has connected 20 of the workloads") and asked == []
+
+
+def test_what_connects_a_refused_workload_depends_on_its_kind() -> None:
+    said: list[events.Failure] = []
+    refused = workload_keeper.Refused(said.append)
+    refused.replace(CNI, [(CNI, "c1")])
+    assert "'calicoctl container add'" not in str(said[-1].why) and "Its runtime connects one" in str(said[-1].why)
+    refused.replace("namespace", [("namespace", BLUE)])
+    assert "'calicoctl container add' connects one, but its runtime" in str(said[-1].why)
+    refused.replace(CNI, [])
+    assert "runtime" not in str(said[-1].why)
 
 
 # Labels
