@@ -451,8 +451,9 @@ class Agent:
         for manager in self._managers:
             manager.on_event(dirty)
         self._apply_settings(dirty)
-        if self._health.labels_failed and (dirty.pools or dirty.profiles):
-            self._keeper.retry_labels()
+        if self._health.labels_failed and dirty:
+            any_may_succeed = dirty.pools or dirty.profiles or dirty.topology
+            self._keeper.retry_labels(None if any_may_succeed else frozenset(dirty.endpoints))
         if dirty.topology:
             self._publish_macs()
             self._check_registration()

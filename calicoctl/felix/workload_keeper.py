@@ -52,6 +52,11 @@ log = logging.getLogger("calico.felix")
 INTERVAL = 10.0
 """Seconds between two searches for interrupted changes (see `_sweep`), and between two retries."""
 
+LABELS_PAUSE = 60.0
+"""The longest pause, in seconds, between two attempts to connect a container as its labels ask. The first pause is
+INTERVAL, and each is twice as long as the one before.
+"""
+
 LOCK_PAUSE = 0.5
 """Seconds until a workload is retried if another process holds its lock, or after a first attempt that failed within
 this time.
@@ -111,7 +116,13 @@ class EndpointChanged:
 
 @dataclass(frozen=True)
 class RetryLabels:
-    """Containers that could not be connected as their labels ask may succeed now: a pool or a profile has changed."""
+    """Containers that could not be connected as their labels ask may succeed now.
+
+    `changed` are endpoints that have changed, of all hosts: containers that ask for one of their addresses may succeed.
+    If it is None, all may, for example since a pool or a profile has changed.
+    """
+
+    changed: frozenset[EndpointId] | None
 
 
 @dataclass(frozen=True)
@@ -202,6 +213,10 @@ class _Tracked:
     """Whether the container is to be connected as its labels ask, since it was started."""
     labels_failed: bool = False
     """Whether it was reported that this fails."""
+    labels_pause: float = 0.0
+    """For how many seconds was waited after the last failure to do so; 0 if a retry may succeed soon."""
+    labels_holder: EndpointId | None = None
+    """The endpoint that has an address for which the labels ask; None if this is not why it fails."""
     failure: str | None = None
     """The failure that was reported last; "" for a first failure that is not reported yet; None if there is none."""
 
@@ -320,9 +335,9 @@ class WorkloadKeeper:
         """Have the workload of an endpoint reconciled. For the reasons, and for `deleted`, see EndpointChanged."""
         self.inbox.put(EndpointChanged(workload_of(id), deleted))
 
-    def retry_labels(self) -> None:
-        """Retry to connect containers as their labels ask: see RetryLabels."""
-        self.inbox.put(RetryLabels())
+    def retry_labels(self, changed: frozenset[EndpointId] | None) -> None:
+        """Retry to connect containers as their labels ask. For `changed`, see RetryLabels."""
+        self.inbox.put(RetryLabels(changed))
 
     def set_ready(self, ready: bool) -> None:
         """Set whether the store may be used. While `ready` is False, no reconciliation of a workload is started."""
@@ -378,7 +393,7 @@ class WorkloadKeeper:
             self._add(item.key, now + DELETED_PAUSE)
             self._retry_labels(now)
         elif isinstance(item, RetryLabels):
-            self._retry_labels(now)
+            self._retry_labels(now, item.changed)
         elif isinstance(item, EndpointChanged) and item.key[0] != DOCKER and not self._is_connected(item.key):
             self._refused.keys.add(item.key)  # there may be many of them, so they take no worker's time
         elif isinstance(item, EndpointChanged):
@@ -461,11 +476,12 @@ class WorkloadKeeper:
         self._track(key).labels = True
         return True
 
-    def _retry_labels(self, now: float) -> None:
-        """Retry soon to connect the containers that could not be connected as their labels ask."""
+    def _retry_labels(self, now: float, changed: frozenset[EndpointId] | None = None) -> None:
+        """Retry soon to connect the containers that could not be connected as their labels ask. See RetryLabels."""
         # soon: a command releases addresses just after it has deleted the endpoint
         for key, tracked in self._tracked.items():
-            if tracked.labels and tracked.failure is not None:
+            if tracked.labels and tracked.failure is not None and (changed is None or tracked.labels_holder in changed):
+                tracked.labels_pause = 0.0
                 self._add(key, now + LOCK_PAUSE)
 
     def _is_last(self, key: Key) -> bool:
@@ -641,7 +657,7 @@ class WorkloadKeeper:
         elif result.error is not None and not isinstance(result.error, NotConnectedHere):
             self._backoff(key, tracked, result.error, result.seconds)
         else:
-            tracked.failure = None
+            tracked.failure, tracked.labels_pause, tracked.labels_holder = None, 0.0, None
             if tracked.labels_failed:
                 tracked.labels_failed = False
                 self._report(events.LabelsFailed(key[1], "", None))
@@ -669,6 +685,8 @@ class WorkloadKeeper:
     def _backoff(self, key: Key, tracked: _Tracked, error: Exception, seconds: float) -> None:
         """Schedule a retry of a workload after `error`, and report the error.
 
+        The pause is INTERVAL, but grows up to LABELS_PAUSE for a container that cannot be connected as its labels ask.
+
         An error is not reported again if it was the last one reported for the workload, nor if it is a
         DockerUnavailable while the engine is known to be unavailable. The first error of a workload is not reported if
         the attempt took less than LOCK_PAUSE: the retry comes soon, and may succeed. `seconds` is how long the failed
@@ -682,6 +700,10 @@ class WorkloadKeeper:
             tracked.failure = ""
             pause = LOCK_PAUSE
         else:
+            if isinstance(error, LabelsRefused):
+                tracked.labels_pause = min(LABELS_PAUSE, 2 * tracked.labels_pause or INTERVAL)
+                tracked.labels_holder = error.holder
+                pause = max(tracked.labels_pause, seconds)
             text = str(error) if isinstance(error, CalicoError) else f"{type(error).__name__}: {error}"
             if tracked.failure != text and isinstance(error, LabelsRefused):
                 tracked.labels_failed = True

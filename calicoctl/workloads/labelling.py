@@ -21,22 +21,27 @@ from calicoctl.errors import (
 )
 from calicoctl.workloads import connected, labels, wiring
 from calicoctl.workloads.upkeep import CHANGED, Action
-from calicoctl.workloads.wiring import AddressRequest
+from calicoctl.workloads.wiring import AddressHeld, AddressRequest
 from calicoctl.workloads.workload import DOCKER, of_container, short_id
 
 if TYPE_CHECKING:
     from typing import Any
 
     from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.keys import EndpointId
     from calicoctl.workloads.labels import Wanted
 
 
 class LabelsRefused(CalicoError):
-    """A container cannot be connected as its labels ask. `name` is the container's name."""
+    """A container cannot be connected as its labels ask. `name` is the container's name.
 
-    def __init__(self, name: str, why: str) -> None:
+    `holder` is the endpoint that has an address that they ask for; None if this is not the reason.
+    """
+
+    def __init__(self, name: str, why: str, holder: EndpointId | None = None) -> None:
         super().__init__(why)
         self.name = name
+        self.holder = holder
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ def connect(datastore: DatastoreClient, id: str) -> Labelled:
     except (StoreUnavailable, DockerUnavailable, Conflict):
         raise
     except CalicoError as error:
-        raise LabelsRefused(workload.name, str(error)) from error
+        holder = error.holder if isinstance(error, AddressHeld) else None
+        raise LabelsRefused(workload.name, str(error), holder) from error
     if made is None:
         return Labelled(True)
     addresses = ", ".join(map(str, (made.address, *made.others)))

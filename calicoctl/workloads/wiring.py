@@ -55,6 +55,14 @@ if TYPE_CHECKING:
 DEFAULT_INTERFACE = "eth1"
 
 
+class AddressHeld(AddressTaken):
+    """A requested address is assigned to another workload. `holder` is its endpoint; None if that is not known."""
+
+    def __init__(self, why: str, holder: EndpointId | None) -> None:
+        super().__init__(why)
+        self.holder = holder
+
+
 @dataclass(frozen=True)
 class AddressRequest:
     """A request for an address: for `address` if it is set, or for any address of the pool `cidr` if that is set.
@@ -1081,7 +1089,7 @@ def assign(
     """Assign an address that satisfies `request` to `owner`; return the address.
 
     `terms` are the terms for the request. `handle` is the entry of the owner's handle, if the caller has just read it.
-    Raises AddressTaken if the requested address has another owner, and CalicoError if no address is free.
+    Raises AddressHeld if the requested address has another owner, and CalicoError if no address is free.
     """
     pools = terms.pools
     if request.address is None:
@@ -1098,7 +1106,8 @@ def assign(
         datastore.ipam.assign(request.address, owner, handle)
     except AddressTaken as error:
         holder = datastore.ipam.owner(request.address)
-        raise AddressTaken(f"{error}{_holder_text(datastore, holder)}. Give it {request.advice}") from None
+        why = f"{error}{_holder_text(datastore, holder)}. Give it {request.advice}"
+        raise AddressHeld(why, None if holder is None else _endpoint_id_of(holder)) from None
     return request.address
 
 
@@ -1191,12 +1200,20 @@ def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: 
 def _holder_text(datastore: DatastoreClient, owner: Owner | None) -> str:
     """Do what `_owner_text` does, but name the container of an endpoint whose owner does not name it."""
     facts = owner.secondary if owner is not None else {}
-    if owner is not None and not facts.get("workload_name") and facts.get("endpoint"):
-        id = EndpointId(*(str(facts.get(part)) for part in ("host", "orchestrator", "workload", "endpoint")))
+    id = None if owner is None else _endpoint_id_of(owner)
+    if owner is not None and id is not None and not facts.get("workload_name"):
         endpoint = datastore.readable(id)
         if endpoint is not None and endpoint.workload_name:
             owner = replace(owner, secondary={**facts, "workload_name": endpoint.workload_name})
     return _owner_text(owner)
+
+
+def _endpoint_id_of(owner: Owner) -> EndpointId | None:
+    """Return the id of an owner's endpoint, as it is stored, even if it is invalid. None if it has none."""
+    facts = owner.secondary
+    if not facts.get("endpoint"):
+        return None
+    return EndpointId(*(str(facts.get(part)) for part in ("host", "orchestrator", "workload", "endpoint")))
 
 
 def _owner_text(owner: Owner | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +123,19 @@ def test_what_cannot_be_connected_is_told_and_connected_when_it_can_be(labelled:
     await_failure(host, "Profile nowhere does not exist")
     host.ctl("profile", "add", "nowhere")
     await_up(host, new)
+    stop("late")
+    other = Host(host.etcd, "host2")
+    other.register("192.0.2.3")
+    run("ip", "netns", "add", "elsewhere")
+    other.ctl("container", "add", "/var/run/netns/elsewhere", C4)
+    new = start("late", f"ip={C4}")
+    await_failure(host, f"IP {C4} is already assigned (/var/run/netns/elsewhere on host host2)")
+    # at once, and not at the next attempt after a pause
+    since = time.monotonic()
+    other.ctl("container", "/var/run/netns/elsewhere", "ip", "remove", C4)
+    await_up(host, new)
+    assert time.monotonic() - since < 8, host.log()
+    other.ctl("container", "remove", "/var/run/netns/elsewhere")
     stop("web")
     found = await_up(host, db)
     assert f"{A4}/32" in found["ipv4_nets"] and len(found["ipv4_nets"]) == 2 and len(found["ipv6_nets"]) == 1

@@ -649,12 +649,37 @@ def test_what_cannot_be_connected_is_reported_once_and_retried(bench: Bench) -> 
     bench.wait(10)
     assert len(bench.looked_at) == 3 and len(bench.reported) == 1
     bench.labels[ONE] = LabelsRefused("web", "There is no such profile")
-    bench.wait(10)
+    bench.wait(20)
     assert labels_failed(bench)[1:] == ["There is no such profile"]
     bench.labels[ONE] = Labelled(True, Action(upkeep.CHANGED, "connected"))
-    bench.wait(10)
+    bench.wait(40)
     assert labels_failed(bench)[2:] == [None]
     assert bench.wait(600) == [] and len(bench.looked_at) == 5
+
+
+def test_the_pauses_between_retries_grow_until_the_labels_may_succeed(bench: Bench) -> None:
+    bench.take(listed())
+    bench.labels[ONE] = LabelsRefused("web", "no")
+    bench.take(started(ONE))
+    bench.wait(0.5)
+    for pause in (10, 20, 40, 60, 60):
+        assert bench.wait(pause - 0.1) == [] and bench.wait(0.1) == [ONE], pause
+    bench.keeper.retry_labels(None)
+    bench.take()
+    assert bench.wait(0.5) == [ONE] and bench.wait(9.9) == [] and bench.wait(0.1) == [ONE]
+    assert len(labels_failed(bench)) == 1
+
+
+def test_a_container_waits_for_the_endpoint_that_has_its_address(bench: Bench) -> None:
+    holder = EndpointId("other", "docker", TWO, "1" * 32)
+    bench.take(listed())
+    bench.labels = {ONE: LabelsRefused("web", "taken", holder), TWO: LabelsRefused("db", "no such pool")}
+    bench.take(started(ONE), started(TWO))
+    bench.wait(0.5)
+    for changed, retried in ((docker(ONE), []), (holder, [ONE])):
+        bench.keeper.retry_labels(frozenset([changed]))
+        bench.take()
+        assert bench.wait(0.5) == retried
 
 
 @pytest.mark.parametrize("how", ["policy", "an endpoint is deleted", "a container is collected"])
@@ -667,7 +692,7 @@ def test_a_container_that_failed_is_retried_as_soon_as_it_may_succeed(bench: Ben
     assert bench.wait(1.0) == []
     bench.labels[ONE] = Labelled(True)
     if how == "policy":
-        bench.keeper.retry_labels()
+        bench.keeper.retry_labels(None)
     elif how == "an endpoint is deleted":
         bench.keeper.enqueue(docker(TWO), deleted=True)
     else:
