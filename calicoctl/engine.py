@@ -86,7 +86,16 @@ def start(id: str) -> None:
         docker.start(id)
 
 
-def is_restarted(container: dict[str, Any]) -> bool:
+def is_to_start(container: dict[str, Any], refusal: str) -> bool:
+    """Return whether a container, the result of `inspect`, has not started, and is one that the engine would start.
+
+    That is so if its last start has failed with an error that contains `refusal`, and its restart policy says so.
+    """
+    state = container["State"]
+    return refusal in str(state.get("Error")) and not state["Running"] and _is_restarted(container)
+
+
+def _is_restarted(container: dict[str, Any]) -> bool:
     """Return whether a container, the result of `inspect`, is one that the engine starts by itself when it starts.
 
     Source: ShouldRestart in the engine's restartmanager/restartmanager.go.

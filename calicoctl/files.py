@@ -56,6 +56,17 @@ def lock(path: Path, refuse: Callable[[], object]) -> int:
     return fd
 
 
+def lock_within(path: Path, seconds: float, failure: Exception) -> int:
+    """Do what `lock` does, but raise `failure` if another process still holds the lock after `seconds`."""
+    give_up = time.monotonic() + seconds
+
+    def refuse() -> None:
+        if time.monotonic() > give_up:
+            raise failure
+
+    return lock(path, refuse)
+
+
 def replace(
     path: Path,
     content: bytes,

@@ -1,4 +1,5 @@
-"""Reads facts about processes from /proc: start time, state, arguments and sockets. Also waits for a process to end.
+"""Reads facts about processes from /proc: start time, state, arguments and sockets. Also waits for a
+process to end, and says when this one is ready.
 
 The kernel reuses process ids. Only the id and the start time together identify a process.
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import os
 import select
+import socket
+import struct
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,6 +83,25 @@ def is_listened_at(path: Path) -> bool:
             if len(words) > 7 and int(words[3], 16) & _ACCEPTS and words[7] == str(path):
                 return True
     return False
+
+
+def listener(path: str) -> int:
+    """Return the id of the process that listens at a Unix socket; for a socket of systemd's, that is systemd.
+
+    Raises OSError if nothing accepts connections there. Source: unix(7), SO_PEERCRED.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(5)
+        probe.connect(path)
+        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[0])
+
+
+def notify_ready() -> None:
+    """Notify systemd, or the command that started this process, that this process is ready. See sd_notify(3)."""
+    import sdnotify
+
+    sdnotify.SystemdNotifier().notify("READY=1")
 
 
 def udp_holder(port: int) -> str | None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 
 from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.datastore.store import Change, Entry
+from calicoctl.desired.snapshot import Snapshot
+from calicoctl.felix.dataplane.nft import Nft
+from calicoctl.felix.dataplane.ruleset import Ruleset
+from tests.unit.kernel import FakeNft
 
 NETWORK = HostNetwork(
     {"172.18.0.1": "a gateway"},
@@ -74,3 +79,26 @@ def random_change(chance: random.Random, revision: int) -> Change:
     if chance.random() < 0.25:
         return Change(key, None)
     return Change(key, Entry(key, json.dumps(value), revision, revision))
+
+
+def check_random_updates(nft: Nft | FakeNft, tables: Callable[[], object], seeds: int, updates: int) -> None:
+    """Check that the commands of many updates come to what those of a fresh load of the same snapshot give.
+
+    `nft` runs the commands, and `tables` returns what there is then. Each seed stands for another row of updates.
+    """
+    for seed in range(seeds):
+        chance = random.Random(seed)
+        snapshot, ruleset = Snapshot("h"), Ruleset()
+        snapshot.set_network(NETWORK)
+        nft.run(ruleset.load(snapshot).commands)
+        for index in range(updates):
+            for _ in range(chance.choice([1, 1, 1, 5])):
+                snapshot.change(random_change(chance, index))
+            nft.run(ruleset.update(snapshot, snapshot.take_dirty()).commands)
+        nft.run(ruleset.restore_established_fast_path())
+        changed = tables()
+        nft.run(ruleset.recreate() + ruleset.restore_established_fast_path())
+        assert changed == tables(), f"seed {seed}, recreated"
+        fresh = Ruleset()
+        nft.run(fresh.load(snapshot).commands + fresh.restore_established_fast_path())
+        assert changed == tables(), f"seed {seed}"

@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
-from calicoctl import __version__
+from calicoctl import __version__, proc
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import HOSTS, READY
 from calicoctl.desired.snapshot import Dirty, Snapshot
@@ -109,7 +109,7 @@ def _run(host: str, options: Options) -> None:
                 BgpThread(Instance(host), options.bgp, queue.put),
             ),
             queue,
-            process.notify_ready,
+            proc.notify_ready,
             options,
         )
         conntrack.start()

@@ -145,16 +145,11 @@ class Daemon:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        give_up = time.monotonic() + LOCK_PATIENCE
-
-        def refuse() -> None:
-            if time.monotonic() > give_up:
-                raise CalicoError(
-                    f"{self.process.name} is not started: another process has kept {self._lock} locked for "
-                    f"{LOCK_PATIENCE:.0f} s"
-                )
-
-        fd = files.lock(self._lock, refuse)
+        held = CalicoError(
+            f"{self.process.name} is not started: another process has kept {self._lock} locked for "
+            f"{LOCK_PATIENCE:.0f} s"
+        )
+        fd = files.lock_within(self._lock, LOCK_PATIENCE, held)
         try:
             yield
         finally:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import struct
 import sys
 import time
 from pathlib import Path
@@ -151,11 +149,7 @@ class PluginProcess:
 
 def _listener() -> int | None:
     """Return the id of the process that listens at SOCKET, None if nothing accepts connections there."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(str(SOCKET))
-            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        except OSError:
-            return None
-    return int(struct.unpack("3i", credentials)[0])
+    try:
+        return proc.listener(str(SOCKET))
+    except OSError:
+        return None

@@ -265,13 +265,6 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def notify_ready() -> None:
-    """Notify systemd, or the command that started this process, that the agent is ready. See sd_notify(3)."""
-    import sdnotify
-
-    sdnotify.SystemdNotifier().notify("READY=1")
-
-
 def log_to(directory: str | None) -> None:
     """Log to the file felix.log in `directory`, with rotation, or to standard error if `directory` is None.
 

@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from calicoctl import programs, slim
 slim.install()
 programs.look_in_system_folders()
 
-from calicoctl import environment, files, logs  # noqa: E402
+from calicoctl import environment, files, logs, proc  # noqa: E402
 from calicoctl.datastore.hosts import hostname  # noqa: E402
 from calicoctl.errors import CalicoError  # noqa: E402
 from calicoctl.plugins import hook  # noqa: E402
@@ -105,7 +104,7 @@ def main() -> None:
     events.start()
     Collection(stores, known, events, driver).start()
     log.info("serving Docker networks of host %s", stores.host)
-    _notify_ready()
+    proc.notify_ready()
     ended.wait()
     for server in serving:
         server.stop()
@@ -121,20 +120,15 @@ def _lock(patience: float) -> None:
 
     Raises CalicoError if another process keeps it locked for `patience` seconds.
     """
-    give_up = time.monotonic() + patience
     path = files.RUN / LOCK
-
-    def refuse() -> None:
-        if time.monotonic() > give_up:
-            raise CalicoError(
-                f"{OTHER} ({path} is locked): either 'calicoctl node --libnetwork' has started it, or systemd, as "
-                "calico-docker.service. Only one of them can be used: disable calico-docker.socket, or omit "
-                "--libnetwork; then run 'calicoctl node stop --force' and 'calicoctl node' again"
-            )
-
+    held = CalicoError(
+        f"{OTHER} ({path} is locked): either 'calicoctl node --libnetwork' has started it, or systemd, as "
+        "calico-docker.service. Only one of them can be used: disable calico-docker.socket, or omit --libnetwork; then "
+        "run 'calicoctl node stop --force' and 'calicoctl node' again"
+    )
     try:
         files.RUN.mkdir(mode=0o755, parents=True, exist_ok=True)
-        files.lock(path, refuse)
+        files.lock_within(path, patience, held)
     except OSError as error:
         raise CalicoError(f"{path}: {error.strerror}") from None
 
@@ -147,7 +141,7 @@ def _refuse_until_locked(passed: Mapping[str, socket.socket], why: str, ended: t
     serving = servers([Listening(Path(path), {}, refusal=why) for path in passed], passed)
     for server in serving:
         server.start()
-    _notify_ready()
+    proc.notify_ready()
     while not ended.wait(LOCK_POLL):
         with suppress(CalicoError):
             _lock(0)
@@ -157,13 +151,6 @@ def _refuse_until_locked(passed: Mapping[str, socket.socket], why: str, ended: t
     wait_answered(CALL)
     if ended.is_set():
         os._exit(0)
-
-
-def _notify_ready() -> None:
-    """Notify systemd that this process serves. See sd_notify(3)."""
-    import sdnotify
-
-    sdnotify.SystemdNotifier().notify("READY=1")
 
 
 try:

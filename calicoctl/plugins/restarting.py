@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Set
 from contextlib import suppress
-from typing import Any
 
 from calicoctl import engine
 from calicoctl.errors import CalicoError, NoSuchContainer
@@ -33,7 +32,7 @@ def start_refused(networks: Set[str]) -> None:
             continue
         with suppress(NoSuchContainer):
             container = engine.inspect(listed["Id"])
-            if not _is_to_start(container):
+            if not engine.is_to_start(container, UNAVAILABLE):
                 continue
             name = f"container {short_id(container['Id'])} ({container['Name'].lstrip('/')})"
             try:
@@ -41,8 +40,3 @@ def start_refused(networks: Set[str]) -> None:
                 log.warning("%s is started, which had failed: etcd was away", name)
             except CalicoError as error:
                 log.warning("%s does not start: %s", name, error)
-
-
-def _is_to_start(container: dict[str, Any]) -> bool:
-    refused = UNAVAILABLE in str(container["State"].get("Error"))
-    return refused and not container["State"]["Running"] and engine.is_restarted(container)

@@ -20,9 +20,7 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import stat
-import struct
 import subprocess
 import sys
 import time
@@ -259,16 +257,12 @@ def _engine_process() -> int:
     """Return the process id of the engine that DOCKER_HOST names. Raises CalicoError if it cannot be determined."""
     where = os.environ.get("DOCKER_HOST") or engine.SOCKET
     if where.startswith("unix://"):
-        # Source: unix(7), SO_PEERCRED: who called listen, which may be systemd
         try:
-            with socket.socket(socket.AF_UNIX) as channel:
-                channel.settimeout(5)
-                channel.connect(where[len("unix://") :])
-                pid, _, _ = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            pid = proc.listener(where[len("unix://") :])
         except OSError as error:
             raise DockerUnavailable(f"Docker cannot be reached at {where}: {error}") from None
         if _is_engine(pid):
-            return int(pid)
+            return pid
     else:
         raise CalicoError(f"the hook is for the Docker Engine of this host, and DOCKER_HOST is {where}")
     # those of containers (docker-in-docker) and of other users are no engine of this host
@@ -619,15 +613,10 @@ def _asking(docker_host: str) -> Iterator[None]:
 @contextmanager
 def _changing() -> Iterator[None]:
     """Hold the lock of the engine's configuration; have all errors say what failed."""
-    give_up = time.monotonic() + PATIENCE
-
-    def refuse() -> None:
-        if time.monotonic() > give_up:
-            raise CalicoError("another command is changing it")
-
     try:
         files.RUN.mkdir(mode=0o755, parents=True, exist_ok=True)
-        lock = files.lock(files.RUN / "docker-hook.lock", refuse)
+        held = CalicoError("another command is changing it")
+        lock = files.lock_within(files.RUN / "docker-hook.lock", PATIENCE, held)
     except OSError as error:
         raise CalicoError(f"{error.filename}: {error.strerror}") from None
     try:

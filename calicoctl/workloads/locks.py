@@ -8,7 +8,6 @@ its rollback failed. The mark contains the workload's id and, for a container wh
 from __future__ import annotations
 
 import os
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,19 +50,13 @@ class WorkloadLock:
 
         Raises Conflict if the lock is still held when the seconds to wait are over.
         """
-        give_up = time.monotonic() + self._patience
-
-        def refuse() -> None:
-            if time.monotonic() > give_up:
-                seconds = self._patience or PATIENCE
-                raise Conflict(
-                    f"another command has been working on this workload for {seconds:.0f} s ({self.path} is locked); "
-                    "try again when it is done"
-                )
-
+        held = Conflict(
+            f"another command has been working on this workload for {self._patience or PATIENCE:.0f} s ({self.path} is "
+            "locked); try again when it is done"
+        )
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._fd = files.lock(self.path, refuse)
+            self._fd = files.lock_within(self.path, self._patience, held)
             self.interrupted = self.mark.exists()
         except OSError as error:
             raise CalicoError(f"cannot lock {self.path}: {error.strerror}") from None

@@ -217,7 +217,7 @@ def start_again(datastore: DatastoreClient, id: str) -> Action | None:
     note = files.RUN / datastore.host / f"{oci_hook.START_AGAIN}{id}"
     try:
         container = engine.inspect(id)
-        if not _is_to_start(container):
+        if not engine.is_to_start(container, oci_hook.PREFIX):
             note.unlink(missing_ok=True)
             return None
         if _lacks_address(datastore, container):
@@ -246,11 +246,6 @@ def _lacks_address(datastore: DatastoreClient, container: dict[str, Any]) -> boo
         requests, _ = labelling.checked(labels.wanted(container, {}))
         return bool(_holders(datastore, requests))
     return False
-
-
-def _is_to_start(container: dict[str, Any]) -> bool:
-    refused = oci_hook.PREFIX in str(container["State"].get("Error"))
-    return refused and not container["State"]["Running"] and engine.is_restarted(container)
 
 
 # The program

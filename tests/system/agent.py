@@ -17,6 +17,7 @@ from tests.system.support import HOST_IP, HOST_IP6, Host, links, run, wait_for
 
 LOG_DIR = Path("/run/calico-tests/log")
 A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
+A6, B6, C6 = "fd80:24e2:f998:72d6::1", "fd80:24e2:f998:72d6::2", "fd80:24e2:f998:72d6::3"
 ALLOW = {"action": "allow"}
 
 _fences = itertools.count()

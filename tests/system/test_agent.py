@@ -24,7 +24,7 @@ from calicoctl.felix import local_etcd
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.workloads.wiring import WorkloadSession, reattach
 from calicoctl.workloads.workload import Workload
-from tests.system.agent import A4, ALLOW, B4, C4, LOG_DIR, AgentHost, kernel, locked, outside_host
+from tests.system.agent import A4, ALLOW, B4, B6, C4, LOG_DIR, AgentHost, kernel, locked, outside_host
 from tests.system.support import (
     AS_NOBODY,
     CALICOCTL,
@@ -39,8 +39,6 @@ from tests.system.support import (
     wait_for,
 )
 from tests.system.traffic import PATIENT, connection, flows, ping, tcp
-
-B6 = "fd80:24e2:f998:72d6::2"
 
 
 def test_starting_twice_stopping_and_removing(bare_host: Host) -> None:

@@ -87,6 +87,18 @@ def pings(source: str, address: str, patience: str = "1") -> bool:
     return run("ip", "netns", "exec", source, "ping", "-c1", f"-W{patience}", address, check=False).status == 0
 
 
+@contextmanager
+def process_in(namespace: str) -> Iterator[int]:
+    """Run a process in a namespace, which keeps it, inside `with`; yield the process's id."""
+    process = subprocess.Popen(["ip", "netns", "exec", namespace, "sleep", "1000"])
+    try:
+        wait_for(lambda: run("ip", "netns", "pids", namespace).out.strip() == str(process.pid), "the process")
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
 def await_up(host: AgentHost, id: str) -> None:
     """Wait until the agent reports that a container's endpoint is up."""
 
@@ -363,17 +375,14 @@ def test_a_container_that_vanishes_is_collected_by_the_agent(node: AgentHost) ->
     """Both when its namespace loses its path, and when its process ends, without DEL."""
     namespaces("c1", "c2", "kept")
     network = Network(node)
-    sleeper = subprocess.Popen(["ip", "netns", "exec", "c2", "sleep", "1000"])
-    wait_for(lambda: run("ip", "netns", "pids", "c2").out.strip() == str(sleeper.pid), "the process")
-    network.add("c1")
-    network.add("c2", CNI_NETNS=f"/proc/{sleeper.pid}/ns/net")
-    network.add("kept")
-    for id in ("c1", "c2", "kept"):
-        await_up(node, id)
-    run("ip", "netns", "delete", "c2")
-    assert len(node.records()) == 3, "its process keeps the namespace"
-    sleeper.kill()
-    sleeper.wait()
+    with process_in("c2") as pid:
+        network.add("c1")
+        network.add("c2", CNI_NETNS=f"/proc/{pid}/ns/net")
+        network.add("kept")
+        for id in ("c1", "c2", "kept"):
+            await_up(node, id)
+        run("ip", "netns", "delete", "c2")
+        assert len(node.records()) == 3, "its process keeps the namespace"
     run("ip", "netns", "delete", "c1")
     wait_for(lambda: len(node.allocations()) == 1, f"the end of two\n{node.log()}", 60)
     assert {owner["workload"] for owner in owners(node)} == {"kept"}
@@ -388,14 +397,11 @@ def test_a_namespace_that_has_lost_its_path_stays_attached(node: AgentHost) -> N
     network.add("c1")
     (inside,) = network.add("c2")["ips"]
     await_up(node, "c2")
-    sleeper = subprocess.Popen(["ip", "netns", "exec", "c2", "sleep", "1000"])
-    wait_for(lambda: run("ip", "netns", "pids", "c2").out.strip() == str(sleeper.pid), "the process")
-    run("ip", "netns", "delete", "c2")
-    node.ctl("node", "restart")
-    assert pings("c1", inside["address"].partition("/")[0], "5")
-    assert holds(lambda: len(node.allocations()) == 2, 12), "longer than between two searches"
-    sleeper.kill()
-    sleeper.wait()
+    with process_in("c2"):
+        run("ip", "netns", "delete", "c2")
+        node.ctl("node", "restart")
+        assert pings("c1", inside["address"].partition("/")[0], "5")
+        assert holds(lambda: len(node.allocations()) == 2, 12), "longer than between two searches"
     wait_for(lambda: len(node.allocations()) == 1, f"the end\n{node.log()}", 60)
     network.delete("c2")
 

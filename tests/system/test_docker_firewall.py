@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import LOG_DIR, AgentHost, outside_host
+from tests.system.agent import A4, ALLOW, B4, C4, LOG_DIR, AgentHost, outside_host
 from tests.system.support import CALICOCTL, HOST_IP, Host, import_busybox, not_installed, run, start_docker, wait_for
 from tests.system.traffic import PATIENT, ping, tcp
 
-A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
-ALLOW = {"action": "allow"}
 FOLDER = Path("/run/calico-tests/firewall")
 SOCKET = f"unix://{FOLDER}/docker.sock"
 WITH_FIREWALL = ("--iptables=true", "--ip-forward=true", "--bip=172.17.0.1/16")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
+from tests.system.agent import A4, A6, ALLOW, B4, B6, C4, C6, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run, wait_for
 from tests.system.traffic import (
@@ -34,7 +34,6 @@ from tests.system.traffic import (
     udp_frame,
 )
 
-A6, B6, C6 = "fd80:24e2:f998:72d6::1", "fd80:24e2:f998:72d6::2", "fd80:24e2:f998:72d6::3"
 OUTSIDE, OUTSIDE6 = "198.51.100.2", "2001:db8:1::2"
 BEYOND, BEYOND6 = "203.0.113.9", "2001:db8:2::9"
 """Addresses behind the machine `outside`, which is a router on the way."""

@@ -11,11 +11,10 @@ from pathlib import Path
 from unittest import mock
 
 from calicoctl.workloads import guard
-from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, outside_host
+from tests.system.agent import A4, A6, ALLOW, B4, C4, AgentHost, outside_host
 from tests.system.support import HOST_IP, HOST_IP6, Host, calico_links, in_process, links, run, wait_for
 from tests.system.traffic import PATIENT, connection, ends, flows, mac_bytes, ping, send_frame, tcp, udp_frame
 
-A6 = "fd80:24e2:f998:72d6::1"
 OTHERS = ("203.0.113.7", "2001:db8:7::7")
 BEYOND = ("198.51.100.2", "2001:db8:1::2")
 

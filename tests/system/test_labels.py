@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds
+from tests.system.agent import A4, A6, ALLOW, B4, C4, AgentHost, holds
 from tests.system.conftest import HOME
 from tests.system.support import Etcd, Host, calico_links, import_busybox, run, start_docker, wait_for
 
-A6 = "fd80:24e2:f998:72d6::1"
 NAMES = ("web", "db", "late")
 
 

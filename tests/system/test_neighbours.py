@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.system.agent import A4, ALLOW, B4, AgentHost
+from tests.system.agent import A4, A6, ALLOW, B4, B6, AgentHost
 from tests.system.support import HOST_IP, HOST_IP6, links, run, wait_for
 from tests.system.traffic import PATIENT, ping
 
-A6, B6 = "fd80:24e2:f998:72d6::1", "fd80:24e2:f998:72d6::2"
 SETTINGS = ("1", "2", "8")
 """Of arp_ignore: each keeps a host from answering for an address that the asking interface does not have."""
 

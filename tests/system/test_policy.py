@@ -23,7 +23,7 @@ from calicoctl.datastore import backends
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.diagnose.trace import trace
-from tests.system.agent import A4, ALLOW, B4, C4, AgentHost, holds, outside_host
+from tests.system.agent import A4, A6, ALLOW, B4, B6, C4, C6, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run, wait_for
 from tests.system.traffic import (
@@ -44,7 +44,6 @@ from tests.system.traffic import (
     udp_frame,
 )
 
-A6, B6, C6 = "fd80:24e2:f998:72d6::1", "fd80:24e2:f998:72d6::2", "fd80:24e2:f998:72d6::3"
 A = {4: A4, 6: A6}
 B = {4: B4, 6: B6}
 HOST = {4: "192.0.2.2", 6: "2001:db8::2"}

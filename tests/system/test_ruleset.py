@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
-from tests.random_changes import NETWORK, random_change
+from tests.random_changes import check_random_updates
 from tests.system.support import tables
 from tests.unit.snapshots import in_pools
 
@@ -17,22 +16,7 @@ from tests.unit.snapshots import in_pools
 def test_any_order_of_changes_comes_to_what_a_fresh_start_gives() -> None:
     nft = Nft()
     try:
-        for seed in range(12):
-            chance = random.Random(seed)
-            snapshot, ruleset = Snapshot("h"), Ruleset()
-            snapshot.set_network(NETWORK)
-            nft.run(ruleset.load(snapshot).commands)
-            for index in range(60):
-                for _ in range(chance.choice([1, 1, 1, 5])):
-                    snapshot.change(random_change(chance, index))
-                nft.run(ruleset.update(snapshot, snapshot.take_dirty()).commands)
-            nft.run(ruleset.restore_established_fast_path())
-            changed = tables()
-            nft.run(ruleset.recreate() + ruleset.restore_established_fast_path())
-            assert changed == tables(), f"seed {seed}, made again"
-            fresh = Ruleset()
-            nft.run(fresh.load(snapshot).commands + fresh.restore_established_fast_path())
-            assert changed == tables(), f"seed {seed}"
+        check_random_updates(nft, tables, seeds=12, updates=60)
     finally:
         nft.run(remove_commands())
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.agent import A4, ALLOW, B4, LOG_DIR, AgentHost, holds, locked
+from tests.system.agent import A4, A6, ALLOW, B4, LOG_DIR, AgentHost, holds, locked
 from tests.system.conftest import HOME
 from tests.system.support import (
     FAULTY,
@@ -33,8 +33,6 @@ from tests.system.support import (
     start_docker,
     wait_for,
 )
-
-A6 = "fd80:24e2:f998:72d6::1"
 
 
 def container_links(name: str) -> dict[str, dict]:

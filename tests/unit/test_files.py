@@ -28,6 +28,16 @@ def test_a_lock_is_exclusive_until_its_descriptor_is_closed(tmp_path: Path) -> N
     os.close(again)
 
 
+def test_a_lock_is_waited_for_and_not_for_longer_than_was_said(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    held = files.try_lock(path)
+    assert held is not None
+    with pytest.raises(CalicoError, match="held"):
+        files.lock_within(path, 0.05, CalicoError("held"))
+    threading.Timer(0.1, os.close, [held]).start()
+    os.close(files.lock_within(path, 10, CalicoError("held")))
+
+
 def test_the_lock_of_a_file_that_was_removed_meanwhile_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,16 @@ def test_who_holds_a_udp_port_is_found() -> None:
     assert proc.udp_holder(port) is None
 
 
+def test_who_listens_at_a_unix_socket(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.sock")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        with pytest.raises(ConnectionRefusedError):
+            proc.listener(path)
+        server.listen()
+        assert proc.listener(path) == os.getpid()
+
+
 def test_whether_a_process_listens_at_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "a.sock"
     with socket.socket(socket.AF_UNIX) as one:

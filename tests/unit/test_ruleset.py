@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
-from tests.random_changes import NETWORK, random_change
+from tests.random_changes import check_random_updates
 from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import Store, endpoint_id, in_pools
 
@@ -37,22 +35,8 @@ class Tables:
 
 def test_any_order_of_changes_comes_to_what_a_fresh_load_gives() -> None:
     """The same on the kernel's nftables: tests/system/test_ruleset.py."""
-    for seed in range(30):
-        chance = random.Random(seed)
-        nft, snapshot, ruleset = FakeNft([]), Snapshot("h"), Ruleset()
-        snapshot.set_network(NETWORK)
-        nft.run(ruleset.load(snapshot).commands)
-        for index in range(40):
-            for _ in range(chance.choice([1, 1, 1, 5])):
-                snapshot.change(random_change(chance, index))
-            nft.run(ruleset.update(snapshot, snapshot.take_dirty()).commands)
-        nft.run(ruleset.restore_established_fast_path())
-        changed = nft.objects
-        nft.run(ruleset.recreate() + ruleset.restore_established_fast_path())
-        assert changed == nft.objects, f"seed {seed}, recreated"
-        fresh = Ruleset()
-        nft.run(fresh.load(snapshot).commands + fresh.restore_established_fast_path())
-        assert changed == nft.objects, f"seed {seed}"
+    nft = FakeNft([])
+    check_random_updates(nft, lambda: nft.objects, seeds=30, updates=40)
 
 
 def test_an_endpoint_is_in_every_set_and_leaves_each() -> None:
