@@ -24,7 +24,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -55,8 +55,9 @@ _MODES = {"settings.json": 0o600, "hook.py": 0o644, "runtime": 0o755}
 
 _RUNTIMES, _DEFAULT = "runtimes", "default-runtime"
 _STOCK = "runc"
-_STOCK_NAMES = (_STOCK, "io.containerd.runc.v2")
-"""The names of the engine's own runtime, which needs no entry in the configuration."""
+"""The engine's own runtime, which needs no entry in the configuration."""
+_SHIM = "io.containerd."
+"""The beginning of the names of containerd's shims, which the engine knows without an entry in the configuration."""
 
 _SCRIPT = """\
 #!/bin/sh
@@ -157,8 +158,7 @@ def set_up(host: str) -> bool:
             _refuse_other_root(daemon)
             if wanted == config and described.get("DefaultRuntime") == NAME:
                 return False
-            _put(path, _encoded(wanted))
-            _reload(daemon, NAME)
+            _apply(path, wanted, daemon)
         except BaseException:
             try:
                 _take_back(new, None if described.get("DefaultRuntime") == NAME else daemon, config, old)
@@ -353,9 +353,11 @@ def _refuse_other_root(daemon: int) -> None:
 
 def _words_of(name: str, config: dict[str, Any], described: dict[str, Any]) -> list[str]:
     """Return the words that run a runtime of the engine. Raises CalicoError if it is none that a script can run."""
-    entry = (config.get(_RUNTIMES) or {}).get(name) or (described.get("Runtimes") or {}).get(name)
-    if entry is None and name in _STOCK_NAMES:
-        entry = {"path": _STOCK}
+    entry = (config.get(_RUNTIMES) or {}).get(name)
+    if entry is None and name.startswith(_SHIM):  # named so, the engine crashes when it reads runtimes (20.10)
+        raise CalicoError(f"the default runtime of Docker, {name}, is a shim of containerd. Name {_STOCK} instead")
+    if entry is None:
+        entry = (described.get("Runtimes") or {}).get(name) or ({"path": _STOCK} if name == _STOCK else None)
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise CalicoError(f"the default runtime of Docker, {name}, has no path that a hook could run")
     if entry.get("runtimeType") or entry.get("options"):
@@ -378,8 +380,34 @@ def _containers_of(runtime: str) -> list[str]:
     return found
 
 
-def _reload(daemon: int, default: str) -> None:
-    """Have the engine read its configuration. Raises CalicoError if its default runtime is not `default` then."""
+def _apply(path: Path, config: dict[str, Any], daemon: int) -> None:
+    """Write the engine's configuration file, which names its default runtime, and have the engine read it.
+
+    An engine that reads a configuration with runtimes may forget containerd's shims (20.10), and does not start
+    containers with these any more. So it then gets a configuration that names them. Raises CalicoError.
+    """
+    known = _runtimes(engine.info())
+    _put(path, _encoded(config))
+    _reload(daemon, config[_DEFAULT])
+    forgotten = {name for name in known - _runtimes(engine.info()) if name.startswith(_SHIM)}
+    if forgotten:
+        try:
+            shims = {name: {"path": _STOCK} for name in sorted(forgotten)}
+            _put(path, _encoded({**config, _RUNTIMES: {**config[_RUNTIMES], **shims}}))
+            _reload(daemon, config[_DEFAULT], forgotten)
+        finally:
+            _put(path, _encoded(config))
+
+
+def _runtimes(described: dict[str, Any]) -> set[str]:
+    return {*(described.get("Runtimes") or {})}
+
+
+def _reload(daemon: int, default: str, names: Iterable[str] = ()) -> None:
+    """Have the engine read its configuration.
+
+    Raises CalicoError if its default runtime is not `default` then, or if it does not know the runtimes `names`.
+    """
     try:
         os.kill(daemon, signal.SIGHUP)
     except ProcessLookupError:
@@ -387,7 +415,7 @@ def _reload(daemon: int, default: str) -> None:
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up:
         described = engine.info()
-        if described.get("DefaultRuntime") == default and default in (described.get("Runtimes") or {default}):
+        if described.get("DefaultRuntime") == default and {default, *names} <= _runtimes(described):
             return
         time.sleep(0.05)  # its event of that would be a stream that needs a limit of time, too, for a wait this short
     raise CalicoError(
@@ -472,8 +500,7 @@ def _former(before: Settings, config: dict[str, Any]) -> str | None:
 
     With a default runtime that it does not know, the engine does not start.
     """
-    runtimes = config.get(_RUNTIMES) or {}
-    return before.default if before.default in runtimes or before.default in _STOCK_NAMES else None
+    return before.default if before.default in (_STOCK, *(config.get(_RUNTIMES) or {})) else None
 
 
 def _take_back(before: Settings, daemon: int | None, config: dict[str, Any], content: bytes | None) -> None:
@@ -489,9 +516,7 @@ def _take_back(before: Settings, daemon: int | None, config: dict[str, Any], con
     path = Path(before.configuration)
     try:
         if daemon is not None and engine.info().get("DefaultRuntime") == NAME:
-            default = _former(before, config) or _STOCK
-            _put(path, _encoded({**_with_ours(config), _DEFAULT: default}))
-            _reload(daemon, default)
+            _apply(path, {**_with_ours(config), _DEFAULT: _former(before, config) or _STOCK}, daemon)
     finally:
         _put(path, content)
 

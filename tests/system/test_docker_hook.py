@@ -274,7 +274,10 @@ def test_the_configuration_of_docker_keeps_what_it_has(bare_host: AgentHost, eng
     engine.file.chmod(0o640)
     engine.stop()
     engine.start()
+    # Docker 20.10 forgets this runtime when it reads a configuration with others
+    docker_run("late", command=("sleep", "1000"), options=("-d", "--runtime=io.containerd.runc.v2"))
     host.start_agent("--docker-hook", **environment)
+    run("docker", "restart", "--time=0", "late")
     assert engine.says("DefaultRuntime") == "calico" and engine.says("Labels") == "[a=b]"
     entry = {"path": str(FOLDER / "runtime")}
     assert engine.configuration == {
@@ -322,7 +325,7 @@ def test_the_configuration_of_docker_keeps_what_it_has(bare_host: AgentHost, eng
     assert "The runtime calico stays in /etc/docker/daemon.json" in answer.err and "1 container" in answer.err
     assert engine.says("DefaultRuntime") == "mine"
     assert engine.configuration == {**OWN, "runtimes": {**OWN["runtimes"], "calico": entry}}
-    run("docker", "restart", "--time=0", "plain")
+    run("docker", "restart", "--time=0", "plain", "late")
     engine.stop()
     engine.start()
     run("docker", "start", "plain")
@@ -342,6 +345,7 @@ def test_the_configuration_is_refused_where_it_cannot_be_changed(bare_host: Agen
         ('{"labels": ["a"], "labels": []}', "a name is in it twice"),
         ("[]", "is not what Docker expects"),
         ('{"runtimes": {"calico": {"path": "runc"}}}', "a runtime calico already"),
+        ('{"default-runtime": "io.containerd.runc.v2"}', "is a shim of containerd. Name runc instead"),
     ):
         engine.file.write_text(text)
         answer = host.ctl("node", f"--ip={HOST_IP}", "--docker-hook", env=environment, status=1)

@@ -152,7 +152,8 @@ def test_the_default_runtime_must_be_a_program() -> None:
     assert docker_hook._words_of("runc", config, described) == ["/usr/bin/runc"]
     assert docker_hook._words_of("runc", {}, {}) == ["runc"]
     assert docker_hook._words_of("a", config, described) == ["/a", "--b"]
-    for name in ("kata", "c", "unknown"):
+    described["Runtimes"]["io.containerd.runc.v2"] = {"path": "runc"}
+    for name in ("kata", "c", "unknown", "io.containerd.runc.v2"):
         with pytest.raises(CalicoError, match=f"default runtime of Docker, {name}"):
             docker_hook._words_of(name, config, described)
 
