@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,21 @@ def settings() -> Settings | None:
         with open(path, "rb") as file:
             found = json.loads(file.read(LARGEST))
         names = {field.name for field in fields(Settings)}
-        return Settings(**{name: value for name, value in found.items() if name in names})
+        return _checked(Settings(**{name: value for name, value in found.items() if name in names}))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CalicoError(f"{path} cannot be read: {error}. 'calicoctl node --docker-hook' writes it anew") from None
+
+
+def _checked(found: Settings) -> Settings:
+    """Return settings that were read from the file. Raises ValueError if something in them has another type."""
+    texts = [found.host, found.command, found.data_root, found.configuration, found.docker_host, found.default or ""]
+    if not isinstance(found.runtime, list) or not found.runtime or not isinstance(found.variables, dict):
+        raise ValueError("it is damaged")
+    if not all(isinstance(text, str) for text in (*texts, *found.runtime, *found.variables.values())):
+        raise ValueError("it is damaged")
+    return found
 
 
 def set_up(host: str) -> bool:
@@ -126,20 +136,22 @@ def set_up(host: str) -> bool:
     If it was set up already, its files are written anew. Raises CalicoError, and changes nothing, if it cannot be set
     up: for example if the engine does not run, or if its command line says which runtimes there are.
     """
-    try:
-        before = settings()
-    except CalicoError:  # damaged
-        before = None
     with _changing():
+        try:
+            before = settings()
+        except CalicoError:  # damaged
+            before = None
         described = engine.info()
         daemon = _engine_process()
         path = _configuration_of(daemon)
         old, config = _read(path)
         is_ours = before is not None and before.configuration == str(path)
-        _refuse_unsuitable(described, daemon, config, is_ours)
+        _refuse_unsuitable(described, daemon, config)
+        if before is not None:
+            _refuse_second_engine(before, path, str(described["DockerRootDir"]))
         named = config.get(_DEFAULT)
-        if named == NAME and before is not None:
-            named = before.default
+        if named == NAME:
+            named = _default_in_script(config) if before is None else before.default
         new = Settings(
             host,
             _command(),
@@ -176,10 +188,11 @@ def remove() -> str | None:
     If containers that were created with the hook exist, or if the engine does not answer, the runtime stays, and does
     nothing but run the former default. Raises CalicoError if the engine's configuration cannot be changed.
     """
-    before = settings()
-    if before is None:
-        return None
-    with _changing(), _asking(before.docker_host):
+    with _changing(), ExitStack() as stack:
+        before = settings()
+        if before is None:
+            return None
+        stack.enter_context(_asking(before.docker_host))
         path = Path(before.configuration)
         old, config = _read(path)
         try:
@@ -223,9 +236,11 @@ def refresh(host: str) -> None:
 
     `host` is this host's name in Calico, which may have changed. Raises CalicoError.
     """
-    before = settings()
-    if before is not None and not before.removed:
-        with _changing():
+    if settings() is None:
+        return
+    with _changing():
+        before = settings()
+        if before is not None and not before.removed:
             _write_files(Settings(**{**asdict(before), "host": host, "command": _command()}))
 
 
@@ -321,20 +336,35 @@ def _configuration_of(daemon: int) -> Path:
     return (Path(f"/proc/{daemon}/cwd") / path).resolve()
 
 
-def _refuse_unsuitable(described: dict[str, Any], daemon: int, config: dict[str, Any], is_ours: bool) -> None:
+def _refuse_unsuitable(described: dict[str, Any], daemon: int, config: dict[str, Any]) -> None:
     entry = (config.get(_RUNTIMES) or {}).get(NAME)
     if entry is not None and not _is_ours(entry):
         raise CalicoError(f"the configuration of Docker has a runtime {NAME} already, which is another program's")
-    if config.get(_DEFAULT) == NAME and not is_ours:
-        raise CalicoError(
-            f"the configuration of Docker names {NAME} as {_DEFAULT}, and what was the default before is unknown. "
-            f"Delete {_DEFAULT} from it"
-        )
     if "rootless" in str(described.get("SecurityOptions")) or os.stat(f"/proc/{daemon}").st_uid != 0:
         raise CalicoError("the Docker Engine does not run as root")
     if "io.containerd.snapshotter" in str(described.get("DriverStatus")):
         raise CalicoError(
             "the Docker Engine keeps its images in containerd, where the hook does not find the labels of an image"
+        )
+
+
+def _refuse_second_engine(before: Settings, path: Path, data_root: str) -> None:
+    """Raise CalicoError if the hook is set up for another engine of this host.
+
+    `path` is the configuration file of this engine, `data_root` its data directory.
+    """
+    is_another = False
+    if before.configuration != str(path):
+        _, config = _read(Path(before.configuration))
+        is_another = _is_ours((config.get(_RUNTIMES) or {}).get(NAME))
+    elif before.data_root != data_root:  # two engines may have one file; or this one's data was moved
+        with _asking(before.docker_host), suppress(DockerUnavailable):
+            is_another = engine.info().get("DockerRootDir") == before.data_root
+    if is_another:
+        raise CalicoError(
+            f"it is set up for the Docker Engine with the data in {before.data_root}, whose configuration is "
+            f"{before.configuration}, and one engine of a host can have it. Run 'calicoctl node remove --docker-hook' "
+            f"first, and remove that engine's containers with the runtime {NAME}"
         )
 
 
@@ -363,6 +393,24 @@ def _words_of(name: str, config: dict[str, Any], described: dict[str, Any]) -> l
     if entry.get("runtimeType") or entry.get("options"):
         raise CalicoError(f"the default runtime of Docker, {name}, is of a type that knows no hooks of programs")
     return [entry["path"], *map(str, entry.get("runtimeArgs") or [])]
+
+
+def _default_in_script(config: dict[str, Any]) -> str | None:
+    """Return what Settings.default was, from the script of the runtime: settings.json is lost. Raises CalicoError."""
+    words: list[str] = []
+    with suppress(OSError, ValueError):
+        command = (FOLDER / "runtime").read_text(errors="surrogateescape").splitlines()[-1:]
+        words = [word for line in command if line.startswith("exec ") for word in shlex.split(line)[1:-1]]
+    for name in config.get(_RUNTIMES) or {}:
+        with suppress(CalicoError):
+            if words == _words_of(name, config, {}):
+                return str(name)
+    if len(words) != 1 or Path(words[0]).name != _STOCK:
+        raise CalicoError(
+            f"the configuration of Docker names {NAME} as {_DEFAULT}, and what was the default before is unknown. "
+            f"Delete {_DEFAULT} from it"
+        )
+    return None
 
 
 def _containers_of(runtime: str) -> list[str]:

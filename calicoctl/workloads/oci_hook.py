@@ -87,8 +87,12 @@ def _may_ask(id: str) -> bool:
 
 
 def _folder_of_containers() -> str:
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "settings.json"), encoding="utf-8") as file:
-        return os.path.join(json.load(file)["data_root"], "containers")
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "settings.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return os.path.join(json.load(file)["data_root"], "containers")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RuntimeError(f"{path} is damaged ({error}). Run 'calicoctl node --docker-hook' again") from None
 
 
 def connect(host: str, command: str, id: str) -> None:

@@ -307,15 +307,28 @@ def test_the_configuration_of_docker_keeps_what_it_has(bare_host: AgentHost, eng
     settings.write_text(kept)
     assert host.status()["docker_hook"] == {"works": True, "text": "set up in /etc/docker/daemon.json"}
 
+    # a second engine cannot have it, too
+    second = start_docker(HOME / "second", "--bridge=none", "--iptables=false", host=f"unix://{HOME}/second.sock")
+    answer = host.ctl(
+        "node", f"--ip={HOST_IP}", "--docker-hook", env={"DOCKER_HOST": f"unix://{HOME}/second.sock"}, status=1
+    )
+    second.terminate()
+    second.wait()
+    assert f"set up for the Docker Engine with the data in {engine.folder}/data" in answer.err
+    assert engine.file.read_bytes() == before and settings.read_text() == kept
+
     # damaged settings keep no agent from starting
-    kept = (FOLDER / "settings.json").read_bytes()
     (FOLDER / "settings.json").write_text("{")
     refused = host.ctl("node", "remove", "--remove-endpoints", env=environment, status=1)
     assert "settings.json cannot be read" in refused.err and host.agent_runs(host.pid)
     assert "settings.json cannot be read" in host.ctl("node", "restart", env=environment).err
     shown = host.ctl("status", status=None).out
     assert "Docker's hook does not work" in shown and "settings.json cannot be read" in shown
-    (FOLDER / "settings.json").write_bytes(kept)
+    answer = docker_run("db", f"ip={B4}", status=1)
+    run("docker", "rm", "db")
+    assert "settings.json is damaged" in answer.err and "Run 'calicoctl node --docker-hook' again" in answer.err
+    host.ctl("node", f"--ip={HOST_IP}", "--docker-hook", env=environment)
+    assert settings.read_text() == kept, "the former default is known"
 
     # a container names the runtime: it stays
     docker_run("plain", command=("sleep", "1000"), options=("-d",))
@@ -451,6 +464,11 @@ def test_containers_with_the_hook_start_after_the_program_is_uninstalled(
     docker_run("plain", command=("sleep", "1000"), options=("-d",))
     run("docker", "stop", "--time=0", "web", "plain")
     script = Path(__file__).parent.parent.parent / "setup/calicoctl"
+    kept = settings.read_text()
+    settings.write_text("{")
+    answer = run(str(script), "uninstall", env={**os.environ, "PREFIX": str(prefix)}, check=False)
+    assert answer.status != 0 and "nothing is uninstalled" in answer.err and (prefix / "bin/calicoctl").exists()
+    settings.write_text(kept)
     # it knows itself which engine it is about
     others = {name: value for name, value in os.environ.items() if name != "DOCKER_HOST"}
     answer = run(str(script), "uninstall", env={**others, "PREFIX": str(prefix)})

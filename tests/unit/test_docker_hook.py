@@ -9,8 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Callable
 
 import pytest
 
@@ -239,6 +242,41 @@ def test_the_hook_is_set_up_and_removed(an_engine: Engine, folder: Path, monkeyp
     assert json.loads(an_engine.path.read_text()) == {"labels": ["a"], "debug": True} and not folder.exists()
 
 
+def test_the_hook_is_for_one_engine(
+    an_engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docker_hook.set_up("host1")
+    kept, first = tree(folder), an_engine.path
+    roots: dict[str | None, str] = {"unix:///its.sock": "/data", "unix:///second.sock": "/second"}
+    monkeypatch.setenv("DOCKER_HOST", "unix:///second.sock")
+
+    def info() -> dict:
+        found = roots.get(os.environ.get("DOCKER_HOST"))
+        if found is None:
+            raise DockerUnavailable("nothing listens")
+        return {**an_engine.info(), "DockerRootDir": found}
+
+    monkeypatch.setattr(engine, "info", info)
+    for path in (first, tmp_path / "second.json"):
+        monkeypatch.setattr(docker_hook, "_configuration_of", lambda daemon, path=path: path)
+        with pytest.raises(CalicoError, match="set up for the Docker Engine with the data in /data, whose conf"):
+            docker_hook.set_up("host1")
+        assert tree(folder) == kept and not (tmp_path / "second.json").exists()
+    # the first engine's file does not name the runtime any more
+    monkeypatch.setattr(an_engine, "path", tmp_path / "second.json")
+    an_engine.default = "runc"
+    first.write_text("{}")
+    assert docker_hook.set_up("host1")
+    # it is the same engine: its data was moved, and then its socket as well
+    roots = {"unix:///second.sock": "/third"}
+    docker_hook.set_up("host1")
+    roots = {"unix:///third.sock": "/fourth"}
+    monkeypatch.setenv("DOCKER_HOST", "unix:///third.sock")
+    docker_hook.set_up("host1")
+    found = docker_hook.settings()
+    assert found is not None and found.data_root == "/fourth"
+
+
 def test_the_runtime_stays_while_it_may_be_needed(an_engine: Engine, folder: Path) -> None:
     docker_hook.set_up("host1")
     entry = {"runtimes": {"calico": {"path": str(folder / "runtime")}}}
@@ -296,15 +334,40 @@ def test_files_that_the_engine_uses_stay(an_engine: Engine, folder: Path, monkey
     assert (folder / "runtime").exists() and not an_engine.path.exists()
 
 
-def test_damaged_settings_are_written_anew(an_engine: Engine, folder: Path) -> None:
+OTHERS = {"mine": {"path": "/my runtime", "runtimeArgs": ["--a b"]}, "other": {"path": "/other"}}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", "null", '{"host": "a"}', {"runtime": [1]}, {"runtime": []}, {"host": 1}, {"variables": []}],
+)
+@pytest.mark.parametrize("default", [None, "runc", "mine"])
+def test_damaged_settings_are_written_anew(
+    an_engine: Engine, folder: Path, damage: str | dict, default: str | None
+) -> None:
+    config = {"runtimes": OTHERS, **({"default-runtime": default} if default else {})}
+    an_engine.path.write_text(json.dumps(config))
     docker_hook.set_up("host1")
-    (folder / "settings.json").write_text("{")
+    file = folder / "settings.json"
+    if isinstance(damage, dict):
+        damage = json.dumps({**json.loads(file.read_text()), **damage})
+    file.write_text(damage)
     with pytest.raises(CalicoError, match="--docker-hook' writes it anew"):
         docker_hook.remove()
-    an_engine.path.write_text("{}")
     docker_hook.set_up("host1")
     found = docker_hook.settings()
     assert found is not None and found.host == "host1"
+    assert docker_hook.remove() is None
+    left = json.loads(an_engine.path.read_text())
+    assert left.pop("default-runtime", "runc") == (default or "runc") and left == {"runtimes": OTHERS}
+
+
+def test_without_its_files_the_hook_does_not_guess_the_former_default(an_engine: Engine, folder: Path) -> None:
+    docker_hook.set_up("host1")
+    for name in ("settings.json", "runtime"):
+        (folder / name).write_text("")
+    with pytest.raises(CalicoError, match="what was the default before is unknown"):
+        docker_hook.set_up("host1")
 
 
 def test_the_engine_is_found_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +413,31 @@ def test_the_hook_keeps_what_selects_the_store(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delenv("ETCD_KEY_FILE")
     monkeypatch.delenv("ETCD_CA_CERT_FILE")
     assert docker_hook._variables() == {**file, "ETCD_ENDPOINTS": "https://a:1"}
+
+
+def test_what_another_command_has_done_meanwhile_counts(
+    an_engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands wait for one another, and read the settings after that."""
+    changing = docker_hook._changing
+
+    def after(change: Callable[[], object]) -> None:
+        @contextmanager
+        def waited() -> Iterator[None]:
+            monkeypatch.setattr(docker_hook, "_changing", changing)
+            change()
+            with changing():
+                yield
+
+        monkeypatch.setattr(docker_hook, "_changing", waited)
+
+    after(lambda: docker_hook.set_up("host1"))
+    assert not docker_hook.set_up("host1")
+    for command in (docker_hook.remove, lambda: docker_hook.refresh("host1")):
+        docker_hook.set_up("host1")
+        after(docker_hook.remove)
+        command()
+        assert not folder.exists()
 
 
 def test_the_files_follow_the_host_s_name(folder: Path, tmp_path: Path) -> None:
