@@ -33,7 +33,10 @@ RUN = "/run/calico"
 """The directory of the socket, and of the files for the agent: files.RUN."""
 
 SECONDS = 5.0
-"""How long connecting a container may take, in seconds."""
+"""How long the server may take to connect a container, in seconds."""
+
+PROCESS_SECONDS = 12.0
+"""How long a new process may take for it, in seconds: it waits for the processors while many containers start."""
 
 KILL_AFTER = 1.0
 """How long a process that connects a container may take to roll back what it has done, in seconds."""
@@ -69,7 +72,7 @@ def prepare(host: str, command: str, arguments: list[str]) -> None:
         mode = os.fstat(file.fileno()).st_mode & 0o777
     hooks = config["hooks"] = config.get("hooks") or {}
     words = [sys.executable, "-I", "-S", os.path.abspath(__file__), "connect", host, command, id]
-    hook = {"path": sys.executable, "args": words, "timeout": int(SECONDS + KILL_AFTER) + 4}
+    hook = {"path": sys.executable, "args": words, "timeout": int(SECONDS + PROCESS_SECONDS + KILL_AFTER) + 4}
     hooks["createRuntime"] = [*(hooks.get("createRuntime") or []), hook]
     new = f"{path}.calico"
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode), "w", encoding="utf-8") as file:
@@ -106,10 +109,8 @@ def connect(host: str, command: str, id: str) -> None:
             answer = _answer(server, state, give_up)
         except socket.timeout:
             why: str | None = f"it was not connected within {SECONDS:.0f} s"
-        except (FileNotFoundError, ConnectionError):
-            why = _connect_in_new_process(command, state, give_up)
-        except OSError as error:
-            why = f"the server of the hook does not answer ({error})"
+        except OSError:  # nobody listens, or has answered; or the name of the host is too long for a socket's
+            why = _connect_in_new_process(command, state)
         else:
             why = _understood(answer)
     if why is not None:
@@ -157,11 +158,11 @@ def _understood(answer: bytes) -> str | None:
     _fail(str(why or "the server of the hook has refused the request"))
 
 
-def _connect_in_new_process(command: str, state: bytes, give_up: float) -> str | None:
+def _connect_in_new_process(command: str, state: bytes) -> str | None:
     """Run starting.py; return why the container may be connected later, None if it is connected.
 
-    `state` is its standard input. At the time `give_up` (time.monotonic), it is ended. An empty text says that the
-    process has written the reason. Ends this process if the container cannot be connected.
+    `state` is its standard input. An empty text says that the process has written the reason. Ends this process if the
+    container cannot be connected.
     """
     python = os.path.join(os.path.dirname(os.path.realpath(command)), "python")
     if not os.access(python, os.X_OK):
@@ -174,14 +175,13 @@ def _connect_in_new_process(command: str, state: bytes, give_up: float) -> str |
     process = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(process, select.POLLIN)
-    left = max(0.0, give_up - time.monotonic())
-    for number, seconds in ((signal.SIGTERM, left), (signal.SIGKILL, KILL_AFTER)):
+    for number, seconds in ((signal.SIGTERM, PROCESS_SECONDS), (signal.SIGKILL, KILL_AFTER)):
         if poll.poll(seconds * 1000):
             break
         os.kill(pid, number)
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
-        return f"it was not connected within {SECONDS:.0f} s"
+        return f"it was not connected within {PROCESS_SECONDS:.0f} s"
     code = os.WEXITSTATUS(status)
     if code not in (0, TEMPORARY):
         sys.exit(1)  # it has said why

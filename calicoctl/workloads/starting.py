@@ -3,7 +3,7 @@
 The engine cannot be asked about a container that it is starting: it would not answer before the container runs. So what
 the engine would say is read from its files. As a program, this module is what oci_hook.py runs if no process serves
 the hook: it reads the container's state (OCI) from standard input, and writes one sentence to standard error if it
-fails.
+fails. Labels that are ignored are told by the system's log.
 
 If the store is away, or if an address is still that of a container that was just removed, the container does not start,
 and the engine does not try again. So the agent starts it when that may succeed, if the container's restart policy says
@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import sys
+import syslog
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -260,7 +261,10 @@ def main() -> NoReturn:
             os.environ.update({**settings.variables, "HOSTNAME": settings.host})
         environment.complete()
         state = json.loads(sys.stdin.buffer.read(oci_hook.LARGEST))
-        connect(DatastoreClient.from_environment(PATIENCE), state)
+        ignored = connect(DatastoreClient.from_environment(PATIENCE), state)
+        if ignored:  # Docker shows nothing of a hook that succeeds
+            syslog.openlog("calicoctl", facility=syslog.LOG_DAEMON)
+            syslog.syslog(f"container {short_id(str(state['id']))}: {one_line('; '.join(ignored))}")
     except (StoreUnavailable, Conflict) as error:
         _end(str(error), oci_hook.TEMPORARY)
     except CalicoError as error:
@@ -277,4 +281,5 @@ def _end(why: str, status: int) -> NoReturn:
 
 def _give_up(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the rollback must not be interrupted
-    raise StoreUnavailable(f"it was not connected within {oci_hook.SECONDS:.0f} s, since etcd is slow or away")
+    seconds = f"{oci_hook.PROCESS_SECONDS:.0f} s"
+    raise StoreUnavailable(f"it was not connected within {seconds}, since etcd or this host is slow")

@@ -85,7 +85,7 @@ def test_the_runtime_adds_the_hook_to_containers_with_labels_alone(folder: Path,
     assert made["hooks"]["prestart"] == before["prestart"] and first == {"path": "/b"}
     assert made["number"] == 18446744073709551615
     assert ours["args"][3:] == [str(folder / "hook.py"), "connect", "host1", str(tmp_path / "bin/calicoctl"), ID]
-    assert ours["timeout"] > oci_hook.SECONDS + oci_hook.KILL_AFTER
+    assert ours["timeout"] > oci_hook.SECONDS + oci_hook.PROCESS_SECONDS + oci_hook.KILL_AFTER
     # a container that this host's engine does not have, and other commands
     (tmp_path / "data/containers" / ID / "config.v2.json").unlink()
     assert "hooks" not in create(folder, bundle)[1]
@@ -511,19 +511,21 @@ def test_the_hook_asks_the_server(
     assert (tmp_path / "host1" / f"start-again.{ID}").exists() == again
 
 
-@pytest.mark.parametrize("ends", [False, True], ids=["nobody-listens", "the-server-ends"])
+@pytest.mark.parametrize("case", ["nobody-listens", "the-server-ends", "no-socket-can-have-this-name"])
 @pytest.mark.parametrize(
     ("script", "succeeds", "again"),
     [("exit 0", True, False), ("exit 1", False, False), ("exit 75", False, True), ("exec sleep 60", False, True)],
 )
 def test_without_a_server_a_new_process_connects(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, succeeds: bool, again: bool, ends: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, succeeds: bool, again: bool, case: str
 ) -> None:
-    if ends:
+    host = "host1" if case != "no-socket-can-have-this-name" else "h" * 120
+    if case == "the-server-ends":
         Server(tmp_path, b"")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b'{"id": "a"}')))
     monkeypatch.setattr(oci_hook, "RUN", str(tmp_path))
-    monkeypatch.setattr(oci_hook, "SECONDS", 0.3 if "sleep" in script else 30)
+    monkeypatch.setattr(oci_hook, "SECONDS", 30)
+    monkeypatch.setattr(oci_hook, "PROCESS_SECONDS", 0.3 if "sleep" in script else 30)
     python = tmp_path / "tree/python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/words\ncat >{tmp_path}/state\n{script}\n')
@@ -532,13 +534,13 @@ def test_without_a_server_a_new_process_connects(
     (tmp_path / "calicoctl").symlink_to("tree/calicoctl")
     status = 0
     try:
-        oci_hook.connect("host1", str(tmp_path / "calicoctl"), ID)
+        oci_hook.connect(host, str(tmp_path / "calicoctl"), ID)
     except SystemExit as end:
         status = end.code
     assert (status == 0) == succeeds
     assert (tmp_path / "words").read_text() == f"-I -c {oci_hook.PROGRAM}\n"
     assert (tmp_path / "state").read_text() == '{"id": "a"}'
-    assert (tmp_path / "host1" / f"start-again.{ID}").exists() == again
+    assert (tmp_path / host / f"start-again.{ID}").exists() == again
 
 
 def test_the_hook_needs_no_module_of_ours(tmp_path: Path) -> None:

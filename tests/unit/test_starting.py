@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
+import sys
+import syslog
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from calicoctl import engine, files
+from calicoctl import engine, environment, files
+from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, DockerUnavailable, NoSuchContainer, StoreUnavailable
 from calicoctl.workloads import connected, docker_hook, oci_hook, starting, wiring
 
@@ -98,6 +103,25 @@ def test_labels_of_the_image_do_not_count(docker: Docker, monkeypatch: pytest.Mo
     docker.container({"calico.ip": "ipv4"}, Image="sha256:../../x")
     starting.connect(Store(), STATE)
     assert docker.connected == []
+
+
+def test_the_system_s_log_tells_which_labels_are_ignored(docker: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(syslog, "syslog", told.append)
+    settings = SimpleNamespace(variables={}, host="host1", data_root=docker.root)
+    monkeypatch.setattr(docker_hook, "settings", lambda: settings)
+    monkeypatch.setattr(environment, "complete", lambda: None)
+    monkeypatch.setenv("HOSTNAME", "host1")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(DatastoreClient, "from_environment", lambda patience: Store())
+    docker.image({"calico.profile": "web"})
+    for labels, ignored in (({}, 0), ({"calico.profile": "web"}, 1)):
+        docker.container({"calico.ip": "ipv4", **labels})
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(json.dumps(STATE).encode())))
+        with pytest.raises(SystemExit) as end:
+            starting.main()
+        assert end.value.code == 0 and len(told) == ignored
+    assert told == [f"container {ID[:12]}: label calico.profile is ignored, since it is the image's own"]
 
 
 @pytest.mark.parametrize("removed", [True, False], ids=["image-removed", "labels-invalid"])
