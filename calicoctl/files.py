@@ -80,7 +80,8 @@ def replace(
     `mode` is the new file's mode, regardless of the umask. `owner` is its user id and its group id; -1 means the
     process's own. The content is first written to another file in the same directory, which is then renamed. Its name
     is `.`, the file's name, and `suffix`; so `suffix` must be unique if several processes may replace the file at once.
-    With `durable`, the content is on disk before the file is renamed. If OSError is raised, the old file is unchanged.
+    With `durable`, the content is on disk before the file is renamed, and the new name is when this returns. If OSError
+    is raised, the old file is unchanged, unless it was the folder that could not be written to the disk.
     """
     new = path.with_name(f".{path.name}{suffix}")
     new.unlink(missing_ok=True)  # left by a process that was killed
@@ -94,6 +95,8 @@ def replace(
         if durable:
             os.fsync(file.fileno())
         new.rename(path)
+        if durable:
+            sync_folder(path.parent)
     except BaseException as error:
         file.close()
         new.unlink(missing_ok=True)
@@ -101,3 +104,12 @@ def replace(
             error.filename = str(path)
         raise
     return file
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on disk, as they are now. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

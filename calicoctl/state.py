@@ -56,7 +56,6 @@ def write(host: str, *names: str, content: bytes) -> None:
         assert folder is not None, "it was created"
         if _content(folder, names[-1]) != content:
             files.replace(Path(f"/proc/self/fd/{folder}", names[-1]), content, 0o600, durable=True).close()
-            os.fsync(folder)
 
 
 def remove(host: str, *names: str) -> None:

@@ -293,14 +293,18 @@ def _hook(docker_runs: bool) -> Check:
         return _needs_root(name)
     works, found = docker_hook.state_of_hook() or (True, "not set up (see 'calicoctl node --help')")
     with suppress(DockerUnavailable):
-        settings = docker_hook.settings() if works and docker_runs else None
-        if settings is not None and not settings.removed:
-            described = engine.info()
-            if described.get("DefaultRuntime") != docker_hook.NAME:
-                works, found = False, "Docker has not read its configuration since the hook was set up"
-            elif described.get("DockerRootDir") != settings.data_root:
-                works = False
-                found = f"Docker's data is in {described.get('DockerRootDir')}, not in {settings.data_root}"
+        described = engine.info() if works and docker_runs else None
+        settings = docker_hook.settings() if described else None
+        if described is None or (settings is not None and settings.removed):
+            pass
+        elif settings is None:
+            if described.get("DefaultRuntime") == docker_hook.NAME:
+                works, found = False, f"Docker's default runtime is {docker_hook.NAME}, and its settings are lost"
+        elif described.get("DefaultRuntime") != docker_hook.NAME:
+            works, found = False, "Docker has not read its configuration since the hook was set up"
+        elif described.get("DockerRootDir") != settings.data_root:
+            works = False
+            found = f"Docker's data is in {described.get('DockerRootDir')}, not in {settings.data_root}"
     return Check(name, works, found, False, "run 'calicoctl node --docker-hook'")
 
 

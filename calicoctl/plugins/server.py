@@ -216,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         except CalicoError as error:
             log.warning("%s: %s", one_line(self.path), one_line(str(error)))
             again = {"Again": True} if isinstance(error, (StoreUnavailable, Conflict)) else {}
-            self._answer(400, {"Err": str(error), **again})
+            self._answer(400, {"Err": one_line(str(error)), **again})
         except (OSError, http.client.HTTPException):
             raise
         except Exception:

@@ -375,10 +375,23 @@ def _refuse_other_root(daemon: int) -> None:
         if not path.samefile(f"/proc/{daemon}/root{path}"):
             raise CalicoError(f"the Docker Engine has another {path}")
         subprocess.run([path, "--version"], check=True, capture_output=True, timeout=PATIENCE)
+        _refuse_without_hooks(path)
     except FileNotFoundError:
         raise CalicoError(f"the Docker Engine does not see {path}: is it in a container, or a snap?") from None
     except (OSError, subprocess.SubprocessError) as error:
         raise CalicoError(f"the runtime {path} does not run: {error}") from None
+
+
+def _refuse_without_hooks(path: Path) -> None:
+    """Raise CalicoError if a runtime says that it calls no hooks of our kind. Runtimes need not say which they call.
+
+    Raises OSError and SubprocessError if it does not run. Source: OCI runtime specification, "Features Structure".
+    """
+    done = subprocess.run([path, "features"], check=False, capture_output=True, timeout=PATIENCE)
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):
+        hooks = json.loads(done.stdout).get("hooks")
+        if done.returncode == 0 and hooks is not None and "createRuntime" not in hooks:
+            raise CalicoError("the default runtime of Docker calls no hooks of the kind createRuntime")
 
 
 def _words_of(name: str, config: dict[str, Any], described: dict[str, Any]) -> list[str]:
@@ -581,6 +594,7 @@ def _put(path: Path, content: bytes | None) -> None:
             return
         mode, owner = 0o644, (-1, -1)
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        files.sync_folder(path.parent.parent)
         if path.exists():
             old = path.stat()
             mode, owner = stat.S_IMODE(old.st_mode), (old.st_uid, old.st_gid)
@@ -641,7 +655,10 @@ def _write_settings(new: Settings) -> None:
 
 def _write(name: str, text: str) -> None:
     try:
-        FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if not FOLDER.exists():
+            FOLDER.mkdir(mode=0o755, parents=True)
+            for folder in (FOLDER.parent, FOLDER.parent.parent):  # the engine's file, which names it, is on disk later
+                files.sync_folder(folder)
         files.replace(FOLDER / name, text.encode(errors="surrogateescape"), _MODES[name], durable=True).close()
     except OSError as error:
         raise CalicoError(f"{FOLDER / name} cannot be written: {error.strerror}") from None

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
@@ -18,6 +18,7 @@ from typing import Callable
 import pytest
 
 from calicoctl import engine, environment, files, proc
+from calicoctl.diagnose import checks
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.workloads import docker_hook, labels, oci_hook
 from calicoctl.workloads.docker_hook import Settings
@@ -159,6 +160,24 @@ def test_the_default_runtime_must_be_a_program() -> None:
     for name in ("kata", "c", "unknown", "io.containerd.runc.v2"):
         with pytest.raises(CalicoError, match=f"default runtime of Docker, {name}"):
             docker_hook._words_of(name, config, described)
+
+
+@pytest.mark.parametrize(
+    ("script", "refused"),
+    [
+        ("""echo '{"hooks": ["prestart", "createRuntime"]}'""", False),
+        ("""echo '{"hooks": ["prestart"]}'""", True),
+        ("""echo '{"hooks": []}'""", True),
+        *(("""echo '{"hooks": ["prestart"]}'; exit 1""", False), ("echo '{}'", False), ("echo []", False)),
+        ("echo unknown command features", False),
+    ],
+)
+def test_a_runtime_without_such_hooks_is_refused(tmp_path: Path, script: str, refused: bool) -> None:
+    runtime = tmp_path / "runtime"
+    runtime.write_text(f'#!/bin/sh\n[ "$1" = features ] || exit 9\n{script}\n')
+    runtime.chmod(0o755)
+    with pytest.raises(CalicoError, match="calls no hooks") if refused else nullcontext():
+        docker_hook._refuse_without_hooks(runtime)
 
 
 class Engine:
@@ -438,6 +457,43 @@ def test_what_another_command_has_done_meanwhile_counts(
         after(docker_hook.remove)
         command()
         assert not folder.exists()
+
+
+def test_what_is_written_outlives_a_power_failure(
+    an_engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
+    docker_hook.set_up("host1")
+    parents = [str(folder.parent), str(folder.parent.parent)]
+    assert synced[:2] == parents
+    for name in ("settings.json", "hook.py", "runtime"):
+        place = synced.index(str(folder / f".{name}.new"))
+        assert synced[place + 1] == str(folder)
+    assert synced[-2:] == [str(an_engine.path.parent / ".daemon.json.calico"), str(an_engine.path.parent)]
+
+
+def test_checksystem_says_if_the_hook_does_not_work(
+    an_engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(docker_hook, "_command", lambda: sys.executable)
+    found = checks._hook(True)
+    assert found.ok and "not set up" in found.found
+    docker_hook.set_up("host1")
+    found = checks._hook(False)
+    assert found.ok and found == checks._hook(True)
+    an_engine.default = "runc"
+    assert "has not read its configuration" in checks._hook(True).found
+    an_engine.default = "calico"
+    file = folder / "settings.json"
+    file.write_text(file.read_text().replace('"/data"', '"/other"'))
+    assert "Docker's data is in /data, not in /other" in checks._hook(True).found
+    file.unlink()
+    found = checks._hook(True)
+    assert not found.ok and "Docker's default runtime is calico, and its settings are lost" in found.found
+    an_engine.alive = False
+    assert checks._hook(True).ok
 
 
 def test_the_files_follow_the_host_s_name(folder: Path, tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ def test_calls(path: Path) -> None:
     assert call(path, "/Echo", b" ") == (400, {"Err": "the body of the request is empty, and must be a JSON object"})
     assert call(path, "/Refuse") == (400, {"Err": "no, since it is Tuesday"})
     assert call(path, "/Other") == (400, {"Err": "there is no call /Other"})
+    # what others have named may control a terminal
+    assert call(path, "/\x1b") == (400, {"Err": "there is no call /\\x1b"})
     status, answer = call(path, "/Fail")
     assert status == 500 and "Internal error" in answer["Err"] and "secret" not in answer["Err"]
     for body in (b"[]", b"x", b"[" * 100_000, b"1", b"\xff"):
