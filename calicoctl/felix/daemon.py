@@ -195,11 +195,9 @@ class Daemon:
             return
         runs_as = self.process.pid()
         self._child.terminate()
-        try:
-            self._child.wait(END_PATIENCE)
-        except subprocess.TimeoutExpired:
+        if not (self._child_has_ended() or proc.await_end(self._child.pid, END_PATIENCE)):
             self._child.kill()
-            self._child.wait()
+        self._child.wait()
         if runs_as in (None, self._child.pid):
             self.process.pid_file.unlink(missing_ok=True)
 
