@@ -85,7 +85,7 @@ from calicoctl.workloads.workload import (
 if TYPE_CHECKING:
     from netaddr import IPAddress
 
-    from calicoctl.workloads.wiring import AddressRequest
+    from calicoctl.workloads.addressing import AddressRequest
 
 _OTHER_ADDRESS = (
     "for another address, disconnect it with 'docker network disconnect NETWORK CONTAINER', and connect it again with "
@@ -226,13 +226,13 @@ def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
 
 def _request_and_interface(arguments: dict[str, Any]) -> tuple[AddressRequest, str | None]:
     """Return the address request (from <IP>), and the value of --interface (None if absent). Raises CalicoError."""
-    from calicoctl.workloads import wiring
+    from calicoctl.workloads import addressing
 
     interface = arguments["--interface"]
     if interface is not None:
         with about("--interface"):
-            wiring.check_interface_name(interface)
-    return wiring.AddressRequest.parse(arguments["<IP>"]), interface
+            addressing.check_interface_name(interface)
+    return addressing.AddressRequest.parse(arguments["<IP>"]), interface
 
 
 def _endpoint_show(arguments: dict[str, Any]) -> None:

@@ -27,7 +27,8 @@ from calicoctl.errors import CalicoError, Conflict, Failures, Frozen, NotFound, 
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
-    from calicoctl.workloads.wiring import AddressRequest, Attachment
+    from calicoctl.workloads.addressing import AddressRequest
+    from calicoctl.workloads.wiring import Attachment
     from calicoctl.workloads.workload import Workload
 
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
@@ -230,7 +231,7 @@ def _arguments(text: str) -> dict[str, str]:
 
 def _check_container(request: Request) -> None:
     """Raise CniError if a variable that names the container, its namespace or its interface is invalid."""
-    from calicoctl.workloads.wiring import is_interface_name
+    from calicoctl.workloads.addressing import is_interface_name
     from calicoctl.workloads.workload import is_attachable
 
     is_id = is_attachable(request.id) or (request.command == "DEL" and re.fullmatch(_NAME, request.id, re.ASCII))
@@ -364,7 +365,7 @@ def _address_requests(request: Request) -> list[AddressRequest]:
     Raises CniError.
     """
     from calicoctl.addresses import parse_address
-    from calicoctl.workloads.wiring import AddressRequest
+    from calicoctl.workloads.addressing import AddressRequest
 
     with _coded(INVALID_CONFIG, f"'pool' of network {request.network}: "):
         pools = [AddressRequest.parse(text) for text in _texts(request, "pool") or ["ipv4"]]

@@ -16,7 +16,7 @@ from calicoctl.plugins import endpoints, requests
 from calicoctl.plugins.server import Route
 from calicoctl.plugins.stores import Stores
 from calicoctl.workloads import libnetwork
-from calicoctl.workloads.wiring import AddressRequest, Terms, assign
+from calicoctl.workloads.addressing import AddressRequest, Terms, assign
 
 if TYPE_CHECKING:
     from netaddr import IPAddress

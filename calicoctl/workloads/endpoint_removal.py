@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from calicoctl.addresses import parse_address
 from calicoctl.errors import CalicoError, DockerUnavailable, NotFound
 from calicoctl.workloads import connected, docker_networks, netns
+from calicoctl.workloads.addressing import paths_of
 from calicoctl.workloads.connected import Connected
 from calicoctl.workloads.libnetwork import LIBNETWORK
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.upkeep import is_managed
-from calicoctl.workloads.wiring import paths_of
 from calicoctl.workloads.workload import (
     CNI,
     DOCKER,

@@ -19,9 +19,9 @@ from calicoctl.errors import (
     StoreUnavailable,
     about,
 )
-from calicoctl.workloads import connected, labels, wiring
+from calicoctl.workloads import addressing, connected, labels, wiring
+from calicoctl.workloads.addressing import AddressHeld, AddressRequest
 from calicoctl.workloads.upkeep import CHANGED, Action
-from calicoctl.workloads.wiring import AddressHeld, AddressRequest
 from calicoctl.workloads.workload import DOCKER, of_container, short_id
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def checked(wanted: Wanted) -> tuple[list[AddressRequest], str | None]:
             raise CalicoError(f"{twice} is named twice")
     if wanted.interface is not None:
         with about(labels.INTERFACE):
-            wiring.check_interface_name(wanted.interface)
+            addressing.check_interface_name(wanted.interface)
     return requests, wanted.interface
 
 

@@ -39,8 +39,8 @@ from calicoctl.errors import (
     one_line,
 )
 from calicoctl.workloads import connected, docker_hook, labelling, labels, oci_hook, wiring
+from calicoctl.workloads.addressing import AddressRequest
 from calicoctl.workloads.upkeep import CHANGED, Action
-from calicoctl.workloads.wiring import AddressRequest
 from calicoctl.workloads.workload import DOCKER, Workload, short_id
 
 if TYPE_CHECKING:

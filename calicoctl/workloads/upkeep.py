@@ -15,15 +15,9 @@ from calicoctl.clock import now
 from calicoctl.errors import AddressTaken, CalicoError, Conflict
 from calicoctl.output import quantity
 from calicoctl.workloads import connected, locks, netns
+from calicoctl.workloads.addressing import DEFAULT_INTERFACE, interfaces_of, owner_of, reserved_addresses
 from calicoctl.workloads.locks import WorkloadLock
-from calicoctl.workloads.wiring import (
-    DEFAULT_INTERFACE,
-    WorkloadSession,
-    interfaces_of,
-    owner_of,
-    reattach,
-    reserved_addresses,
-)
+from calicoctl.workloads.wiring import WorkloadSession, reattach
 from calicoctl.workloads.workload import (
     CNI,
     DOCKER,

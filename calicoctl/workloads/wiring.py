@@ -24,14 +24,27 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable, Iterator
 
-from calicoctl.addresses import host_net, parse_address, parse_pool_cidr, version_of
+from calicoctl.addresses import host_net, parse_address, version_of
 from calicoctl.datastore.handles import UNREAD
-from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId, is_endpoint_id
-from calicoctl.datastore.model import Endpoint, Pool
-from calicoctl.datastore.reserved import Network, Reserved
+from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
+from calicoctl.datastore.model import Endpoint
+from calicoctl.datastore.reserved import Reserved
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, InvalidValue, NotFound
-from calicoctl.output import warn
-from calicoctl.workloads import connected, host_network, mtu, netns, servers
+from calicoctl.workloads import connected, mtu, netns
+from calicoctl.workloads.addressing import (
+    DEFAULT_INTERFACE,
+    AddressRequest,
+    Terms,
+    assign,
+    endpoint_of,
+    interfaces_of,
+    is_interface_name,
+    owner_of,
+    owner_text,
+    paths_of,
+    reserved_addresses,
+    usable,
+)
 from calicoctl.workloads.guard import Guard
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.workload import (
@@ -51,144 +64,6 @@ if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.datastore.ipam import Holding
     from calicoctl.datastore.store import Entry
-
-DEFAULT_INTERFACE = "eth1"
-
-
-class AddressHeld(AddressTaken):
-    """A requested address is assigned to another workload. `holder` is its endpoint; None if that is not known."""
-
-    def __init__(self, why: str, holder: EndpointId | None) -> None:
-        super().__init__(why)
-        self.holder = holder
-
-
-@dataclass(frozen=True)
-class AddressRequest:
-    """A request for an address: for `address` if it is set, or for any address of the pool `cidr` if that is set.
-
-    If neither is set, any address of the IP version `version` is requested; if `subnet` is set, any address of this
-    CIDR, which must be a pool or a part of one. `version` is always set. `any_other` completes
-    the advice to choose another address, and says how the user gets any free one; it is empty for a command's option.
-    """
-
-    version: int
-    address: IPAddress | None = None
-    cidr: str | None = None
-    subnet: str | None = None
-    any_other: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> AddressRequest:
-        """Parse `text`: an address, `ipv4`, `ipv6`, or a CIDR. Raises CalicoError if the text is none of these.
-
-        Whether there is a pool with this CIDR is not checked.
-        """
-        if text.lower() in ("ipv4", "ipv6"):
-            return cls(int(text[-1]))
-        if "/" in text:
-            network = parse_pool_cidr(text)
-            return cls(network.version, cidr=str(network))
-        try:
-            address = parse_address(text)
-        except CalicoError:
-            raise CalicoError(
-                f"'{text}' is not a valid IP address; give an address, 'ipv4', 'ipv6', or the CIDR of a pool"
-            ) from None
-        return cls(address.version, address=address)
-
-    @property
-    def advice(self) -> str:
-        """The end of an error's text for a certain address that cannot be assigned."""
-        any_other = self.any_other or f"'ipv{self.version}'"
-        return f"another, or {any_other} for any."
-
-    def pools(self, datastore: DatastoreClient, entries: list[Entry] | None = None) -> list[Pool]:
-        """Return the pools from which an address may be assigned for this request; raise CalicoError if there is none.
-
-        `entries` are the store's entries of the pools of this IP version, if the caller has just read them. If
-        `entries` is None, they are read.
-        """
-        from netaddr.ip import IPNetwork
-
-        pools, invalid = datastore.readable_pools(self.version, entries)
-        if self.cidr is not None:
-            chosen = [pool for pool in pools if pool.cidr == self.cidr]
-            missing = f"{self.cidr} is not the CIDR of a pool"
-        elif self.address is not None:
-            chosen = [pool for pool in pools if self.address in IPNetwork(pool.cidr)]
-            missing = f"IP {self.address} is in no pool"
-        elif self.subnet is not None:
-            part = IPNetwork(self.subnet)
-            chosen = [replace(pool, cidr=self.subnet) for pool in pools if part in IPNetwork(pool.cidr)]
-            missing = f"{self.subnet} is neither a pool nor a part of one"
-        else:
-            chosen = pools
-            missing = f"There is no IPv{self.version} pool"
-        if not chosen and invalid:  # an invalid pool may be the requested one
-            raise invalid[0]
-        if not chosen:
-            known = ", ".join(pool.cidr for pool in pools) or "none"
-            raise CalicoError(f"{missing}. IPv{self.version} pools: {known}.")
-        return chosen
-
-    def fits(self, address: IPAddress) -> bool:
-        """Return whether `address` satisfies the request."""
-        from netaddr.ip import IPNetwork
-
-        if self.address is not None:
-            return bool(address == self.address)
-        if self.cidr is not None:
-            return address in IPNetwork(self.cidr)
-        return bool(address.version == self.version)
-
-
-@dataclass(frozen=True)
-class Terms:
-    """The data that is needed to assign a new address for a request, and to configure it.
-
-    `next_hop` is the gateway of the workload's default route. `reserved` are the addresses that workloads on this host
-    must not have. The address may be from any of `pools`. `mtu` is the value of the setting MTU, None if it is not set.
-    `affine` are the names of the blocks with affinity to this host; None if a certain address is requested.
-    """
-
-    next_hop: str
-    reserved: Reserved
-    pools: list[Pool]
-    mtu: str | None
-    affine: list[str] | None
-
-    @classmethod
-    def read(cls, datastore: DatastoreClient, request: AddressRequest, next_hop: str | None = None) -> Terms:
-        """Read the terms for a request from the store and the kernel.
-
-        `next_hop` is the next hop, if the caller knows it; None means that it is read from the store. Raises
-        CalicoError if there is no next hop or no pool, or if no workload may have the requested address.
-        """
-        facts = datastore.read_for_address(request.version, automatic=request.address is None)
-        next_hop = next_hop or datastore.hosts.next_hop(request.version, facts.hosts)
-        reserved = reserved_addresses(datastore, request.version, facts.hosts)
-        _refuse_reserved(request, reserved)
-        return cls(next_hop, reserved, request.pools(datastore, facts.pools), facts.mtu, facts.affine)
-
-
-def is_interface_name(name: object) -> bool:
-    """Return whether `name` is a string that the kernel accepts as the name of an interface.
-
-    Returns False also for a name with '%', from which the kernel would make another name, and for a name with
-    characters that are not printable. Source: dev_valid_name() in the kernel's net/core/dev.c.
-    """
-    if not isinstance(name, str) or not name.isprintable() or name in (".", ".."):
-        return False
-    return 0 < len(name.encode()) <= 15 and not any(c in "/:%" or c.isspace() for c in name)
-
-
-def check_interface_name(name: str) -> None:
-    """Raise CalicoError if is_interface_name returns False for `name`."""
-    if not is_interface_name(name):
-        raise CalicoError(
-            f"'{name}' is not a valid interface name: it must have 1 to 15 bytes, and no '/', ':', '%' or blanks"
-        )
 
 
 @dataclass(frozen=True)
@@ -628,7 +503,7 @@ def add_address(
 
         with _rollback_on_failure(session) as undo:
             owner = owner_of(workload, endpoint.id, attached)
-            left = [a for a in session.held if host_net(a) not in endpoint.nets and _usable(request, a, terms.reserved)]
+            left = [a for a in session.held if host_net(a) not in endpoint.nets and usable(request, a, terms.reserved)]
             undo(_release_unlisted, datastore, workload, endpoint)
             # an interrupted command has left it
             address = left[0] if left else assign(datastore, owner, request, terms, session.handle)
@@ -1054,7 +929,7 @@ def _adopt(
 ) -> tuple[dict[int, IPAddress], EndpointId]:
     """Keep the addresses that an interrupted command has assigned for one endpoint, and release the workload's others.
 
-    An address can be kept if it can be used for one of `requests` (see _usable), and if its attributes are those that a
+    An address can be kept if it can be used for one of `requests` (see usable), and if its attributes are those that a
     new address would get: among others, the interface's name `interface`. All addresses that are kept have the same
     endpoint id in their attributes. `reserved` has an item for each of `requests`.
 
@@ -1065,10 +940,10 @@ def _adopt(
     kept: dict[int, IPAddress] = {}
     kept_id = EndpointId(session.datastore.host, workload.orchestrator, workload.id, _new_endpoint())
     for address, owner in session.held.items():
-        id = EndpointId(session.datastore.host, workload.orchestrator, workload.id, _endpoint_of(owner) or "")
+        id = EndpointId(session.datastore.host, workload.orchestrator, workload.id, endpoint_of(owner) or "")
         is_its_own = id.endpoint and _is_like(owner, owner_of(workload, id, interface))
         unmet = (number for number in range(len(requests)) if number not in kept)
-        number = next((n for n in unmet if _usable(requests[n], address, reserved[n])), None)
+        number = next((n for n in unmet if usable(requests[n], address, reserved[n])), None)
         if is_its_own and number is not None and (not kept or id == kept_id):
             kept[number], kept_id = address, id
         else:
@@ -1081,69 +956,6 @@ def _is_like(owner: Owner, other: Owner) -> bool:
     # the container's name may have changed
     facts, others = ({**one.secondary, "workload_name": None} for one in (owner, other))
     return owner.handle == other.handle and facts == others
-
-
-def assign(
-    datastore: DatastoreClient, owner: Owner, request: AddressRequest, terms: Terms, handle: Entry | None = UNREAD
-) -> IPAddress:
-    """Assign an address that satisfies `request` to `owner`; return the address.
-
-    `terms` are the terms for the request. `handle` is the entry of the owner's handle, if the caller has just read it.
-    Raises AddressHeld if the requested address has another owner, and CalicoError if no address is free.
-    """
-    pools = terms.pools
-    if request.address is None:
-        taken = datastore.ipam.auto_assign(
-            1, pools, owner, terms.reserved, terms.affine, handle, lambda invalid: warn(f"Warning: {invalid}")
-        )
-        if not taken:
-            networks = {network for pool in pools for network in terms.reserved.network.overlapping(pool.cidr)}
-            raise CalicoError(
-                f"There is no free IP address in {', '.join(pool.cidr for pool in pools)}{_except_text(networks)}."
-            )
-        return taken[0]
-    try:
-        datastore.ipam.assign(request.address, owner, handle)
-    except AddressTaken as error:
-        holder = datastore.ipam.owner(request.address)
-        why = f"{error}{_holder_text(datastore, holder)}. Give it {request.advice}"
-        raise AddressHeld(why, None if holder is None else _endpoint_id_of(holder)) from None
-    return request.address
-
-
-def _except_text(networks: Collection[Network]) -> str:
-    """Return the end of a message, which names the networks from which no address is assigned automatically.
-
-    Returns an empty string if `networks` is empty.
-    """
-    named = ", ".join(sorted(f"{network.cidr} (on {network.interface})" for network in networks))
-    return f", but for the networks that this host is connected to: {named}" if named else ""
-
-
-def reserved_addresses(datastore: DatastoreClient, version: int, hosts: list[Entry] | None = None) -> Reserved:
-    """Return the addresses of an IP version that this host's workloads must not have. Raises CalicoError.
-
-    `hosts` are the store's entries below keys.BGP_HOSTS, if the caller has just read them; if None, they are read.
-    """
-    network = host_network.read().with_servers(servers.current(datastore.members))
-    return Reserved(network, datastore.hosts.addresses(version, hosts), datastore.host)
-
-
-def _usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> bool:
-    """Return whether an address that the workload's handle holds already can be used for a request.
-
-    It must satisfy the request. If the request is for any address, it must also be one that may be assigned without an
-    explicit request (Reserved.is_free_for_any).
-    """
-    if request.address is not None:
-        return request.fits(address)
-    return request.fits(address) and reserved.is_free_for_any(address.version, int(address))
-
-
-def _refuse_reserved(request: AddressRequest, reserved: Reserved) -> None:
-    why = None if request.address is None else reserved.refusal(str(request.address))
-    if why is not None:
-        raise CalicoError(f"IP {request.address} is {why}. Give {request.advice}")
 
 
 def _refuse_in_use(session: WorkloadSession, address: IPAddress) -> None:
@@ -1192,82 +1004,11 @@ def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: 
         ipam.assign(address, owner)
     elif holder.handle is not None:
         raise AddressTaken(
-            f"{session.workload.name}'s address {address} has been given to another{_owner_text(holder)}. Run "
+            f"{session.workload.name}'s address {address} has been given to another{owner_text(holder)}. Run "
             f"'calicoctl container remove {session.workload.name}' and connect it again."
         )
-
-
-def _holder_text(datastore: DatastoreClient, owner: Owner | None) -> str:
-    """Do what `_owner_text` does, but name the container of an endpoint whose owner does not name it."""
-    facts = owner.secondary if owner is not None else {}
-    id = None if owner is None else _endpoint_id_of(owner)
-    if owner is not None and id is not None and not facts.get("workload_name"):
-        endpoint = datastore.readable(id)
-        if endpoint is not None and endpoint.workload_name:
-            owner = replace(owner, secondary={**facts, "workload_name": endpoint.workload_name})
-    return _owner_text(owner)
-
-
-def _endpoint_id_of(owner: Owner) -> EndpointId | None:
-    """Return the id of an owner's endpoint, as it is stored, even if it is invalid. None if it has none."""
-    facts = owner.secondary
-    if not facts.get("endpoint"):
-        return None
-    return EndpointId(*(str(facts.get(part)) for part in ("host", "orchestrator", "workload", "endpoint")))
-
-
-def _owner_text(owner: Owner | None) -> str:
-    facts = owner.secondary if owner is not None else {}
-    name = facts.get("workload_name") or facts.get("namespace") or short_id(str(facts.get("workload") or ""))
-    return f" ({name} on host {facts.get('host')})" if name else ""
-
-
-def owner_of(workload: Workload, id: EndpointId, interface: str) -> Owner:
-    """Return the Owner that addresses of the endpoint `id` are to be assigned to. Reads nothing from the store.
-
-    Its attributes identify the endpoint, and contain what is needed to re-attach the workload. `interface` is the
-    interface's name inside the workload. If is_interface_name returns False for it, DEFAULT_INTERFACE is stored
-    instead.
-    """
-    from calicoctl.datastore.blocks import Owner
-
-    return Owner(
-        workload.handle,
-        {
-            "host": id.host,
-            "orchestrator": id.orchestrator,
-            "workload": id.workload,
-            "endpoint": id.endpoint,
-            "interface": interface if is_interface_name(interface) else DEFAULT_INTERFACE,
-            "namespace": workload.path,
-            **({"workload_name": workload.docker_name} if workload.docker_name else {}),
-        },
-    )
 
 
 def _new_endpoint() -> str:
     # a host end is named by the first digits: those of a real version 1 are from the time, so two could be the same
     return uuid.UUID(bytes=os.urandom(16), version=1).hex
-
-
-def _endpoint_of(owner: Owner) -> str | None:
-    id = owner.secondary.get("endpoint")
-    # those of Docker's networks have the engine's ids
-    return id if isinstance(id, str) and len(id) in (32, 64) and is_endpoint_id(id) else None
-
-
-def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
-    """Return the names of the host ends of the veth pairs that were created for the addresses in `held`.
-
-    The names are derived from the endpoint ids in the addresses' attributes.
-    """
-    ids = {_endpoint_of(owner) for owner in held.values()} - {None}
-    return {EndpointId("", "", "", str(id)).interface for id in ids}
-
-
-def paths_of(held: dict[IPAddress, Owner]) -> list[object]:
-    """Return, for each address in `held`, the namespace's path in its attributes; None for a container's address.
-
-    The values are returned as they are stored, even if they are not strings.
-    """
-    return [owner.secondary.get("namespace") for owner in held.values()]

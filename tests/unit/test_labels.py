@@ -16,8 +16,9 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import AddressTaken, CalicoError, NoSuchContainer, NoSuchImage, StoreUnavailable
 from calicoctl.workloads import connected, labelling, labels, locks, wiring
+from calicoctl.workloads.addressing import DEFAULT_INTERFACE
 from calicoctl.workloads.labels import Wanted
-from calicoctl.workloads.wiring import DEFAULT_INTERFACE, Attachment
+from calicoctl.workloads.wiring import Attachment
 from calicoctl.workloads.workload import Workload, of_container
 from tests.unit.memory_store import MemoryStore
 

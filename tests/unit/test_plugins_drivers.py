@@ -27,7 +27,7 @@ from calicoctl.plugins.ipam_driver import IpamDriver
 from calicoctl.plugins.network_driver import NetworkDriver
 from calicoctl.plugins.networks import Network, Networks
 from calicoctl.plugins.stores import Stores
-from calicoctl.workloads import libnetwork, locks, netns, network_profiles, wiring
+from calicoctl.workloads import addressing, libnetwork, locks, netns, network_profiles
 from tests.unit.memory_store import MemoryStore
 
 NETWORK, OTHER = "a" * 64, "b" * 64
@@ -125,7 +125,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(netns, "interfaces", kernel.interfaces)
     monkeypatch.setattr(endpoints, "ensure_guard", lambda datastore: None)
     monkeypatch.setattr(endpoints.mtu, "of_interface", lambda *arguments: 1500)
-    monkeypatch.setattr(wiring.host_network, "read", HostNetwork)
+    monkeypatch.setattr(addressing.host_network, "read", HostNetwork)
     monkeypatch.setattr(networks, "NAME_PATIENCE", 0.05)
     return kernel
 

@@ -14,7 +14,8 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import Reserved
 from calicoctl.errors import CalicoError
-from calicoctl.workloads.wiring import AddressRequest, _adopt, _new_endpoint, check_interface_name, owner_of
+from calicoctl.workloads.addressing import AddressRequest, check_interface_name, owner_of
+from calicoctl.workloads.wiring import _adopt, _new_endpoint
 from calicoctl.workloads.workload import Workload
 from tests.unit.memory_store import MemoryStore
 
