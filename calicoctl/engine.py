@@ -37,6 +37,9 @@ CHANGES = ("start", "die", "destroy", "rename")
 NETWORK_CHANGES = ("create", "connect", "destroy")
 """The events of networks that `followed_networks` requests."""
 
+_versions: dict[str | None, str] = {}
+"""DOCKER_HOST -> the version of the API that the engine there has named. Its answer takes it up to 10 ms."""
+
 
 def may_be_there() -> bool:
     """Return False if the Docker Engine certainly does not run: if its Unix socket does not exist.
@@ -268,8 +271,11 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
     from requests.exceptions import RequestException
     from urllib3.exceptions import HTTPError
 
+    host = os.environ.get("DOCKER_HOST")
+    options = {**kwargs_from_env(), "version": _versions.get(host), "timeout": timeout or TIMEOUT}
     try:
-        with answers.bounded(LARGEST), _api_client()(timeout=timeout or TIMEOUT, **kwargs_from_env()) as docker:
+        with answers.bounded(LARGEST), _api_client()(**options) as docker:
+            _versions[host] = docker.api_version
             yield docker
     except APIError as error:
         # not for every status 404: another server may answer instead of the engine
@@ -277,13 +283,15 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
             raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
         if isinstance(error, NotFound) and "no such image" in str(error.explanation).lower():
             raise NoSuchImage(f"No such image: {what.rpartition(' ')[2]}") from None
+        _versions.pop(host, None)  # another version of the engine may serve now
         raise DockerUnavailable(f"Docker refused the request {what}: {error.explanation or error}") from None
     except (
         *(DockerException, RequestException, HTTPError, http.client.HTTPException, OSError, MemoryError),
         ValueError,  # an invalid DOCKER_HOST, or another shape than was asked for
         *(AttributeError, LookupError, RecursionError, TypeError),  # docker-py itself relies on the shape of answers
     ) as error:
-        where = os.environ.get("DOCKER_HOST") or SOCKET
+        _versions.pop(host, None)
+        where = host or SOCKET
         text = str(error)
         if "@" in where:
             text = where = redact_userinfo(where)  # it may contain a password
@@ -304,6 +312,8 @@ def _api_client() -> type[Any]:
 
     class Client(APIClient):  # type: ignore[misc]
         def request(self, method: str, url: str, **options: Any) -> Any:
+            # no proxy is before a Unix socket, and a search of the environment for one takes longer than the request
+            self.trust_env = not self.base_url.startswith("http+docker:")
             options["headers"] = {**(options.get("headers") or {}), "Accept-Encoding": "identity"}
             options["timeout"] = options.get("timeout") or self.timeout  # events have none; see _events
             answer = super().request(method, url, **{**options, "allow_redirects": False})

@@ -87,6 +87,31 @@ def test_proper_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert (found.id, found.pid, found.network_mode, found.docker_name) == (ID, 42, "none", "web")
 
 
+def test_the_version_is_asked_once_and_again_after_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the engine was replaced by an older one, which refuses requests of a newer version of its API."""
+    version, lines = "1.45", []
+
+    def answers(client: Client, line: str) -> None:
+        lines.append(line)
+        if line == "GET /version":
+            client.send(answer(json.dumps({**VERSION, "ApiVersion": version}).encode(), HEAD))
+        elif f"/v{version}/" in line:
+            proper(client, line)
+        else:
+            client.send(
+                answer(b'{"message": "client version is too new"}', HEAD.replace(b"200 OK", b"400 Bad Request"))
+            )
+
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
+    with serving(answers, f"{tmp_path}/docker.sock"):
+        assert engine.info() == engine.info()
+        assert lines == ["GET /version", "GET /v1.45/info", "GET /v1.45/info"]
+        version = "1.44"
+        with pytest.raises(DockerUnavailable, match="too new"):
+            engine.info()
+        assert engine.info() and lines[3:] == ["GET /v1.45/info", "GET /version", "GET /v1.44/info"]
+
+
 def drips(client: Client, line: str) -> None:
     client.send(HEAD + b"Content-Length: 1000\r\n")
     client.drip(b"X-A: " + b"a" * 1000)
