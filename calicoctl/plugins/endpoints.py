@@ -114,14 +114,7 @@ def attach(datastore: DatastoreClient, id: str) -> Attached:
         size = mtu.of_interface(datastore, addresses, pools, next_hops, configured)
         name, peer = endpoint.id.interface, peer_of(endpoint.id)
         ensure_guard(datastore)
-        netns.delete_interface(name)  # of a call that was interrupted
-        netns.create_veth_here(name, peer, size, endpoint.mac or mac_of(id))
-        try:
-            netns.set_up(name)
-        except BaseException:
-            with suppress(NamespaceError):
-                netns.delete_interface(name)
-            raise
+        netns.create_veth_here(name, peer, size, endpoint.mac or mac_of(id))  # perhaps after an interrupted call
         return Attached(peer, next_hops, [pool.cidr for pool in pools])
 
 

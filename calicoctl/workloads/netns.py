@@ -379,15 +379,22 @@ def create_veth(name: str, namespace: Namespace, interface: str, mtu: int, mac: 
 
 
 def create_veth_here(name: str, peer: str, mtu: int, mac: str) -> None:
-    """Create a veth pair with both ends, `name` and `peer`, on the host. Both are down.
+    """Create a veth pair with both ends on the host: `name`, which is up, and `peer`, which is down.
 
-    `mac` is the MAC of `peer`; the MAC of the other end is HOST_MAC. If NamespaceError is raised, no pair was created.
+    An interface `name` that exists is replaced. `mac` is the MAC of `peer`; the MAC of the other end is HOST_MAC. If
+    NamespaceError is raised, there is no such pair.
     """
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"creating the veth pair {name} and {peer}"), IPRoute() as netlink:
+        _delete(netlink, name)
         other = {"ifname": peer, "mtu": mtu, "address": mac}
         netlink.link("add", ifname=name, kind="veth", address=HOST_MAC, mtu=mtu, peer=other)
+        try:
+            _set_up(netlink, name)
+        except BaseException:
+            _delete(netlink, name)
+            raise
 
 
 def set_up(name: str) -> None:
@@ -395,10 +402,14 @@ def set_up(name: str) -> None:
     from pyroute2.iproute.linux import IPRoute
 
     with _explained(f"bringing interface {name} up"), IPRoute() as netlink:
-        with suppress(FileNotFoundError):  # a kernel without IPv6
-            for setting, value in HOST_END_IPV6.items():
-                _write_sysctl(f"net/ipv6/conf/{name}/{setting}", value)
-        netlink.link("set", index=_index(name), state="up")
+        _set_up(netlink, name)
+
+
+def _set_up(netlink: IPRoute, name: str) -> None:
+    with suppress(FileNotFoundError):  # a kernel without IPv6
+        for setting, value in HOST_END_IPV6.items():
+            _write_sysctl(f"net/ipv6/conf/{name}/{setting}", value)
+    netlink.link("set", index=_index(name), state="up")
 
 
 def set_mtu(name: str, mtu: int) -> None:
@@ -451,13 +462,19 @@ def delete_interface(name: str) -> bool:
     """Delete an interface of the host; return whether it existed. The other end of a veth is deleted with it."""
     from pyroute2.iproute.linux import IPRoute
 
+    if _find(name) is None:  # before a socket is opened, which takes longer
+        return False
     with _explained(f"deleting interface {name}"), IPRoute() as netlink:
-        index = _find(name)
-        if index is None:
-            return False
-        with _ignoring(errno.ENODEV):
-            netlink.link("del", index=index)
-        return True
+        return _delete(netlink, name)
+
+
+def _delete(netlink: IPRoute, name: str) -> bool:
+    index = _find(name)
+    if index is None:
+        return False
+    with _ignoring(errno.ENODEV):
+        netlink.link("del", index=index)
+    return True
 
 
 def inspect(netlink: IPRoute) -> Inspection:

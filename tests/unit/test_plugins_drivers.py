@@ -121,7 +121,6 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel()
     monkeypatch.setattr(netns, "create_veth_here", kernel.create)
     monkeypatch.setattr(netns, "delete_interface", kernel.delete)
-    monkeypatch.setattr(netns, "set_up", lambda name: None)
     monkeypatch.setattr(netns, "interfaces", kernel.interfaces)
     monkeypatch.setattr(endpoints, "ensure_guard", lambda datastore: None)
     monkeypatch.setattr(endpoints.mtu, "of_interface", lambda *arguments: 1500)
