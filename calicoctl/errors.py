@@ -27,6 +27,8 @@ def is_shortage(error: BaseException | None) -> bool:
 
 def printable(text: str) -> str:
     """Return a text with all unprintable characters escaped, except newlines."""
+    if text.isprintable():  # as almost all texts, of which the agent logs many
+        return text
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
