@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING
 from calicoctl import engine, state
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError, DockerUnavailable, InvalidValue, NotFound
-from calicoctl.felix.heartbeat import Identity
 from calicoctl.plugins import restarting
-from calicoctl.plugins.endpoints import PEER_PREFIX
+from calicoctl.plugins.endpoints import PEER_PREFIX, is_of_another_machine
 from calicoctl.plugins.engine_events import EngineEvents
 from calicoctl.plugins.networks import Networks
 from calicoctl.plugins.stores import Stores
@@ -121,8 +120,7 @@ class Collection:
         """Remove what is left; note since when what may be left is there. Raises CalicoError."""
         # before the engine is asked, so that what is made meanwhile counts as known
         with self._stores.client() as datastore:
-            status = datastore.statuses.of_host()
-            if status is not None and Identity.of(status).is_other_machine(Identity.own()):
+            if is_of_another_machine(datastore):
                 self._since.clear()
                 return
             found = list(self._stored(datastore))

@@ -18,6 +18,7 @@ from calicoctl.clock import now
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, KeyExists, NamespaceError, NotFound
+from calicoctl.felix.heartbeat import Identity
 from calicoctl.workloads import libnetwork, mtu, netns, network_profiles
 from calicoctl.workloads.libnetwork import LIBNETWORK
 from calicoctl.workloads.locks import WorkloadLock
@@ -26,6 +27,7 @@ from calicoctl.workloads.wiring import ensure_guard
 if TYPE_CHECKING:
     from netaddr import IPAddress
 
+    from calicoctl.datastore.blocks import Owner
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.datastore.keys import EndpointId
     from calicoctl.plugins.networks import Network
@@ -147,13 +149,40 @@ def release(datastore: DatastoreClient, address: IPAddress) -> None:
     if owner.handle.startswith(libnetwork.requests_of(datastore.host)):
         datastore.ipam.release([address], {owner.handle})
         return
-    id = owner.secondary.get("endpoint")
-    if not libnetwork.is_id(id) or owner.handle != libnetwork.workload(str(id)).handle:
+    id = _endpoint_of(owner, datastore.host)
+    if id is None:
         return
-    with _locked(datastore, str(id)):
-        detach(datastore.host, str(id))
-        datastore.remove_endpoint(libnetwork.endpoint_id(datastore.host, str(id)))
+    with _locked(datastore, id):
+        detach(datastore.host, id)
+        datastore.remove_endpoint(libnetwork.endpoint_id(datastore.host, id))
         datastore.ipam.release([address], {owner.handle})
+
+
+def is_left(datastore: DatastoreClient, address: IPAddress) -> bool:
+    """Return whether an address is that of an endpoint of this host that has no interface in a container.
+
+    The container of such an endpoint has left it, or is just about to get its interface. False if another machine's
+    agent has this host's name, since the container may be there.
+    """
+    owner = datastore.ipam.owner(address)
+    id = None if owner is None else _endpoint_of(owner, datastore.host)
+    if id is None or is_of_another_machine(datastore):
+        return False
+    name = libnetwork.endpoint_id(datastore.host, id).interface
+    return not any(one.name == name and one.peer_is_elsewhere for one in netns.interfaces())
+
+
+def is_of_another_machine(datastore: DatastoreClient) -> bool:
+    """Return whether another machine's agent has this host's name."""
+    status = datastore.statuses.of_host()
+    return status is not None and Identity.of(status).is_other_machine(Identity.own())
+
+
+def _endpoint_of(owner: Owner, host: str) -> str | None:
+    """Return the id of the endpoint of a Docker network on `host` that owns an address; None if there is none."""
+    id = str(owner.secondary.get("endpoint"))
+    is_ours = owner.secondary.get("host") == host and libnetwork.is_id(id)
+    return id if is_ours and owner.handle == libnetwork.workload(id).handle else None
 
 
 def _locked(datastore: DatastoreClient, id: str) -> WorkloadLock:

@@ -37,8 +37,8 @@ class IpamDriver:
 
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
-        self._unreleased: set[IPAddress] = set()
-        """The addresses whose release the store has not taken in time. Those assigned since then are not among them."""
+        self._in_use: set[IPAddress] = set()
+        """The addresses that this process has assigned, and that the engine has not released since."""
 
     def routes(self) -> dict[str, Route]:
         return {
@@ -89,14 +89,16 @@ class IpamDriver:
             try:
                 return assigned(datastore)
             except AddressTaken:
-                if asked.address is None or asked.address not in self._unreleased:
+                if asked.address is None or asked.address in self._in_use:
                     raise
-            # the container that had it has left: it may be this one, which is being restarted
+                if not endpoints.is_left(datastore, asked.address):
+                    raise
+            # etcd was away when its container left, or at the host's end: it may be this one, which is started again
             endpoints.release(datastore, asked.address)
             return assigned(datastore)
 
         address = self._stores.call(taken)
-        self._unreleased.discard(address)
+        self._in_use.add(address)
         return {"Address": f"{address}/{BITS[asked.version]}", "Data": {}}
 
     def release_address(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -105,10 +107,8 @@ class IpamDriver:
         For any other address, nothing is done: the engine also releases what no network has had.
         """
         address = parse_address(requests.text(request, "Address").partition("/")[0])
-        if self._stores.remove(lambda datastore: endpoints.release(datastore, address)):
-            self._unreleased.discard(address)
-        else:
-            self._unreleased.add(address)
+        self._stores.remove(lambda datastore: endpoints.release(datastore, address))
+        self._in_use.discard(address)
         return {}
 
 

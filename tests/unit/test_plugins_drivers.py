@@ -505,6 +505,37 @@ def test_an_address_that_was_not_released_in_time_is_given_to_the_next_container
         node.address(address="192.168.0.9")
 
 
+def test_an_address_that_was_not_released_before_the_process_started_anew_is_given_to_the_next_container(
+    node: Node, store: MemoryStore, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a reboot, when etcd has ended before the containers."""
+    given = node.endpoint(ONE, address=node.address(address="192.168.0.9"))
+    node.join(ONE)
+    kernel.attached.add("cali11111111111")
+    anew = Node("host1", store, "192.0.2.1")
+
+    def refuses() -> None:
+        with pytest.raises(CalicoError, match="is already assigned"):
+            anew.address(address="192.168.0.9")
+        assert node.record(ONE) is not None
+
+    refuses()  # its container runs
+    kernel.names.clear()
+    monkeypatch.setattr(Identity, "own", lambda: Identity("here", "boot"))
+    node.datastore.statuses.write_host({"machine": "elsewhere", "boot": "boot"}, 30, None)
+    refuses()  # it may run on that machine
+    node.datastore.unset("/calico/felix/v1/host/host1/status")
+    assert anew.address(address="192.168.0.9") == given
+    assert node.record(ONE) is None and list(node.held().values()) == [1]
+    refused = pytest.raises(CalicoError, match="is already assigned")
+    with refused:  # it is about to be that of a new endpoint
+        anew.address(address="192.168.0.9")
+    anew.network()
+    anew.endpoint(TWO, address=given)
+    with refused:
+        anew.address(address="192.168.0.9")
+
+
 def test_an_address_that_was_not_released_and_assigned_again_is_not_taken(
     node: Node, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
