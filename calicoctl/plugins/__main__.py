@@ -55,6 +55,9 @@ LOCK = "plugins.lock"
 LOCK_PATIENCE = 10.0
 """Seconds to wait for the lock, while the process of another version ends."""
 
+STORE_PATIENCE = 1.6
+"""Seconds to wait for etcd before the first call is answered: at boot, an etcd of this host is later than Docker."""
+
 LOCK_POLL = 0.5
 """Seconds between two attempts to get the lock, while this process refuses all calls: see files.lock."""
 
@@ -82,7 +85,7 @@ def main() -> None:
         _refuse_until_locked(passed, str(error), ended)
     stores = Stores(hostname(), variables)
     with suppress(CalicoError):  # the first call is in time, also if this has to import much
-        stores.require()
+        stores.require(STORE_PATIENCE)
     known = Networks(stores.host)
     events = EngineEvents(stores, known)
     driver = NetworkDriver(stores, known)

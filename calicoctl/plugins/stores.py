@@ -167,19 +167,23 @@ class Stores:
         members = tuple(name for name, _ in settings.members)
         return DatastoreClient(backends.connect(settings, PATIENCE), self.host, members)
 
-    def require(self) -> None:
-        """Raise StoreUnavailable if the store has failed within the last PAUSE seconds, or does not answer now."""
+    def require(self, seconds: float | None = None) -> None:
+        """Raise StoreUnavailable if the store has failed within the last PAUSE seconds, or does not answer now.
+
+        `seconds` is how long an answer is waited for, by default ANSWER.
+        """
+        seconds = ANSWER if seconds is None else seconds
         if time.monotonic() < self._down_until:
             self.note_failure()
             raise StoreUnavailable("etcd did not answer a moment ago; try again in a few seconds")
         if time.monotonic() - self._answered < FRESH:
             return
         try:
-            bounded(ANSWER, self._ask, part=True)
+            bounded(seconds, self._ask, part=True)
         except TooSlow:
             self.note_failure()
             self._pause()
-            raise StoreUnavailable(f"etcd does not answer within {ANSWER:.0f} s; try again later") from None
+            raise StoreUnavailable(f"etcd does not answer within {seconds:g} s; try again later") from None
 
     def _ask(self) -> None:
         with self.client() as datastore:

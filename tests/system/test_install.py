@@ -169,7 +169,8 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     assert run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit)).err == ""
     run("systemd-analyze", "security", "--offline=true", "--threshold=50", "--no-pager", str(unit))
     sockets, service = units / "calico-docker.socket", units / "calico-docker.service"
-    said = run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(sockets), str(service)).err
+    together = (str(sockets), str(service), str(units / "calico-docker-etcd.service"))
+    said = run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *together).err
     assert said == ""
     run("systemd-analyze", "security", "--offline=true", "--threshold=50", "--no-pager", str(service))
     assert run("find", str(prefix), "!", "-type", "l", "!", "-perm", "-o=r").out == "", "all of it is for everybody"

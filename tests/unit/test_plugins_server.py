@@ -203,6 +203,16 @@ def test_after_a_failure_of_the_store_works_fail_at_once(
     assert one.call(lambda datastore: 6) == 6 and one.remove(tried.append) and len(tried) == 1
 
 
+def test_before_the_first_call_a_store_that_starts_is_waited_for_longer(store: MemoryStore) -> None:
+    one = stores.Stores("host1", {})
+    store.before_read = lambda: release.wait(0.4)
+    one.require(5)
+    store.before_read = lambda: release.wait(20)
+    one._answered = 0.0
+    with pytest.raises(StoreUnavailable, match="does not answer within"):
+        one.require()
+
+
 def test_a_slow_work_fails_alone(store: MemoryStore) -> None:
     one = stores.Stores("host1", {})
     began = time.monotonic()
