@@ -118,8 +118,9 @@ class EndpointChanged:
 class RetryLabels:
     """Containers that could not be connected as their labels ask may succeed now.
 
-    `changed` are endpoints that have changed, of all hosts: containers that ask for one of their addresses may succeed.
-    If it is None, all may, for example since a pool or a profile has changed.
+    `changed` are endpoints that have changed, of all hosts: containers that ask for one of their addresses may succeed,
+    and a container that has one of them was connected by a command. If it is None, all containers may succeed, for
+    example since a pool or a profile has changed.
     """
 
     changed: frozenset[EndpointId] | None
@@ -479,8 +480,11 @@ class WorkloadKeeper:
     def _retry_labels(self, now: float, changed: frozenset[EndpointId] | None = None) -> None:
         """Retry soon to connect the containers that could not be connected as their labels ask. See RetryLabels."""
         # soon: a command releases addresses just after it has deleted the endpoint
+        workloads = {workload_of(id) for id in changed or () if id.host == self._datastore.host}
         for key, tracked in self._tracked.items():
-            if tracked.labels and tracked.failure is not None and (changed is None or tracked.labels_holder in changed):
+            if not tracked.labels or tracked.failure is None:
+                continue
+            if changed is None or tracked.labels_holder in changed or key in workloads:
                 tracked.labels_pause = 0.0
                 self._add(key, now + LOCK_PAUSE)
 

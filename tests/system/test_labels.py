@@ -162,6 +162,8 @@ def test_labels_of_an_image_and_networks_that_are_taken(labelled: AgentHost) -> 
     stop("web")
     start("web", "ip=ipv4", "interface=lo")
     await_failure(host, "with --interface or with the label calico.interface")
+    host.ctl("container", "add", "web", "ipv4")
+    wait_for(lambda: host.status()["containers_not_connected"] == [], f"that the command is noticed\n{host.log()}", 8)
     stop("web")
     command = ("docker", "run", "--net=host", "--label", f"calico.ip={A4}", "--name", "web", "-tid", "busybox")
     run(*command)

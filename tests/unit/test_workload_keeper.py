@@ -676,7 +676,7 @@ def test_a_container_waits_for_the_endpoint_that_has_its_address(bench: Bench) -
     bench.labels = {ONE: LabelsRefused("web", "taken", holder), TWO: LabelsRefused("db", "no such pool")}
     bench.take(started(ONE), started(TWO))
     bench.wait(0.5)
-    for changed, retried in ((docker(ONE), []), (holder, [ONE])):
+    for changed, retried in ((docker("3" * 64), []), (holder, [ONE]), (docker(TWO), [TWO])):
         bench.keeper.retry_labels(frozenset([changed]))
         bench.take()
         assert bench.wait(0.5) == retried
