@@ -98,7 +98,7 @@ def main() -> None:
                 failed=stores.note_failure,
                 unavailable=UNAVAILABLE,
             ),
-            Listening(files.RUN / stores.host / hook.SOCKET, hook.routes(stores), hook.SECONDS),
+            *hook.listening(stores),
         ],
         passed,
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
+from calicoctl import files
 from calicoctl.errors import one_line
-from calicoctl.plugins.server import Route
+from calicoctl.plugins.server import Listening, Route
 from calicoctl.plugins.stores import Stores
 from calicoctl.workloads import oci_hook, starting
 from calicoctl.workloads.workload import short_id
@@ -18,6 +20,22 @@ SOCKET = "hook.sock"
 
 SECONDS = oci_hook.SECONDS + oci_hook.KILL_AFTER
 """The maximum number of seconds that a call takes. The hook waits for less, and then says so itself."""
+
+
+LONGEST = 90
+"""The maximum length of the socket's path, in bytes. The kernel's is 107, also for its name while it is created."""
+
+
+def listening(stores: Stores) -> list[Listening]:
+    """Return the socket of the hook; none, and tell the log, if the name of the host is too long for its path.
+
+    Then the hook has a new process for each container.
+    """
+    path = files.RUN / stores.host / SOCKET
+    if len(os.fsencode(path)) > LONGEST:
+        log.warning("the name of this host is too long for %s: Docker's hook is not served", path)
+        return []
+    return [Listening(path, routes(stores), SECONDS)]
 
 
 def routes(stores: Stores) -> dict[str, Route]:

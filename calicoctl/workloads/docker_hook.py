@@ -149,7 +149,7 @@ def set_up(host: str) -> bool:
         _refuse_unsuitable(described, daemon, config)
         if before is not None:
             _refuse_second_engine(before, path, str(described["DockerRootDir"]))
-        named = config.get(_DEFAULT)
+        named = config.get(_DEFAULT) or None
         if named == NAME:
             named = _default_in_script(config) if before is None else before.default
         new = Settings(

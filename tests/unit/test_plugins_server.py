@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ from typing import Any, Callable
 
 import pytest
 
+from calicoctl import files
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError, StoreUnavailable
+from calicoctl.plugins import hook, stores
 from calicoctl.plugins import server as module
-from calicoctl.plugins import stores
 from calicoctl.plugins.server import Listening, Server, servers
 from calicoctl.plugins.stores import TooSlow, bounded
 from tests.unit.memory_store import MemoryStore
@@ -84,6 +86,17 @@ def call(path: Path, route: str, body: bytes = b"{}", head: bytes = b"") -> tupl
     answer = send(path, data)
     status, _, _ = answer.partition(b"\r\n")
     return int(status.split()[1]), json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
+def test_the_hook_is_served_unless_its_path_would_be_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(files, "RUN", Path(folder))
+        host = "h" * (hook.LONGEST - len(f"{folder}//{hook.SOCKET}"))
+        (one,) = servers(hook.listening(stores.Stores(host, {})), {})
+        one.start()
+        one.stop()
+        one.server_close()
+        assert hook.listening(stores.Stores(host + "h", {})) == []
 
 
 def test_calls(path: Path) -> None:
