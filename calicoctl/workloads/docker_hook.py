@@ -354,10 +354,12 @@ def _refuse_second_engine(before: Settings, path: Path, data_root: str) -> None:
     `path` is the configuration file of this engine, `data_root` its data directory.
     """
     is_another = False
+    if before.data_root == data_root:  # which belongs to one engine: its configuration is another file now
+        return
     if before.configuration != str(path):
         _, config = _read(Path(before.configuration))
         is_another = _is_ours((config.get(_RUNTIMES) or {}).get(NAME))
-    elif before.data_root != data_root:  # two engines may have one file; or this one's data was moved
+    else:  # two engines may have one file; or this one's data was moved
         with _asking(before.docker_host), suppress(DockerUnavailable):
             is_another = engine.info().get("DockerRootDir") == before.data_root
     if is_another:

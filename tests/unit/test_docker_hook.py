@@ -294,6 +294,13 @@ def test_the_hook_is_for_one_engine(
     docker_hook.set_up("host1")
     found = docker_hook.settings()
     assert found is not None and found.data_root == "/fourth"
+    # it has another configuration file, a copy
+    third = tmp_path / "third.json"
+    third.write_text(an_engine.path.read_text())
+    monkeypatch.setattr(docker_hook, "_configuration_of", lambda daemon: third)
+    docker_hook.set_up("host1")
+    found = docker_hook.settings()
+    assert found is not None and found.configuration == str(third) and found.default is None
 
 
 def test_the_runtime_stays_while_it_may_be_needed(an_engine: Engine, folder: Path) -> None:
