@@ -396,7 +396,8 @@ class WorkloadKeeper:
         elif isinstance(item, RetryLabels):
             self._retry_labels(now, item.changed)
         elif isinstance(item, EndpointChanged) and item.key[0] != DOCKER and not self._is_connected(item.key):
-            self._refused.keys.add(item.key)  # there may be many of them, so they take no worker's time
+            if upkeep.is_managed(*item.key):  # the engine attaches those of Docker networks, and other tools theirs
+                self._refused.keys.add(item.key)  # there may be many of them, so they take no worker's time
         elif isinstance(item, EndpointChanged):
             # a workload may remove its own interface again and again
             self._add(item.key, max(now, self._known(item.key).reattached_at + REATTACH_INTERVAL))

@@ -168,8 +168,11 @@ def test_a_container_that_changes_is_reconciled(bench: Bench) -> None:
 def test_workloads_of_other_orchestrators_are_ignored(bench: Bench) -> None:
     bench.take(listed())
     bench.keeper.enqueue(EndpointId("vm", "openstack", "vm1", "e" * 32))
+    bench.keeper.enqueue(EndpointId("vm", "libnetwork", "e" * 64, "e" * 64))
     bench.keeper.enqueue(docker("no-id"))
     assert bench.take(changed("no-id")) == []
+    assert bench.wait(600) == []
+    assert bench.failures() == []
 
 
 def test_containers_wait_until_the_engine_has_listed_them_and_namespaces_do_not(bench: Bench) -> None:
