@@ -50,6 +50,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -66,12 +67,13 @@ from calicoctl.commands.endpoint import (
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
-from calicoctl.errors import CalicoError, NotFound, about, for_each
+from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound, about, for_each
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import print_json, wants_json
 from calicoctl.workloads import docker_networks, network_profiles
 from calicoctl.workloads.docker_networks import Connection
 from calicoctl.workloads.workload import (
+    CNI,
     Workload,
     check_workload_name,
     endpoint_ids_of,
@@ -120,7 +122,7 @@ def _add(arguments: dict[str, Any], request: AddressRequest, interface: str | No
 
     as_json = wants_json(arguments)
     datastore = DatastoreClient.from_environment()
-    workload = find(arguments["<CONTAINER>"])
+    workload = _find(arguments["<CONTAINER>"], datastore)
     _refuse_in_docker_network(datastore, workload, "to connect it otherwise, run it with --net=none")
     made = wiring.connect(datastore, workload, request, interface, arguments["--exist-ok"])
     if as_json:
@@ -140,6 +142,24 @@ def _add(arguments: dict[str, Any], request: AddressRequest, interface: str | No
     sys.stdout.flush()
     if patience is not None:
         _await_agent(datastore, workload.name, made.id, patience)
+
+
+def _find(name: str, datastore: DatastoreClient) -> Workload:
+    """Return the workload that is to be connected, or to get an address. Raises CalicoError, as `find` does.
+
+    The error of a container that was attached through CNI says so.
+    """
+    try:
+        return find(name)
+    except (NoSuchContainer, DockerUnavailable):
+        orchestrator = None
+        with suppress(CalicoError):
+            orchestrator = find_connected(name, datastore).orchestrator
+        if orchestrator == CNI:
+            raise CalicoError(
+                f"{name} was attached through CNI: only its runtime can connect it, and choose its addresses"
+            ) from None
+        raise
 
 
 def _seconds(text: str | None) -> float | None:
@@ -208,7 +228,7 @@ def _ip_add(name: str, request: AddressRequest, interface: str | None) -> None:
     from calicoctl.workloads import wiring
 
     datastore = DatastoreClient.from_environment()
-    workload = find(name)
+    workload = _find(name, datastore)
     _refuse_in_docker_network(datastore, workload, _OTHER_ADDRESS)
     address, is_new = wiring.add_address(datastore, workload, request, interface)
     print(f"IP {address} added to {workload.name}" if is_new else f"{workload.name} has IP {address} already.")

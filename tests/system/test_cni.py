@@ -244,6 +244,8 @@ def test_commands_know_the_container_by_its_id_and_its_name(host: Host) -> None:
     for name in ("c1", "shop", "feed0011"):
         host.ctl("container", name, "profile", "set", "web")
         assert host.ctl("container", name, "profile", "show").out.count("web") == 1
+    for words in (("add", "shop", "ipv4"), ("feed0011", "ip", "add", "ipv4")):
+        assert "only its runtime can connect it" in host.ctl("container", *words, status=1).err
     host.ctl("container", "remove", "shop", "feed0011")
     host.check_nothing_left()
     network.delete()
