@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from calicoctl import state
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
@@ -23,7 +24,7 @@ from calicoctl.felix import heartbeat, local_etcd, plugin_process, process
 from calicoctl.felix.bgp import passwords
 from calicoctl.felix.health import NO_MTU
 from calicoctl.output import first_few, quantity
-from calicoctl.workloads import docker_hook
+from calicoctl.workloads import docker_hook, libnetwork
 from calicoctl.workloads.workload import short_id
 
 OLDEST_REPORT = 30.0
@@ -176,10 +177,7 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     hook = status["docker_hook"]
     if hook is not None and not hook["works"]:
         yield Issue(HOST, f"Docker's hook does not work: {hook['text']}", "run 'calicoctl node --docker-hook'")
-    served = plugin_process.running(status["host"]) is not None or plugin_process.served_elsewhere()
-    if status["libnetwork"] and not served:
-        text = "the process for Docker networks does not run: their containers neither start nor stop"
-        yield Issue(HOST, text, f"see plugins.log in {status['log_dir'] or process.DEFAULT_LOG_DIR}")
+    yield from _docker_networks(status)
     yield from _host_failures(status)
     yield from _sessions(status)
     yield from _unknown_interfaces(status)
@@ -187,6 +185,23 @@ def _issues(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     yield from _endpoints(status, "up")
     yield from _local_etcd(status)
     yield from _keys(status)
+
+
+def _docker_networks(status: dict[str, Any]) -> Iterator[Issue]:
+    host = status["host"]
+    if plugin_process.running(host) is not None or plugin_process.served_elsewhere():
+        return
+    if status["libnetwork"]:
+        text = "the process for Docker networks does not run: their containers neither start nor stop"
+        yield Issue(HOST, text, f"see plugins.log in {status['log_dir'] or process.DEFAULT_LOG_DIR}")
+        return
+    networks = {}
+    with suppress(CalicoError):  # only root may read them
+        networks = state.read_all(host, libnetwork.NETWORKS)
+    if networks:
+        text = f"nothing serves this host's {quantity(len(networks), 'Docker network')}, so containers there do not start"
+        advice = "'calicoctl node stop --force' and then 'calicoctl node --libnetwork', or systemd's calico-docker.socket"
+        yield Issue(HOST, text, f"use {advice}")
 
 
 def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from calicoctl import proc
+from calicoctl import proc, state
 from calicoctl.commands import status as command
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.desired.snapshot import INACTIVE, Snapshot
@@ -19,6 +19,7 @@ from calicoctl.felix import events, plugin_process, process
 from calicoctl.felix.bgp.bird import Session
 from calicoctl.felix.health import Health, Status
 from calicoctl.felix.report import ReportFile
+from calicoctl.workloads import libnetwork
 from tests.unit.snapshots import Store
 
 HOST = "host1"
@@ -80,6 +81,16 @@ def test_the_process_for_docker_networks_does_not_run(
     assert "the process for Docker networks does not run: their containers" in told(capsys)[0]
     monkeypatch.setattr(plugin_process, "running", {HOST: 5}.get)
     assert "Docker networks" not in told(capsys)[0]
+
+
+def test_nothing_serves_docker_networks_that_exist(
+    health: Health, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(health)
+    state.write(HOST, libnetwork.NETWORKS, "a" * 64, content=b"{}")
+    assert "nothing serves this host's 1 Docker network, so containers there do not start" in told(capsys)[0]
+    monkeypatch.setattr(plugin_process, "served_elsewhere", lambda: True)
+    assert "Docker network" not in told(capsys)[0]
 
 
 def test_problems_are_listed_worst_first_in_ten_lines(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
