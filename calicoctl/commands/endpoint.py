@@ -411,7 +411,8 @@ def change_profiles(
     Prints what was done. Messages call the endpoint `name`. `connection` is the endpoint's connection to a Docker
     network of this host, if it is one: then the list is that of the container's next endpoints there, too. Raises
     NotFound, without a change, if a profile to remove is not in the list, or if a profile to append or set does not
-    exist. Raises NotRoot if there is a `connection`, and the process does not run as root.
+    exist. Raises NotRoot if there is a `connection`, and the process does not run as root, and CalicoError if the list
+    is not known yet.
     """
     if connection is not None and os.geteuid() != 0:
         raise NotRoot(
@@ -428,6 +429,8 @@ def change_profiles(
 
     def change(endpoint: Endpoint) -> bool:
         old = endpoint.profile_ids
+        if not arguments["set"]:
+            network_profiles.refuse_pending(endpoint)
         if arguments["append"]:
             endpoint.profile_ids = old + [profile for profile in profiles if profile not in old]
         elif arguments["set"]:

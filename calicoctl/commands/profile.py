@@ -81,6 +81,7 @@ from calicoctl.errors import CalicoError, Failed, InvalidValue, NotFound, UsageE
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import abridges, first_few, print_json, print_table, quantity, wants_json, warn
 from calicoctl.policy.rules import check_name
+from calicoctl.workloads import network_profiles
 from calicoctl.workloads.workload import short_id
 
 if TYPE_CHECKING:
@@ -192,6 +193,14 @@ def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> Non
             raise CalicoError(
                 f"Profile {profile} is in use by {quantity(len(users), 'endpoint')} ({some}). Remove it "
                 "from them first, or use --no-check."
+            )
+        keeping = network_profiles.containers_with(datastore.host, profile)
+        if keeping:
+            some = first_few(map(short_id, keeping))
+            raise CalicoError(
+                f"Profile {profile} is kept for the next start of {quantity(len(keeping), 'container')} in Docker "
+                f"networks ({some}). Remove it from them first, with 'calicoctl container NAME profile remove "
+                f"{profile}', or use --no-check."
             )
     datastore.remove_profile(profile)
     print(f"Deleted profile {printable(profile)}")

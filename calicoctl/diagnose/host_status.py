@@ -199,9 +199,10 @@ def _docker_networks(status: dict[str, Any]) -> Iterator[Issue]:
     with suppress(CalicoError):  # only root may read them
         networks = state.read_all(host, libnetwork.NETWORKS)
     if networks:
-        text = f"nothing serves this host's {quantity(len(networks), 'Docker network')}, so containers there do not start"
-        advice = "'calicoctl node stop --force' and then 'calicoctl node --libnetwork', or systemd's calico-docker.socket"
-        yield Issue(HOST, text, f"use {advice}")
+        some = quantity(len(networks), "Docker network")
+        text = f"nothing serves this host's {some}, so containers there do not start"
+        use = "'calicoctl node stop --force' and then 'calicoctl node --libnetwork', or systemd's calico-docker.socket"
+        yield Issue(HOST, text, f"use {use}")
 
 
 def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:

@@ -95,6 +95,20 @@ def every(host: str) -> list[tuple[str, str]]:
     return [(one, other) for one, _, other in parts if libnetwork.is_id(one) and libnetwork.is_id(other)]
 
 
+def containers_with(host: str, profile: str) -> list[str]:
+    """Return the ids of the containers for which a profile is kept, without those whose file cannot be read.
+
+    Only root may read the files.
+    """
+    found = set()
+    with suppress(CalicoError):
+        for container, network in every(host):
+            with suppress(CalicoError):
+                if profile in (kept(host, container, network) or ()):
+                    found.add(container)
+    return sorted(found)
+
+
 def forget(host: str, container: str, network: str) -> None:
     """Remove the profiles that are kept for a container in a network (ids), if any. Raises CalicoError."""
     state.remove(host, _FOLDER, _file_name(container, network))
@@ -148,6 +162,15 @@ def settle(host: str, endpoint: Endpoint, container: str, network: str) -> None:
 
 
 # For commands
+
+
+def refuse_pending(endpoint: Endpoint) -> None:
+    """Raise CalicoError if an endpoint's profiles are not known, since its container is not known yet."""
+    if PENDING in endpoint.extra:
+        raise CalicoError(
+            f"the profiles of endpoint {endpoint.id.endpoint[:12]} are not known yet, since the process for Docker "
+            f"networks on {endpoint.id.host} has not stored whose it is: try again in a moment"
+        )
 
 
 def current(datastore: DatastoreClient, connection: Connection) -> Endpoint:

@@ -97,6 +97,8 @@ def test_a_stopped_container_has_its_profiles_when_it_starts(network: AgentHost)
         ), state
         host.ctl("container", "app", "profile", "append", "open")
         assert host.ctl("container", "app", "profile", "show").out == "net1\nopen\n"
+        said = host.ctl("profile", "remove", "open", status=1).err
+        assert f"for the next start of 1 container in Docker networks ({inspected('app')['Id'][:12]})" in said
         run("docker", "start", "app")
         wait_for(lambda: record(host, "app")["profile_ids"] == ["net1", "open"], "the kept profiles")
         run("docker", "kill", "app")

@@ -12,6 +12,7 @@ from typing import Any, Callable
 import pytest
 
 from calicoctl import engine, limits, state
+from calicoctl.commands.endpoint import change_profiles
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError
@@ -249,6 +250,30 @@ def test_profiles_that_another_host_sets_before_the_container_is_known_stay(worl
     world.datastore.modify_endpoint(libnetwork.endpoint_id("vm", FIRST), appending("from elsewhere"))
     world.report(FIRST)
     assert world.profiles(FIRST) == ["from elsewhere"]
+
+
+def test_another_host_changes_no_list_that_is_not_known_yet(world: World) -> None:
+    world.datastore.create_profile("web")
+    network_profiles.keep("vm", DB, NET1, ["kept"])
+    world.create(FIRST, "net1")
+    endpoint = world.datastore.readable(libnetwork.endpoint_id("vm", FIRST))
+    assert endpoint is not None
+    words = {"append": False, "set": False, "remove": False}
+    with pytest.raises(CalicoError, match="has not stored whose it is: try again"):
+        change_profiles(world.datastore, endpoint, FIRST, {**words, "append": True}, ["web"])
+    world.report(FIRST)
+    assert world.profiles(FIRST) == ["net1"]
+    change_profiles(world.datastore, endpoint, FIRST, {**words, "append": True}, ["web"])
+    assert world.profiles(FIRST) == ["net1", "web"]
+
+
+def test_for_which_containers_a_profile_is_kept() -> None:
+    for container, network in ((WEB, NET1), (WEB, NET2), (DB, NET1)):
+        network_profiles.keep("vm", container, network, ["web", "other"])
+    network_profiles.keep("vm", "9" * 64, NET1, ["other"])
+    state.write("vm", "networks.profiles", f"{'8' * 64}.{NET1}", content=b"[")
+    assert network_profiles.containers_with("vm", "web") == sorted([WEB, DB])
+    assert network_profiles.containers_with("vm", "none") == []
 
 
 def test_too_many_profiles_are_not_kept(world: World) -> None:
