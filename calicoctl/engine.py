@@ -89,13 +89,13 @@ def start(id: str) -> None:
         docker.start(id)
 
 
-def is_to_start(container: dict[str, Any], refusal: str) -> bool:
+def is_to_start(container: dict[str, Any], refusal: re.Pattern[str]) -> bool:
     """Return whether a container, the result of `inspect`, has not started, and is one that the engine would start.
 
-    That is so if its last start has failed with an error that contains `refusal`, and its restart policy says so.
+    That is so if its last start has failed with an error in which `refusal` is found, and its restart policy says so.
     """
     state = container["State"]
-    return refusal in str(state.get("Error")) and not state["Running"] and _is_restarted(container)
+    return refusal.search(str(state.get("Error"))) is not None and not state["Running"] and _is_restarted(container)
 
 
 def _is_restarted(container: dict[str, Any]) -> bool:

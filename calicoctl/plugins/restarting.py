@@ -1,12 +1,14 @@
-"""Starts containers that did not start since etcd was away, when it is back.
+"""Starts containers that did not start since etcd, or this process, was away, when both are back.
 
 The engine starts containers with a restart policy when it starts itself, but not again if their network refuses them.
-At boot, and always with `calicoctl node --local-etcd`, that is before etcd answers.
+At boot, and always with `calicoctl node --local-etcd`, that is before etcd answers; with `--libnetwork`, also before
+this process runs.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Set
 from contextlib import suppress
 
@@ -20,9 +22,12 @@ log = logging.getLogger("calico.plugins")
 UNAVAILABLE = "Calico cannot reach etcd"
 """How the error of a call begins that has failed since the store was away. The engine keeps it with the container."""
 
+_REFUSED = re.compile(rf'{UNAVAILABLE}|(/|%2F)calico(-ipam)?\.sock\b|plugin "calico(-ipam)?" not found')
+"""What is in the error of a start that is tried again: the store was away, or the engine could not call this process."""
+
 
 def start_refused(networks: Set[str]) -> None:
-    """Start the containers in `networks` (ids) that did not start because of UNAVAILABLE, if their policy says so.
+    """Start the containers in `networks` (ids) whose start has failed as _REFUSED says, if their policy says so.
 
     Raises DockerUnavailable if the engine does not list them.
     """
@@ -32,11 +37,11 @@ def start_refused(networks: Set[str]) -> None:
             continue
         with suppress(NoSuchContainer):
             container = engine.inspect(listed["Id"])
-            if not engine.is_to_start(container, UNAVAILABLE):
+            if not engine.is_to_start(container, _REFUSED):
                 continue
             name = f"container {short_id(container['Id'])} ({container['Name'].lstrip('/')})"
             try:
                 engine.start(container["Id"])
-                log.warning("%s is started, which had failed: etcd was away", name)
+                log.warning("%s is started, which had failed: etcd, or this process, was away", name)
             except CalicoError as error:
                 log.warning("%s does not start: %s", name, error)

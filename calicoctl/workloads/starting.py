@@ -218,7 +218,7 @@ def start_again(datastore: DatastoreClient, id: str) -> Action | None:
     note = files.RUN / datastore.host / f"{oci_hook.START_AGAIN}{id}"
     try:
         container = engine.inspect(id)
-        if not engine.is_to_start(container, oci_hook.PREFIX):
+        if not engine.is_to_start(container, re.compile(oci_hook.PREFIX)):
             note.unlink(missing_ok=True)
             return None
         if _lacks_address(datastore, container):

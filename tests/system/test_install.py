@@ -185,7 +185,12 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     assert make("install-cni", prefix, CNI_BIN=str(plugin.parent)).status == 0
     asked = run(str(plugin), input="{}", env={"CNI_COMMAND": "VERSION", "PATH": "/usr/bin:/bin"})
     assert "1.1.0" in json.loads(asked.out)["supportedVersions"]
-    assert make("uninstall", prefix, CNI_BIN=str(plugin.parent)).status == 0
+    networks = Path(f"/var/lib/calico/{host.name}/networks")
+    networks.mkdir(parents=True)
+    (networks / ("a" * 64)).write_text('{"name": "shop", "internal": false, "profiles": null, "has_profile": true}')
+    done = make("uninstall", prefix, CNI_BIN=str(plugin.parent))
+    assert done.status == 0 and "still has networks with Calico's driver: shop." in done.err, done
+    shutil.rmtree(networks)
     assert tree(prefix) == set()
     assert not [pid for name in ("felix", "plugins") for pid in Path("/run/calico").glob(f"*/{name}.pid")]
     assert not list(Path("/run/docker/plugins").iterdir())

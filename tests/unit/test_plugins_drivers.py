@@ -714,16 +714,24 @@ def test_lock_files_of_killed_processes_are_removed(
         assert not stale.exists() and held.path.exists()
 
 
-def test_containers_that_were_refused_are_started_when_etcd_is_back(
-    node: Node, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error",
+    [
+        f"failed to create endpoint: IpamDriver.RequestAddress: {restarting.UNAVAILABLE}: etcd did not answer",
+        # as Docker 20.10 says it at boot, and when the process has just ended
+        'plugin "calico-ipam" not found',
+        'Post "http://%2Frun%2Fdocker%2Fplugins%2Fcalico.sock/NetworkDriver.CreateEndpoint": EOF',
+    ],
+)
+def test_containers_that_were_refused_are_started_when_etcd_and_this_process_are_back(
+    node: Node, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
     Engine(monkeypatch)
-    error = f"failed to create endpoint: IpamDriver.RequestAddress: {restarting.UNAVAILABLE}: etcd did not answer"
     described: dict[str, tuple[str, str, str, str]] = {
         "1" * 64: ("exited", NETWORK, error, "always"),
         "2" * 64: ("created", NETWORK, error, "unless-stopped"),
         "3" * 64: ("exited", NETWORK, error, "no"),
-        "4" * 64: ("exited", NETWORK, "another error", "always"),
+        "4" * 64: ("exited", NETWORK, 'plugin "calico-other" not found', "always"),
         "5" * 64: ("exited", OTHER, error, "always"),
         "6" * 64: ("running", NETWORK, error, "always"),
         "7" * 64: ("exited", NETWORK, error, "on-failure"),
