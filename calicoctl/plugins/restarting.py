@@ -23,7 +23,7 @@ UNAVAILABLE = "Calico cannot reach etcd"
 """How the error of a call begins that has failed since the store was away. The engine keeps it with the container."""
 
 _REFUSED = re.compile(rf'{UNAVAILABLE}|(/|%2F)calico(-ipam)?\.sock\b|plugin "calico(-ipam)?" not found')
-"""What is in the error of a start that is tried again: the store was away, or the engine could not call this process."""
+"""What is in the error of a start that is tried again: the store was away, or the engine could not call us."""
 
 
 def start_refused(networks: Set[str]) -> None:
