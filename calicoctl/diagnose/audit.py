@@ -24,6 +24,7 @@ from calicoctl.desired.local_endpoint import usable_addresses
 from calicoctl.errors import CalicoError, InvalidValue
 from calicoctl.output import quantity
 from calicoctl.workloads.connected import ORCHESTRATORS
+from calicoctl.workloads.libnetwork import LIBNETWORK
 from calicoctl.workloads.workload import Workload, workload_of
 
 if TYPE_CHECKING:
@@ -276,6 +277,9 @@ def _of_address(
     orchestrator, _, workload = (owner.handle or "").partition(".")
     if not sound:
         yield Finding("address", address, problem, "fix the unreadable keys first: it may be an endpoint's")
+    elif orchestrator == LIBNETWORK and isinstance(host, str):
+        soon = f"the process for Docker networks on {host} releases it within about two minutes, or else {release}"
+        yield Finding("address", address, problem, soon)
     elif orchestrator not in ORCHESTRATORS or not workload:
         yield Finding("address", address, problem, release)
     elif host != datastore.host:

@@ -6,10 +6,12 @@ import json
 
 import pytest
 
+from calicoctl.addresses import parse_address
 from calicoctl.datastore.blocks import Block, Owner
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.copied import CopiedStore
 from calicoctl.diagnose import audit
+from calicoctl.workloads import libnetwork
 from tests.unit.memory_store import MemoryStore
 
 CIDR = "192.168.0.0/26"
@@ -132,3 +134,11 @@ def test_a_copy_of_the_store_reads_like_the_store() -> None:
     assert copy.read(["/calico/a", "/calico/0", "/calico/~"], ["/calico/a"]) == store.read(
         ["/calico/a", "/calico/0", "/calico/~"], ["/calico/a"]
     )
+
+
+def test_what_docker_has_left_is_released_without_a_command(store: MemoryStore) -> None:
+    datastore = DatastoreClient(store, "host1")
+    datastore.ipam.assign(parse_address("192.168.0.7"), libnetwork.request_owner("host1"))
+    (finding,), _ = audit.check(datastore)
+    assert (finding.kind, finding.subject, finding.fix) == ("address", "192.168.0.7", None)
+    assert finding.advice.startswith("the process for Docker networks on host1 releases it within about two minutes")
