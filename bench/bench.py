@@ -6,16 +6,14 @@ runs this; its argument is the number of pairs (default: 10).
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 
-from measuring import HOME, PYTHON, Measure, compare, fill, timed
+from measuring import HOME, PYTHON, Measure, compare, fill, ptp, timed
 
 from tests.system.support import Etcd, Host, import_busybox, run, start_docker
 
-PTP = "/usr/lib/cni/ptp"
 IMPORT_ALL = (PYTHON, "-c", "import docopt, etcd, netaddr, pyroute2, docker")
 
 KERNEL_WORK = """
@@ -175,26 +173,8 @@ def kernel_work() -> float:
 
 def cni_ptp() -> float:
     """Return the seconds that CNI's ptp plugin takes to create a veth pair, an address and routes."""
-    network = {
-        "cniVersion": "0.4.0",
-        "name": "bench",
-        "type": "ptp",
-        "ipam": {
-            "type": "host-local",
-            "subnet": "192.168.0.0/24",
-            "routes": [{"dst": "0.0.0.0/0"}],
-            "dataDir": str(HOME / "cni"),
-        },
-    }
-    environment = {
-        "CNI_CONTAINERID": "bench",
-        "CNI_NETNS": "/var/run/netns/bench",
-        "CNI_IFNAME": "eth1",
-        "CNI_PATH": str(Path(PTP).parent),
-        "PATH": os.environ["PATH"],
-    }
-    taken = timed(PTP, env={**environment, "CNI_COMMAND": "ADD"}, text=json.dumps(network))
-    timed(PTP, env={**environment, "CNI_COMMAND": "DEL"}, text=json.dumps(network))
+    taken = ptp("ADD")
+    ptp("DEL")
     return taken
 
 

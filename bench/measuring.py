@@ -6,6 +6,7 @@ other. A figure that misses its bound is marked.
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 import re
@@ -25,6 +26,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installation has the bytec
 
 HOME = Path("/run/calico-bench")
 PYTHON = sys.executable
+PTP = "/usr/lib/cni/ptp"
 
 Measure = Callable[[], float]
 
@@ -59,12 +61,18 @@ def report(title: str, bound: str, value: float, detail: str = "") -> bool:
 
 
 def compare(title: str, bound: str, one: Measure, other: Measure, pairs: int, unit: str = "ms") -> bool:
-    """Measure two things in turn, after a pair that does not count; print the median of the ratios.
+    """Measure two things in turn; print the median of the ratios, and return whether it meets its bound."""
+    return report_ratios(title, bound, in_turn(one, other, pairs), unit)
 
-    Returns whether it meets its bound.
-    """
+
+def in_turn(one: Measure, other: Measure, pairs: int) -> list[tuple[float, float]]:
+    """Measure two things in turn, after a pair that does not count."""
     one(), other()
-    results = [(one(), other()) for _ in range(pairs)]
+    return [(one(), other()) for _ in range(pairs)]
+
+
+def report_ratios(title: str, bound: str, results: list[tuple[float, float]], unit: str = "ms") -> bool:
+    """Print the median of the ratios of measured pairs; return whether it meets its bound."""
     ratios = [a / b for a, b in results]
     medians = [f"{statistics.median(column) * SCALES[unit]:.1f} {unit}" for column in zip(*results)]
     detail = f"({min(ratios):.2f} to {max(ratios):.2f})  {' / '.join(medians)}"
@@ -99,3 +107,31 @@ def fill(etcd: Etcd, host: str, count: int, profiles: int = 1) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(count)))
+
+
+def ptp(operation: str) -> float:
+    """Return the seconds of an operation of CNI's ptp plugin, with host-local, on the namespace `bench`."""
+    network = {
+        "cniVersion": "0.4.0",
+        "name": "bench",
+        "type": "ptp",
+        "ipam": {
+            "type": "host-local",
+            "subnet": "192.168.0.0/24",
+            "routes": [{"dst": "0.0.0.0/0"}],
+            "dataDir": str(HOME / "cni"),
+        },
+    }
+    return timed(PTP, env=cni_environment(operation), text=json.dumps(network))
+
+
+def cni_environment(operation: str) -> dict[str, str]:
+    """Return the variables with which a runtime runs a CNI plugin for the namespace `bench`."""
+    return {
+        "CNI_COMMAND": operation,
+        "CNI_CONTAINERID": "bench",
+        "CNI_NETNS": "/var/run/netns/bench",
+        "CNI_IFNAME": "eth1",
+        "CNI_PATH": str(Path(PTP).parent),
+        "PATH": os.environ["PATH"],
+    }
