@@ -7,7 +7,7 @@ file (daemon.json) when it gets SIGHUP.
 
 A container keeps the name of the runtime that it was created with, and does not start without it. So if the hook is
 removed while such containers exist, the runtime stays in the configuration, and its script only runs the former
-default.
+default. hook.py stays, too, for containers that are just being started with the hook.
 
 FOLDER contains `runtime`, a copy of oci_hook.py (hook.py), and settings.json, the Settings. Only Settings.command
 depends on where calicoctl is installed.
@@ -201,7 +201,6 @@ def remove() -> str | None:
             daemon = None
         _write("runtime", _FORMER_DEFAULT.format(runtime=shlex.join(before.runtime)))
         _write_settings(Settings(**{**asdict(before), "removed": True}))
-        (FOLDER / "hook.py").unlink(missing_ok=True)
         said = []
         if config.get(_DEFAULT) == NAME and before.default is not None and _former(before, config) is None:
             said.append(

@@ -311,6 +311,8 @@ def test_the_runtime_stays_while_it_may_be_needed(an_engine: Engine, folder: Pat
     assert json.loads(an_engine.path.read_text()) == entry
     an_engine.alive, an_engine.containers = True, ["ab"]
     assert "would not start 1 container without it (ab)" in str(docker_hook.remove())
+    assert "hook.py" not in (folder / "runtime").read_text()
+    assert (folder / "hook.py").exists(), "the hook of a container that is just being started"
     assert an_engine.default == "runc" and json.loads(an_engine.path.read_text()) == entry
     an_engine.containers = []
     assert docker_hook.remove() is None
