@@ -430,7 +430,7 @@ def test_a_server_that_hangs_or_has_died_holds_up_no_start_for_long(hooked: Agen
     os.kill(server(), signal.SIGCONT)
     assert f"{A4}/32" in docker_run("web", f"ip={A4}", command=("ip", "-o", "address")).out
     run("docker", "rm", "web")
-    wait_for(lambda: host.records() == {}, host.log())
+    wait_for(lambda: host.records() == {} and not host.allocations(), host.log())
     host.kill_agent()  # it would start another
     # the server ends while it is asked
     os.kill(server(), signal.SIGSTOP)
