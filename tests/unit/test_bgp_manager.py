@@ -59,7 +59,7 @@ class FakeInstance:
         self.refusal: str | None = None
         self.other: str | None = None
         """Why another BIRD must not run beside it."""
-        self.recovers = self.dies = False
+        self.recovers = self.dies = self.dies_when_ready = False
         self.answers = True
         self.found: list[Session] = []
         self.removed = self.woken = self.rescans = 0
@@ -87,6 +87,8 @@ class FakeInstance:
         self.running, self.next_pid = self.next_pid, self.next_pid + 1
         if refused:
             raise Refused("it is wrong in line 1 of conf.new", 1)
+        if self.dies_when_ready:
+            self.running = None
         return self.recovers
 
     def configure(self, text: str) -> None:
@@ -253,17 +255,25 @@ def test_where_it_may_not_run_it_is_tried_again_later(bird: Bird) -> None:
     assert bird.step(configuration()) is None and bird.instance.running is not None
 
 
-def test_one_that_ends_while_it_is_started_is_started_again_with_pauses(bird: Bird) -> None:
-    wanted, bird.instance.dies = configuration(), True
+@pytest.mark.parametrize(
+    ("dies", "why"),
+    [
+        ("dies", "BIRD does not serve"),
+        ("dies_when_ready", "BIRD has ended, and is started again in a moment"),
+    ],
+)
+def test_one_that_ends_while_it_is_started_is_started_again_with_pauses(bird: Bird, dies: str, why: str) -> None:
+    wanted = configuration()
+    setattr(bird.instance, dies, True)
     for pause in (0.1, 0.2, 0.4):
-        assert bird.step(wanted) == "BIRD does not serve"
-        bird.instance.dies = False
+        assert bird.step(wanted) == why
+        setattr(bird.instance, dies, False)
         bird.now += pause - 0.01
-        assert bird.step(wanted) == "BIRD does not serve"
-        bird.instance.dies = True
+        assert bird.step(wanted) == why
+        setattr(bird.instance, dies, True)
         bird.now += 0.02
-    bird.instance.dies = False
-    assert bird.step(wanted) is None and bird.state.pid == 100
+    setattr(bird.instance, dies, False)
+    assert bird.step(wanted) is None and bird.state.pid == bird.instance.running is not None
 
 
 def test_a_file_that_cannot_be_written_is_named(bird: Bird, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,9 @@ SETTLING = 10.0
 """The maximum number of seconds for which the agent's start waits for BIRD."""
 
 
+_ENDED = "BIRD has ended, and is started again in a moment"
+
+
 class BgpManager(Manager):
     """Derives BIRD's configuration from the snapshot, and passes it to the BgpThread."""
 
@@ -353,7 +356,7 @@ class BgpThread(threading.Thread):
             return
         log.warning("BIRD (process %s) has ended", before)
         if self._began is not None and now - self._began < SHORT_LIFE:
-            self._start_at, self._not_running = self._after_pause(), "BIRD has ended, and is started again in a moment"
+            self._start_at, self._not_running = self._after_pause(), _ENDED
         else:
             self._start_at, self._pause = now, FIRST_PAUSE
 
@@ -366,6 +369,7 @@ class BgpThread(threading.Thread):
         again, self._tried = self._began is not None, text
         if self._instance.recognise():
             return  # the next round adopts it
+        served = False
         try:
             recovered = self._instance.start(None if text == self._refused else text)
         except NotReady:
@@ -381,12 +385,14 @@ class BgpThread(threading.Thread):
             self._start_at, self._not_running = time.monotonic() + LONGEST_PAUSE, _words(error)
             raise
         else:
-            again = again or recovered
+            again, served = again or recovered, True
             if text is not None and text != self._refused:
                 self._accepted()
         self._follow_process(self._instance.pid())
         if self._state.pid is None:
             self._start_at, self._not_running = time.monotonic() + LONGEST_PAUSE, "BIRD does not run"
+            if served:
+                self._start_at, self._not_running = self._after_pause(), _ENDED
             raise CalicoError(self._not_running)
         self._began = time.monotonic()
         self._state = replace(self._state, restarts=self._state.restarts + again)
