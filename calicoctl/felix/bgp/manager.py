@@ -71,7 +71,6 @@ SHORT_LIFE = 10.0
 SETTLING = 10.0
 """The maximum number of seconds for which the agent's start waits for BIRD."""
 
-
 _ENDED = "BIRD has ended, and is started again in a moment"
 
 
@@ -390,9 +389,10 @@ class BgpThread(threading.Thread):
                 self._accepted()
         self._follow_process(self._instance.pid())
         if self._state.pid is None:
-            self._start_at, self._not_running = time.monotonic() + LONGEST_PAUSE, "BIRD does not run"
-            if served:
+            if served:  # it was killed just after that
                 self._start_at, self._not_running = self._after_pause(), _ENDED
+            else:
+                self._start_at, self._not_running = time.monotonic() + LONGEST_PAUSE, "BIRD does not run"
             raise CalicoError(self._not_running)
         self._began = time.monotonic()
         self._state = replace(self._state, restarts=self._state.restarts + again)
