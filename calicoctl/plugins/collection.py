@@ -93,7 +93,7 @@ class Collection:
                 time.sleep(SHORTEST)  # whatever happens meanwhile
                 self._stores.happened.wait(GRACE / 2 if self._since else INTERVAL)
             else:
-                time.sleep(PAUSE)
+                time.sleep(PAUSE)  # the store or the engine is away, and announces its return to nobody
 
     def try_to_look(self) -> bool:
         """Do what `look` does; return False, and log the reason, if it fails."""
