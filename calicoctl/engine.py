@@ -10,11 +10,13 @@ import http.client
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Callable
 
 from calicoctl import answers
+from calicoctl.environment import DOCKER_TLS
 from calicoctl.errors import DockerNotRunning, DockerUnavailable, NoSuchContainer, NoSuchImage, redact_userinfo
 
 SOCKET = "unix:///var/run/docker.sock"
@@ -36,9 +38,6 @@ CHANGES = ("start", "die", "destroy", "rename")
 
 NETWORK_CHANGES = ("create", "connect", "destroy")
 """The events of networks that `followed_networks` requests."""
-
-_versions: dict[str | None, str] = {}
-"""DOCKER_HOST -> the version of the API that the engine there has named. Its answer takes it up to 10 ms."""
 
 
 def may_be_there() -> bool:
@@ -267,15 +266,12 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
         advice = f"Unset it, or set it to this host's engine, usually {SOCKET}."
         raise DockerUnavailable(f"Cannot ask Docker {what}: {why}. {advice}")
     from docker.errors import APIError, DockerException, NotFound
-    from docker.utils import kwargs_from_env
     from requests.exceptions import RequestException
     from urllib3.exceptions import HTTPError
 
     host = os.environ.get("DOCKER_HOST")
-    options = {**kwargs_from_env(), "version": _versions.get(host), "timeout": timeout or TIMEOUT}
     try:
-        with answers.bounded(LARGEST), _api_client()(**options) as docker:
-            _versions[host] = docker.api_version
+        with answers.bounded(LARGEST), _kept_client(timeout or TIMEOUT) as docker:
             yield docker
     except APIError as error:
         # not for every status 404: another server may answer instead of the engine
@@ -283,14 +279,12 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
             raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
         if isinstance(error, NotFound) and "no such image" in str(error.explanation).lower():
             raise NoSuchImage(f"No such image: {what.rpartition(' ')[2]}") from None
-        _versions.pop(host, None)  # another version of the engine may serve now
         raise DockerUnavailable(f"Docker refused the request {what}: {error.explanation or error}") from None
     except (
         *(DockerException, RequestException, HTTPError, http.client.HTTPException, OSError, MemoryError),
         ValueError,  # an invalid DOCKER_HOST, or another shape than was asked for
         *(AttributeError, LookupError, RecursionError, TypeError),  # docker-py itself relies on the shape of answers
     ) as error:
-        _versions.pop(host, None)
         where = host or SOCKET
         text = str(error)
         if "@" in where:
@@ -306,8 +300,32 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
         raise DockerUnavailable(f"Cannot ask Docker {what}: {hint}.") from None
 
 
+_kept = threading.local()
+"""`client` is docker-py's client of this thread, which keeps its connection for the next request. `where` are the
+values of the variables that it was made with."""
+
+
+@contextmanager
+def _kept_client(timeout: int) -> Iterator[Any]:
+    from docker.utils import kwargs_from_env
+
+    where = tuple(os.environ.get(name) for name in ("DOCKER_HOST", *DOCKER_TLS))
+    try:
+        if getattr(_kept, "where", None) != where:
+            _kept.client = _api_client()(timeout=timeout, **kwargs_from_env())
+            _kept.where = where
+        _kept.client.timeout = timeout
+        yield _kept.client
+    except BaseException:  # also if the caller is interrupted: an answer may be left in the connection
+        _kept.__dict__.clear()
+        raise
+
+
 def _api_client() -> type[Any]:
-    """Return a subclass of docker-py's client that follows no redirects and requests no content encoding."""
+    """Return a subclass of docker-py's client that follows no redirects and requests no content encoding.
+
+    It asks for the API's version by `_ping`, which takes the engine a fraction of the time of `version`.
+    """
     from docker.api.client import APIClient
 
     class Client(APIClient):  # type: ignore[misc]
@@ -319,5 +337,10 @@ def _api_client() -> type[Any]:
             answer = super().request(method, url, **{**options, "allow_redirects": False})
             answer.encoding = "utf-8"  # requests would guess it, which takes long for a large answer
             return answer
+
+        def _retrieve_server_version(self) -> str:
+            answer = self._get(self._url("/_ping", versioned_api=False))
+            self._raise_for_status(answer)
+            return str(answer.headers["Api-Version"])
 
     return Client

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -26,13 +27,21 @@ begins with such a choice, and should end before this is FRESH seconds old."""
 _latest: dict[EtcdSettings, Choice] = {}
 """Cluster -> the last choice in this process of an API whose data is not frozen. All clients share these choices."""
 
+_shared = threading.local()
+"""`backends`: (settings, patience) -> the backends that the clients of this thread share."""
 
-def connect(settings: EtcdSettings, patience: float = PATIENCE) -> ChosenStore:
+
+def connect(settings: EtcdSettings, patience: float = PATIENCE, shared: bool = False) -> ChosenStore:
     """Return the store of the cluster in `settings`. Sends no request.
 
-    `patience` is for how many seconds a request is retried: see PATIENCE.
+    `patience` is for how many seconds a request is retried: see PATIENCE. If `shared` is true, the store shares its
+    connections, and the order in which it asks the members, with the other such stores that this thread has connected:
+    they are not for another thread. So a process that runs commands one after another connects once, and waits only
+    once for a member that does not answer.
     """
     backends = Backends(settings, patience)
+    if shared:
+        backends = _shared.__dict__.setdefault("backends", {}).setdefault((settings, patience), backends)
     return ChosenStore(backends.choose, backends.latest, backends.open)
 
 

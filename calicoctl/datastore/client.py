@@ -69,13 +69,15 @@ class DatastoreClient:
         self._store = store
 
     @classmethod
-    def from_environment(cls, patience: float = PATIENCE) -> DatastoreClient:
+    def from_environment(cls, patience: float = PATIENCE, shared: bool = True) -> DatastoreClient:
         """Return a client for this host and the etcd that the environment variables select. Sends no request.
 
-        `patience`: see backends.PATIENCE. Raises StoreError for invalid settings, CalicoError for an invalid host name.
+        `patience` and `shared`: see backends.connect. A client that another thread than this one uses must not be
+        `shared`. Raises StoreError for invalid settings, CalicoError for an invalid host name.
         """
         settings = EtcdSettings.from_environment()
-        return cls(backends.connect(settings, patience), hostname(), tuple(name for name, _ in settings.members))
+        store = backends.connect(settings, patience, shared)
+        return cls(store, hostname(), tuple(name for name, _ in settings.members))
 
     @cached_property
     def ipam(self) -> Ipam:

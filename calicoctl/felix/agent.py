@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -100,7 +101,7 @@ def _run(host: str, options: Options) -> None:
     with IPRoute() as netlink:
         conntrack = Conntrack(queue.put)
         agent = Agent(
-            DatastoreClient.from_environment,
+            partial(DatastoreClient.from_environment, shared=False),  # for several threads
             Drivers(
                 Nft(),
                 Routes(netlink),

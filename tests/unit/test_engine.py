@@ -29,7 +29,6 @@ KERNEL = 2**22
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-VERSION = {"ApiVersion": "1.45", "Version": "27.0"}
 LISTED = {"Id": ID, "Names": ["/web"], "State": "running"}
 CONTAINER = {
     "Id": ID,
@@ -57,8 +56,8 @@ def an_engine(answers: Answer, path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     """An engine that names its version properly, and then answers otherwise."""
 
     def all_answers(client: Client, line: str) -> None:
-        if line == "GET /version":
-            client.send(answer(json.dumps(VERSION).encode(), HEAD))
+        if line == "GET /_ping":
+            client.send(answer(b"OK", HEAD + b"Api-Version: 1.45\r\n"))
         else:
             answers(client, line)
 
@@ -93,8 +92,8 @@ def test_the_version_is_asked_once_and_again_after_a_refusal(tmp_path: Path, mon
 
     def answers(client: Client, line: str) -> None:
         lines.append(line)
-        if line == "GET /version":
-            client.send(answer(json.dumps({**VERSION, "ApiVersion": version}).encode(), HEAD))
+        if line == "GET /_ping":
+            client.send(answer(b"OK", HEAD + f"Api-Version: {version}\r\n".encode()))
         elif f"/v{version}/" in line:
             proper(client, line)
         else:
@@ -105,11 +104,11 @@ def test_the_version_is_asked_once_and_again_after_a_refusal(tmp_path: Path, mon
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
     with serving(answers, f"{tmp_path}/docker.sock"):
         assert engine.info() == engine.info()
-        assert lines == ["GET /version", "GET /v1.45/info", "GET /v1.45/info"]
+        assert lines == ["GET /_ping", "GET /v1.45/info", "GET /v1.45/info"]
         version = "1.44"
         with pytest.raises(DockerUnavailable, match="too new"):
             engine.info()
-        assert engine.info() and lines[3:] == ["GET /v1.45/info", "GET /version", "GET /v1.44/info"]
+        assert engine.info() and lines[3:] == ["GET /v1.45/info", "GET /_ping", "GET /v1.44/info"]
 
 
 def drips(client: Client, line: str) -> None:

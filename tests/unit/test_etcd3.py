@@ -596,7 +596,7 @@ def test_a_watch_goes_on_at_another_member_from_what_it_has_seen(short: None) ->
         good = Stream(result(30, created=True), result(30, events=[{"kv": kv("/calico/b", "2", 30)}]))
         with serving(Stream(*messages, no_leader, ends=True)) as bad, serving(good) as other:
             store = Etcd3Store(EtcdSettings("http", (("127.0.0.1", bad.port), ("127.0.0.1", other.port))), 0)
-            watch = store.watch("/calico", 6, 0.3)
+            watch = store.watch("/calico", 6, 20)
             found = [change.key for _ in range(len(messages) > 1) for change in next(watch)]
             found += [change.key for change in next(watch)]
             assert found[-1] == "/calico/b"

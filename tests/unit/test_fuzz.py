@@ -54,7 +54,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
     """A store in memory, where the commands look for etcd; nobody is root, and there is no Docker."""
     memory = MemoryStore()
     client = DatastoreClient(memory, "host1")
-    monkeypatch.setattr(backends, "connect", lambda settings, patience: memory)
+    monkeypatch.setattr(backends, "connect", lambda settings, patience, shared: memory)
     monkeypatch.setenv("HOSTNAME", client.host)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
