@@ -495,6 +495,17 @@ class DatastoreClient:
         affine = [keys.last(entry.key) for entry in blocks[0]] if blocks else None
         return AddressFacts(hosts, pools, None if mtu is None else mtu.value, affine)
 
+    def read_for_interface(self, id: EndpointId) -> tuple[Endpoint | None, dict[int, list[Entry]], str | None]:
+        """Return what is needed to create the interface of an endpoint, in one read.
+
+        That are the endpoint, None if it does not exist or is invalid; IP version -> the entries of its pools; and the
+        setting MTU, None if it is not set.
+        """
+        (entry, mtu), pools = self._store.read(
+            [keys.endpoint(id), keys.config(config.MTU.name)], [keys.pools(version) for version in (4, 6)]
+        )
+        return _readable(id, entry), dict(zip((4, 6), pools)), None if mtu is None else mtu.value
+
     def workload_endpoint_ids(self, orchestrator: str, workload: str) -> list[EndpointId]:
         """Return the ids of the endpoints of one workload on this host, including invalid endpoints."""
         found = self._store.names(keys.endpoints(self.host, orchestrator, workload))
@@ -502,10 +513,7 @@ class DatastoreClient:
 
     def readable(self, id: EndpointId) -> Endpoint | None:
         """Return an endpoint, None if it does not exist or is invalid."""
-        entry = self._store.get(keys.endpoint(id))
-        with suppress(InvalidValue):
-            return None if entry is None else Endpoint.from_json(id, entry.value, entry.key)
-        return None
+        return _readable(id, self._store.get(keys.endpoint(id)))
 
     def workload_ids(self, orchestrator: str) -> list[str]:
         """Return the sorted ids of an orchestrator's workloads on this host that have at least one endpoint."""
@@ -596,6 +604,13 @@ def _pool(entry: Entry, version: int) -> Pool:
     if version_of(pool.cidr) != version:
         raise InvalidValue(entry.key, f"{pool.cidr} is not an IPv{version} CIDR")
     return pool
+
+
+def _readable(id: EndpointId, entry: Entry | None) -> Endpoint | None:
+    """Return the endpoint in an entry of the store, None if it is invalid or `entry` is None."""
+    with suppress(InvalidValue):
+        return None if entry is None else Endpoint.from_json(id, entry.value, entry.key)
+    return None
 
 
 def _endpoint_entries(entries: Iterable[Entry]) -> dict[EndpointId, Entry]:

@@ -102,17 +102,13 @@ def attach(datastore: DatastoreClient, id: str) -> Attached:
     CalicoError.
     """
     with _locked(datastore, id):
-        endpoint = datastore.readable(libnetwork.endpoint_id(datastore.host, id))
+        endpoint, entries, configured = datastore.read_for_interface(libnetwork.endpoint_id(datastore.host, id))
         if endpoint is None or endpoint.state != "active":
             raise NotFound(f"endpoint {id[:12]} does not exist, or has been removed")
         addresses = endpoint.addresses
         hops = {version_of(address): endpoint.gateway(version_of(address)) for address in addresses}
         next_hops = {version: hop for version, hop in hops.items() if hop is not None}
-        pools, configured = [], None
-        for version in next_hops:
-            facts = datastore.read_for_address(version, automatic=False)
-            pools += datastore.readable_pools(version, facts.pools)[0]
-            configured = facts.mtu
+        pools = [pool for version in next_hops for pool in datastore.readable_pools(version, entries[version])[0]]
         size = mtu.of_interface(datastore, addresses, pools, next_hops, configured)
         name, peer = endpoint.id.interface, peer_of(endpoint.id)
         ensure_guard(datastore)

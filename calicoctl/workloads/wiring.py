@@ -30,7 +30,7 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.datastore.reserved import Reserved
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, InvalidValue, NotFound
-from calicoctl.workloads import connected, mtu, netns
+from calicoctl.workloads import connected, guard, mtu, netns
 from calicoctl.workloads.addressing import (
     DEFAULT_INTERFACE,
     AddressRequest,
@@ -45,7 +45,6 @@ from calicoctl.workloads.addressing import (
     reserved_addresses,
     usable,
 )
-from calicoctl.workloads.guard import Guard
 from calicoctl.workloads.locks import WorkloadLock
 from calicoctl.workloads.workload import (
     CNI,
@@ -910,7 +909,7 @@ def ensure_guard(datastore: DatastoreClient) -> None:
     They drop all packets of workloads until the agent programs its policy. They are not created if Felix of 2015, which
     has rules of its own, runs on this host.
     """
-    with Guard() as tables:
+    with guard.kept() as tables:
         if not tables.exists() and not _has_old_felix(datastore):
             tables.create()
 
