@@ -496,6 +496,7 @@ class Etcd3Store:
     def _list_once(self, directory: str, item: Item, most: int, reading: _Reading) -> tuple[list[Entry], int]:
         """Do what `_list` does, once, with pages of at most `most` keys.
 
+        `reading` limits the time, and the number of keys, of all attempts together.
         Raises _Compacted if the revision is compacted before all pages are read.
         """
         found = _Found(directory)

@@ -19,8 +19,8 @@ _FILE = "api"
 def refuse_other(host: str, members: Collection[str], choice: Choice) -> None:
     """Raise CalicoError if `choice` is the v3 API of an etcd without data, but the host's data was in v2.
 
-    `members` are the names of the etcd's servers. If the host's record names servers, but none of `members`, the record
-    is about another etcd, and nothing is raised.
+    `members` are the host names or addresses of the etcd's servers. If the host's record names servers, but none of
+    `members`, the record is about another etcd, and nothing is raised.
     """
     if not choice.is_new or choice.api == V2:
         return
@@ -41,8 +41,9 @@ def _of_older_version(host: str) -> bytes:
 
 
 def remember(host: str, members: Collection[str], choice: Choice) -> None:
-    """Record that a host is registered in the API of `choice`, and that `members` are the names of etcd's servers.
+    """Record that a host is registered in the API of `choice`, and who etcd's servers are.
 
+    `members` are their host names or addresses.
     Raises CalicoError if the file cannot be written.
     """
     state.write(host, _FILE, content=f"{' '.join([choice.api, *members])}\n".encode())

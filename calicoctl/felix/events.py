@@ -1,8 +1,8 @@
 """The events that drive the loops of the agent and of the WorkloadKeeper, as plain data.
 
 Each loop reads a queue of its own. The threads of sources.py, report.py, workload_keeper.py, dataplane/ and bgp/ put
-events into these queues. Two events pass through no queue: the agent's loop itself sends Tick and PolicyFailed to the
-managers.
+events into these queues. Tick and PolicyFailed pass through no queue: the agent's loop itself sends them to the
+managers. StoreChanged and StoreRead do not either: the loop takes them from a StorePending.
 """
 
 from __future__ import annotations

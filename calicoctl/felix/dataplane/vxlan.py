@@ -85,8 +85,8 @@ class Vxlan:
     """The agent's VXLAN devices, their entries, and the overlay's routes.
 
     They are cached: `read` fills the cache, and the methods that change the kernel update it. `states`,
-    `routed_by_bird`, `underlay` and `index_of` do not use the cache, but read from the kernel. Methods raise
-    CalicoError if the kernel refuses a request.
+    `routed_by_bird`, `underlay` and `index_of` do not use the cache, but read from the kernel. Methods
+    raise CalicoError if the kernel refuses a request; `index_of` then returns None.
     """
 
     def __init__(self, netlink: IPRoute) -> None:
