@@ -29,8 +29,8 @@ RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE, RTM_DELROUTE =
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 _RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGHTBL, _RTM_GETNEXTHOP = 18, 22, 26, 66, 106
 _RTM_F_FIB_MATCH = 0x2000
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_EXT_MASK, _IFLA_PERM_ADDRESS = 1, 3, 10, 18, 29, 54
-_IFLA_LINK_NETNSID = 37
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
+_IFLA_EXT_MASK, _IFLA_LINK_NETNSID, _IFLA_PERM_ADDRESS = 29, 37, 54
 _IFLA_INFO_KIND, _RTEXT_FILTER_SKIP_STATS, _ARPHRD_ETHER = 1, 8, 1
 _NDTA_THRESH3, _NDTA_STATS = 4, 7
 NDA_DST, NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
@@ -43,6 +43,8 @@ _NHA_OIF, _NHA_GATEWAY = 5, 6
 TABLE_MAIN = 254
 SCOPE_GLOBAL, SCOPE_LINK = 0, 253
 IFF_UP = 0x1
+LOOPBACK_INDEX = 1
+"""The index of the loopback interface in every namespace. Source: LOOPBACK_IFINDEX in the kernel's net/flow.h."""
 UNICAST, LOCAL, BLACKHOLE = 1, 2, 6
 """Types of routes: to other hosts or networks, to addresses of this host, and to drop packets silently."""
 PROTOCOL_KERNEL, PROTOCOL_STATIC, PROTOCOL_RA = 2, 4, 9
@@ -390,6 +392,75 @@ def _route_to(netlink: socket.socket, address: str, flags: int) -> tuple[int | N
 
 
 @dataclass(frozen=True)
+class Interface:
+    """A network interface, as seen in its own namespace.
+
+    `mac` is "" if the interface has no MAC. `up` is the administrative state, not the carrier. For a veth, `peer_index`
+    is the index that the other end has in its own namespace. `peer_namespace` is the id of that namespace (see
+    veths_into); None if it is the namespace of this end. `kind` is the kernel's name for the interface's type, such as
+    `veth` or `bridge`; None for hardware and for lo.
+    """
+
+    name: str
+    index: int
+    mac: str
+    up: bool
+    peer_index: int | None = None
+    kind: str | None = None
+    mtu: int = 0
+    peer_namespace: int | None = None
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.index == LOOPBACK_INDEX
+
+    @property
+    def peer_is_elsewhere(self) -> bool:
+        """Whether the other end of a veth is in another namespace."""
+        return self.peer_namespace is not None
+
+
+def all_interfaces() -> Iterator[Interface]:
+    """Yield the interfaces of this network namespace. Raises OSError."""
+    # pyroute2 keeps 30 KB for each until all are read
+    request = struct.pack("=BBHiII", 0, 0, 0, 0, 0, 0)
+    request += attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
+    return map(interface_of, dump(socket.NETLINK_ROUTE, _RTM_GETLINK, request))
+
+
+def interface_at(index: int) -> Interface | None:
+    """Return the interface with this index; None if there is none. Raises OSError."""
+    try:
+        return interface_of(_link(index)) if index > 0 else None
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        return None
+
+
+def interface_of(body: bytes) -> Interface:
+    """Decode a message about an interface (RTM_NEWLINK, RTM_DELLINK). `body` is the message without its header."""
+    # struct ifinfomsg: family, padding, type, index, flags, change
+    index, flags = struct.unpack_from("=iI", body, 4)
+    found = attributes(body[16:])
+    kind = attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND)
+
+    def number(kind: int) -> int | None:
+        return int(struct.unpack("=i", found[kind])[0]) if kind in found else None
+
+    return Interface(
+        name=_name_of(found.get(_IFLA_IFNAME, b"")),
+        index=index,
+        mac=found.get(_IFLA_ADDRESS, b"").hex(":"),
+        up=flags & IFF_UP != 0,
+        peer_index=number(_IFLA_LINK),
+        kind=None if kind is None else _kind_of(kind),
+        mtu=number(_IFLA_MTU) or 0,
+        peer_namespace=number(_IFLA_LINK_NETNSID),
+    )
+
+
+@dataclass(frozen=True)
 class Device:
     """A network interface.
 
@@ -404,6 +475,14 @@ class Device:
 
 def device(index: int) -> Device:
     """Return the interface with this index. Raises OSError, also if there is none."""
+    return _device(_link(index))
+
+
+def _link(index: int) -> bytes:
+    """Return the kernel's message, without its header, about the interface with this index.
+
+    Raises OSError, with the code ENODEV if there is none.
+    """
     # struct ifinfomsg: family, padding, type, index, flags, change
     request = struct.pack("=BBHiII", 0, 0, 0, index, 0, 0)
     request += attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
@@ -415,7 +494,7 @@ def device(index: int) -> Device:
             if kind == ERROR:
                 code = refusal(answer)[1]
                 raise OSError(code, os.strerror(code))
-            return _device(answer[16:])
+            return answer[16:]
     raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
 
@@ -451,18 +530,19 @@ def _device(body: bytes) -> Device:
     is_ethernet = struct.unpack_from("=H", body, 2)[0] == _ARPHRD_ETHER
     macs = {found.get(_IFLA_ADDRESS, b""), found.get(_IFLA_PERM_ADDRESS, b"")} if is_ethernet else ()
     return Device(
-        name_of(found.get(_IFLA_IFNAME)),
-        kind.rstrip(b"\0").decode(errors="replace"),
+        _name_of(found.get(_IFLA_IFNAME, b"")),
+        _kind_of(kind),
         frozenset(mac.hex(":") for mac in macs if len(mac) == 6 and any(mac)),
     )
 
 
-def name_of(name: str | bytes | None) -> str:
-    """Return an interface's name as text; `name` is the name in a netlink message, as bytes or as pyroute2 decoded it.
+def _name_of(name: bytes) -> str:
+    """Decode an interface's name; bytes that are not UTF-8 become lone surrogates, as in socket.if_nameindex()."""
+    return name.rstrip(b"\0").decode(errors="surrogateescape")
 
-    Returns "" for None. Bytes that are not UTF-8 become lone surrogates, as in socket.if_nameindex().
-    """
-    return name.rstrip(b"\0").decode(errors="surrogateescape") if isinstance(name, bytes) else name or ""
+
+def _kind_of(kind: bytes) -> str:
+    return kind.rstrip(b"\0").decode(errors="replace")
 
 
 def next_hops() -> Iterator[tuple[str, int]]:

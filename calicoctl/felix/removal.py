@@ -55,7 +55,7 @@ def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
     from pyroute2.iproute.linux import IPRoute
 
     with IPRoute() as netlink:
-        links = list_links(netlink)
+        links = list(list_links())
         routes = Routes(netlink)
         routes.read(links)
         for index in routes.indices():

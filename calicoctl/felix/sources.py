@@ -56,8 +56,6 @@ from calicoctl.workloads import labels, servers
 from calicoctl.workloads.guard import Guard
 
 if TYPE_CHECKING:
-    from pyroute2.netlink.rtnl.marshal import MarshalRtnl
-
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.datastore.store import Change, Entry, Watch
 
@@ -277,9 +275,6 @@ class KernelEvents(_Source):
         self.gateways_pending = threading.Event()
 
     def follow(self) -> None:
-        from pyroute2.netlink.rtnl.marshal import MarshalRtnl
-
-        marshal = MarshalRtnl()
         while True:
             try:
                 data = self._socket.recv(2**18)
@@ -290,24 +285,22 @@ class KernelEvents(_Source):
                 continue
             for kind, message in netlink.messages(data):
                 try:
-                    self._emit(marshal, kind, message)
+                    self._emit(kind, message)
                 except Exception as error:  # of any kind: an end of this thread would end the agent
                     if is_shortage(error):
                         raise
                     log.error("a message of the kernel cannot be read, of type %d: %r", kind, error)
                     self._events.put(KernelEventsLost())
 
-    def _emit(self, marshal: MarshalRtnl, kind: int, message: bytes) -> None:
+    def _emit(self, kind: int, message: bytes) -> None:
         """Emit the events for a message of the kernel. `kind` is the message's type."""
         if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
-            for parsed in marshal.parse(message):
-                self._events.put(LinkChanged(link_of(parsed), deleted=kind == netlink.RTM_DELLINK))
+            self._events.put(LinkChanged(link_of(message[16:]), deleted=kind == netlink.RTM_DELLINK))
         elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
             if _is_assignable(message):
                 self._events.put(AddressesChanged())
         elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
-            for parsed in marshal.parse(message):
-                self._events.put(RouteLost(parsed.get_attr("RTA_DST")))
+            self._events.put(RouteLost(_destination(message).partition("/")[0]))
         elif kind == netlink.RTM_DELROUTE and message[21] == netlink.OVERLAY_PROTOCOL:
             self._events.put(OverlayRouteLost(_destination(message)))
         elif message[21] not in _NO_GATEWAYS:

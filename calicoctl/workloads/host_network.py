@@ -10,16 +10,12 @@ import os
 import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
 
 from calicoctl import netlink
 from calicoctl.addresses import BITS, FAMILIES, number_of, unpack, version_of
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress
 from calicoctl.errors import CalicoError
-
-if TYPE_CHECKING:
-    from calicoctl.workloads.netns import Interface
 
 _NO_NETWORK = (b"", b"\xfe\x80")
 """The first two bytes of a route's packed destination, for a default route and for IPv6 link-local addresses."""
@@ -82,7 +78,7 @@ def detect() -> tuple[dict[int, str | None], set[str]]:
     return chosen, {one.address for one in every}
 
 
-def _faces_outside(interface: Interface) -> bool:
+def _faces_outside(interface: netlink.Interface) -> bool:
     inside = ("docker", "br-", "virbr", INTERFACE_PREFIX)
     return not (interface.is_loopback or interface.kind == "bridge" or interface.name.startswith(inside))
 

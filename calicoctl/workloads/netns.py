@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Any, Callable, TypeVar
 from calicoctl.addresses import BITS, FAMILIES, canonical, host_net, version_of
 from calicoctl.errors import CalicoError, NamespaceError
 from calicoctl.netlink import (
-    IFF_UP,
+    LOOPBACK_INDEX,
     NUD_PERMANENT,
     PROTOCOL_STATIC,
     SCOPE_LINK,
+    Interface,
     addresses,
-    name_of,
+    all_interfaces,
+    interface_at,
     neighbours,
     routes,
     veths_into,
@@ -60,32 +62,7 @@ Documentation/networking/ip-sysctl.rst."""
 MOST = 20_000
 """The maximum number of routes or neighbour entries that are read from a namespace; more are an error."""
 
-_LOOPBACK_INDEX = 1
-"""The index of the loopback interface in every namespace. Source: LOOPBACK_IFINDEX in the kernel's net/flow.h."""
 _NODAD = 0x02
-
-
-@dataclass
-class Interface:
-    """An interface, as seen in its own namespace.
-
-    `up` is the administrative state, not the carrier. For a veth, `peer_index` is the index that the other end has in
-    its own namespace, and `peer_is_elsewhere` says that this is another namespace. `kind` is the kernel's name for the
-    interface's type, such as `veth` or `bridge`; None for hardware and for lo.
-    """
-
-    name: str
-    index: int
-    mac: str
-    up: bool
-    peer_index: int | None = None
-    kind: str | None = None
-    mtu: int = 0
-    peer_is_elsewhere: bool = False
-
-    @property
-    def is_loopback(self) -> bool:
-        return self.index == _LOOPBACK_INDEX
 
 
 @dataclass(frozen=True)
@@ -189,12 +166,12 @@ class Namespace:
     def inspect(self) -> Inspection:
         """Return the default routes of this namespace, and the state of its loopback interface."""
         with _explained(f"{self.name}: reading its routes"):
-            return self.run(inspect)
+            return self._within(inspect)
 
     def interface(self, name: str) -> Interface | None:
         """Return the interface of this namespace with this name; None if there is none."""
         with _explained(f"{self.name}: reading its interface {name}"):
-            return self.run(lambda netlink: _named(netlink, name))
+            return self._within(lambda: _named(name))
 
     def has_address(self, interface: str, net: str) -> bool:
         """Return whether an interface of this namespace has an address, given as `address/32` or `address/128`."""
@@ -226,13 +203,12 @@ class Namespace:
 
         # indices alone prove nothing: processes in the namespace may choose them
         with _explained("reading this host's interfaces"), IPRoute() as netlink:
-            link = _link(netlink, host_end.index)
+            link = interface_at(host_end.index)
             if link is None or not _leads_to(netlink, link, self._fd):
                 return None
         with _explained(f"{self.name}: reading its interfaces"):
-            own = self.run(lambda netlink: _link(netlink, host_end.peer_index or 0))
-        found = None if own is None else _interface(own)
-        return found if found is not None and (found.kind, found.peer_index) == ("veth", host_end.index) else None
+            own = self._within(lambda: interface_at(host_end.peer_index or 0))
+        return own if own is not None and (own.kind, own.peer_index) == ("veth", host_end.index) else None
 
     def pairs(self) -> list[tuple[Interface, Interface]]:
         """Return the veth pairs with one end in this namespace and the other on the host.
@@ -245,9 +221,9 @@ class Namespace:
             id = netlink.get_netnsid(fd=self._fd)["nsid"]
             known = id is not None and 0 <= id < 2**31  # else no pair leads there from this namespace
             # of the host, since the namespace may contain any number of interfaces
-            links = [_link(netlink, index) for index in veths_into(id)] if known else []
-        ends = [_interface(link) for link in links if link is not None]
-        return [(own, host_end) for own, host_end in ((self.own_end(end), end) for end in ends) if own is not None]
+            ends = [interface_at(index) for index in veths_into(id)] if known else []
+        pairs = [(self.own_end(end), end) for end in ends if end is not None]
+        return [(own, host_end) for own, host_end in pairs if own is not None]
 
     def ipv6_is_off(self, interface: str) -> bool:
         """Return whether the sysctls of this namespace disable IPv6 on an interface."""
@@ -265,7 +241,7 @@ class Namespace:
             if not before.ipv6:
                 _write_sysctl("net/ipv6/conf/lo/disable_ipv6", "1")
             if not before.up:
-                netlink.link("set", index=_LOOPBACK_INDEX, state="down")
+                netlink.link("set", index=LOOPBACK_INDEX, state="down")
 
         with _explained(f"{self.name}: removing what was configured on lo"):
             self.run(work)
@@ -281,7 +257,7 @@ class Namespace:
 
         def work(netlink: IPRoute) -> str:
             index = _index(interface)
-            netlink.link("set", index=_LOOPBACK_INDEX, state="up")
+            netlink.link("set", index=LOOPBACK_INDEX, state="up")
             netlink.link("set", index=index, state="up")
             if any(version_of(net) == 6 for net in nets):
                 # Docker disables IPv6 on every interface of a container
@@ -297,7 +273,8 @@ class Namespace:
                 netlink.route("replace", **_route(version, next_hop, index), **scope)
                 netlink.route("replace", **_route(version, None, index), gateway=next_hop)
             _add_neighbours(netlink, index, host_mac)
-            return _interface(netlink.get_links(index)[0]).mac
+            found = interface_at(index)
+            return "" if found is None else found.mac
 
         with _explained(f"{self.name}: configuring {interface}"):
             return self.run(work)
@@ -321,7 +298,7 @@ class Namespace:
                 return False
             _add_neighbours(netlink, index, host_mac)
             # for workloads that an older version has connected
-            netlink.link("set", index=_LOOPBACK_INDEX, state="up")
+            netlink.link("set", index=LOOPBACK_INDEX, state="up")
             if any(version_of(address) == 6 for address in unknown):
                 _write_sysctl("net/ipv6/conf/lo/disable_ipv6", "0")
             return True
@@ -422,18 +399,14 @@ def set_mtu(name: str, mtu: int) -> None:
 
 def find_interface(name: str) -> Interface | None:
     """Return the interface of the host with this name; None if there is none."""
-    from pyroute2.iproute.linux import IPRoute
-
-    with _explained(f"reading interface {name}"), IPRoute() as netlink:
-        return _named(netlink, name)
+    with _explained(f"reading interface {name}"):
+        return _named(name)
 
 
 def interfaces() -> list[Interface]:
     """Return the interfaces of the host."""
-    from pyroute2.iproute.linux import IPRoute
-
-    with _explained("reading this host's interfaces"), IPRoute() as netlink:
-        return [_interface(link) for link in netlink.get_links()]
+    with _explained("reading this host's interfaces"):
+        return list(all_interfaces())
 
 
 def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> dict[str, bool]:
@@ -448,12 +421,10 @@ def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> 
 
     found = {}
     with _explained("reading this host's interfaces"), IPRoute() as netlink:
-        links = {name_of(link.get_attr("IFLA_IFNAME")): link for link in netlink.get_links()}
-        for interface in namespaces.keys() & links.keys():
-            with suppress(NamespaceError), Namespace(namespaces[interface], interface) as namespace:
-                link = links[interface]
-                found[interface] = _leads_to(netlink, link, namespace.fileno()) and (
-                    not next_hops or namespace.has_next_hops(link.get_attr("IFLA_LINK"), link.get_attr("IFLA_ADDRESS"))
+        for link in [link for link in all_interfaces() if link.name in namespaces]:
+            with suppress(NamespaceError), Namespace(namespaces[link.name], link.name) as namespace:
+                found[link.name] = _leads_to(netlink, link, namespace.fileno()) and (
+                    not next_hops or namespace.has_next_hops(link.peer_index or 0, link.mac)
                 )
     return found
 
@@ -477,68 +448,40 @@ def _delete(netlink: IPRoute, name: str) -> bool:
     return True
 
 
-def inspect(netlink: IPRoute) -> Inspection:
+def inspect() -> Inspection:
     """Return the default routes of a namespace, and the state of its loopback interface.
 
-    `netlink` is a socket of the namespace, and the calling thread must have entered the namespace. If a default route
-    has neither a gateway nor an interface, its text is `of another kind`.
+    The calling thread must have entered the namespace. If a default route has neither a gateway nor an interface, its
+    text is `of another kind`.
     """
     found = Inspection()
     for version, family in FAMILIES.items():
         route = next(routes(family, lengths=(0,), most=MOST), None)
         if route is not None:
             where = [f"via {route.gateway}"] if route.gateway else []
-            link = _link(netlink, route.index) if route.index else None
-            where += [f"dev {route.index if link is None else _interface(link).name}"] if route.index else []
+            link = interface_at(route.index) if route.index else None
+            where += [f"dev {route.index if link is None else link.name}"] if route.index else []
             found.default_routes[version] = " ".join(where) or "of another kind"
-    loopback = _link(netlink, _LOOPBACK_INDEX)
-    up = loopback is not None and _interface(loopback).up
+    loopback = interface_at(LOOPBACK_INDEX)
+    up = loopback is not None and loopback.up
     found.loopback = Loopback(up, ipv6=True)
     with suppress(FileNotFoundError):  # a kernel without IPv6
         found.loopback = Loopback(up, _read_sysctl("net/ipv6/conf/lo/disable_ipv6") == "0")
     return found
 
 
-def _leads_to(netlink: IPRoute, link: Any, namespace: int) -> bool:
-    """Return whether the other end of an interface of the host is in a namespace.
+def _leads_to(netlink: IPRoute, link: Interface, namespace: int) -> bool:
+    """Return whether the other end of the interface `link` of the host is in a namespace.
 
-    `netlink` is a socket of the host, `link` is pyroute2's message about the interface, and `namespace` is an open file
-    descriptor of the namespace.
+    `netlink` is a socket of the host, and `namespace` is an open file descriptor of the namespace.
     """
-    id = link.get_attr("IFLA_LINK_NETNSID")
+    id = link.peer_namespace
     return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
 
 
-def _link(netlink: IPRoute, index: int) -> Any:
-    """Return pyroute2's message about the interface with this index; None if there is none."""
-    from pyroute2.netlink.exceptions import NetlinkError
-
-    try:
-        return next(iter(netlink.get_links(index)), None) if index > 0 else None
-    except NetlinkError as error:
-        if error.code != errno.ENODEV:
-            raise
-        return None
-
-
-def _named(netlink: IPRoute, name: str) -> Interface | None:
+def _named(name: str) -> Interface | None:
     index = _find(name)
-    link = None if index is None else _link(netlink, index)
-    return None if link is None else _interface(link)
-
-
-def _interface(link: Any) -> Interface:
-    info = link.get_attr("IFLA_LINKINFO")
-    return Interface(
-        name=name_of(link.get_attr("IFLA_IFNAME")),
-        index=link["index"],
-        mac=link.get_attr("IFLA_ADDRESS") or "",
-        up=link["flags"] & IFF_UP != 0,
-        peer_index=link.get_attr("IFLA_LINK"),
-        kind=info.get_attr("IFLA_INFO_KIND") if info is not None else None,
-        mtu=link.get_attr("IFLA_MTU") or 0,
-        peer_is_elsewhere=link.get_attr("IFLA_LINK_NETNSID") is not None,
-    )
+    return None if index is None else interface_at(index)
 
 
 def _index(name: str) -> int:

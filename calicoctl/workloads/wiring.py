@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.datastore.ipam import Holding
     from calicoctl.datastore.store import Entry
+    from calicoctl.netlink import Interface
 
 
 @dataclass(frozen=True)
@@ -694,7 +695,7 @@ class WorkloadSession:
         self.namespace.set_mtu(attached, size)
         netns.set_mtu(self.only_endpoint().id.interface, size)
 
-    def _pairs(self) -> list[tuple[netns.Interface, netns.Interface]]:
+    def _pairs(self) -> list[tuple[Interface, Interface]]:
         return [] if self._namespace is None else self._namespace.pairs()
 
     def only_endpoint(self) -> Endpoint:

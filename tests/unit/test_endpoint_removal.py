@@ -19,6 +19,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, DockerNotRunning, NoSuchContainer, NotFound
+from calicoctl.netlink import Interface
 from calicoctl.workloads import connected, endpoint_removal, locks, netns
 from calicoctl.workloads.endpoint_removal import remove_endpoint
 from tests.unit.memory_store import MemoryStore
@@ -79,8 +80,8 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
 
     monkeypatch.setattr(locks, "DIRECTORY", tmp_path)
 
-    def find_interface(name: str) -> netns.Interface | None:
-        found = netns.Interface(name, 1, "", True, peer_is_elsewhere=name in world.in_containers)
+    def find_interface(name: str) -> Interface | None:
+        found = Interface(name, 1, "", True, peer_namespace=0 if name in world.in_containers else None)
         return found if name in world.interfaces else None
 
     monkeypatch.setattr(netns, "find_interface", find_interface)

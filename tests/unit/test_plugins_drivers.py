@@ -20,6 +20,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.reserved import HostNetwork
 from calicoctl.errors import CalicoError, DockerUnavailable, NamespaceError, StoreUnavailable
 from calicoctl.felix.heartbeat import Identity
+from calicoctl.netlink import Interface
 from calicoctl.plugins import collection, endpoints, networks, restarting, stores
 from calicoctl.plugins.collection import Collection
 from calicoctl.plugins.engine_events import EngineEvents
@@ -48,8 +49,9 @@ class Kernel:
     def create(self, name: str, peer: str, mtu: int, mac: str) -> None:
         self.names |= {name, peer}
 
-    def interfaces(self) -> list[netns.Interface]:
-        return [netns.Interface(name, 1, "", True, peer_is_elsewhere=name in self.attached) for name in self.names]
+    def interfaces(self) -> list[Interface]:
+        inside = {True: 0, False: None}
+        return [Interface(name, 1, "", True, peer_namespace=inside[name in self.attached]) for name in self.names]
 
     def delete(self, name: str) -> bool:
         found = name in self.names
@@ -312,8 +314,8 @@ def test_one_calico_interface_for_a_container(node: Node, kernel: Kernel, monkey
 
         def __exit__(self, *_: object) -> None: ...
 
-        def pairs(self) -> list[tuple[netns.Interface, netns.Interface]]:
-            own, host_end = (netns.Interface(name, 1, "", True) for name in ("eth1", "cali99999999999"))
+        def pairs(self) -> list[tuple[Interface, Interface]]:
+            own, host_end = (Interface(name, 1, "", True) for name in ("eth1", "cali99999999999"))
             return [(own, host_end)]
 
     monkeypatch.setattr(netns, "Namespace", Namespace)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.keys import INTERFACE_PREFIX
-from calicoctl.netlink import IFF_UP, name_of
-
-if TYPE_CHECKING:
-    from pyroute2.iproute.linux import IPRoute
+from calicoctl.netlink import all_interfaces, interface_of
 
 
 @dataclass(frozen=True)
@@ -22,16 +19,13 @@ class Link:
     mac: str = ""
 
 
-def link_of(message: Any) -> Link:
-    """Convert a link message of pyroute2 into a Link."""
-    return Link(
-        name_of(message.get_attr("IFLA_IFNAME")),
-        message["index"],
-        message["flags"] & IFF_UP != 0,
-        message.get_attr("IFLA_ADDRESS") or "",
-    )
+def link_of(body: bytes) -> Link:
+    """Decode a message of the kernel about an interface; `body` is the message without its header."""
+    found = interface_of(body)
+    return Link(found.name, found.index, found.up, found.mac)
 
 
-def list_links(netlink: IPRoute) -> list[Link]:
-    """Return the `cali…` interfaces of this host. Raises pyroute2's exceptions."""
-    return [link for link in map(link_of, netlink.get_links()) if link.name.startswith(INTERFACE_PREFIX)]
+def list_links() -> Iterator[Link]:
+    """Yield the `cali…` interfaces of this host. Raises OSError."""
+    every = (Link(one.name, one.index, one.up, one.mac) for one in all_interfaces())
+    return (link for link in every if link.name.startswith(INTERFACE_PREFIX))

@@ -47,8 +47,8 @@ class Routes:
         self._have: dict[int, set[Item]] = defaultdict(set)
 
     def list_links(self) -> list[Link]:
-        """Return the `cali…` interfaces of this host. Raises pyroute2's exceptions."""
-        return list_links(self._netlink)
+        """Return the `cali…` interfaces of this host. Raises CalicoError."""
+        return _listed("interfaces", list_links())
 
     def read(self, links: Collection[Link]) -> None:
         """Read all of the agent's routes, and its neighbour entries on the interfaces `links`, into the cache.
