@@ -80,6 +80,7 @@ from calicoctl.workloads.workload import (
     endpoints_of,
     find,
     find_connected,
+    find_known,
     not_connected,
     refuse_others_endpoint,
 )
@@ -214,7 +215,7 @@ def _remove(names: list[str]) -> None:
     datastore = DatastoreClient.from_environment()
 
     def remove(name: str) -> None:
-        workload = find_connected(name, datastore)
+        workload = find_known(name, datastore)
         _refuse_in_docker_network(
             datastore, workload, "disconnect it with 'docker network disconnect NETWORK CONTAINER'"
         )
@@ -238,7 +239,7 @@ def _ip_remove(name: str, address: IPAddress, interface: str | None) -> None:
     from calicoctl.workloads import wiring
 
     datastore = DatastoreClient.from_environment()
-    workload = find_connected(name, datastore)
+    workload = find_known(name, datastore)
     _refuse_in_docker_network(datastore, workload, _OTHER_ADDRESS)
     wiring.remove_address(datastore, workload, address, interface)
     print(f"IP {address} removed from {workload.name}")

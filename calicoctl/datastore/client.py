@@ -566,16 +566,17 @@ class DatastoreClient:
         """Raise StoreError if etcd does not permit writes to these endpoints or to the handle `handle`."""
         self._store.check_writable(*map(keys.endpoint, ids), keys.ipam_handle(handle))
 
-    def remove_endpoint(self, id: EndpointId, entry: Entry | None = None) -> None:
-        """Delete an endpoint, even if it is invalid, or has changed concurrently. Do nothing if it does not exist.
-
-        `entry` is its entry, if the caller has just read it, which saves a request.
-        """
-        with suppress(CompareFailed):
-            if entry is not None:
-                self._store.delete(entry)
-                return
+    def remove_endpoint(self, id: EndpointId) -> None:
+        """Delete an endpoint, even if it is invalid, or has changed concurrently. Do nothing if it does not exist."""
         set_value(self._store, keys.endpoint(id), None)
+
+    def remove_workloads(self, ids: Iterable[EndpointId]) -> None:
+        """Delete all endpoints of the workloads that the endpoints `ids` belong to, as `remove_endpoint` does.
+
+        The ids must be those of endpoints that were read from the store. One request is made for each workload.
+        """
+        for directory in {keys.workload(id.host, id.orchestrator, id.workload) for id in ids}:
+            self._store.remove_tree(directory)
 
     def touch_endpoint(self, id: EndpointId) -> None:
         """If an endpoint exists, write it again unchanged, so that the agent reports the endpoint's status again."""

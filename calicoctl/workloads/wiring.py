@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from netaddr import IPAddress
 
     from calicoctl.datastore.blocks import Owner
-    from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.client import DatastoreClient, StoredWorkload
     from calicoctl.datastore.ipam import Holding
     from calicoctl.datastore.store import Entry
     from calicoctl.netlink import Interface
@@ -403,6 +403,8 @@ def reattach(
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     """Remove a workload's endpoints, interfaces and addresses. Raises NotFound if there is nothing to remove.
 
+    If a namespace's endpoint is stored under the other spelling of its path, Workload.other_spelling is disconnected.
+
     NotFound is raised, too, if `workload` has a network, and the container was attached to another network through CNI,
     or with another interface. The container or namespace need not exist any more. If a container with labels runs, they
     connect it again only after its next start (connected.py). Raises CalicoError if a step fails: then what was removed
@@ -412,28 +414,50 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     If a block that the workload's handle names is invalid, the block is not changed, and the handle is kept. Everything
     else is removed, and then CalicoError is raised.
     """
+    twin = workload.other_spelling
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
-        stored = datastore.read_workload(workload.handle, workload.stored_as)
-        holding = datastore.ipam.holding(workload.handle, stored.handle, partly=True)
-        known = connected.get(datastore.host, workload.orchestrator, workload.id)
-        refuse_other_path(
-            workload, *([known.path] if known is not None else paths_of(holding.owners if holding else {}))
+        stored = datastore.read_workload(workload.handle, _places(workload))
+        if twin is None or not _is_stored_otherwise(workload, stored):
+            _disconnect(datastore, workload, lock, stored)
+            return
+    with WorkloadLock(datastore.host, twin.orchestrator, twin.id) as lock:
+        _disconnect(datastore, twin, lock, datastore.read_workload(twin.handle, twin.stored_as))
+
+
+def _disconnect(datastore: DatastoreClient, workload: Workload, lock: WorkloadLock, stored: StoredWorkload) -> None:
+    """Do what `disconnect` does. The caller holds `lock`, the workload's lock, and has read `stored` since."""
+    holding = datastore.ipam.holding(workload.handle, stored.handle, partly=True)
+    known = connected.get(datastore.host, workload.orchestrator, workload.id)
+    refuse_other_path(workload, *([known.path] if known is not None else paths_of(holding.owners if holding else {})))
+    attachment = (workload.network, workload.interface)
+    if workload.network and known is not None and (known.network, known.interface) != attachment:
+        raise NotFound(f"{workload.name} is not attached to {workload.network} through {workload.interface}.")
+    if not stored.endpoints and holding is None:
+        _forget(datastore, workload, lock)
+        raise NotFound(f"{workload.name} is not connected to Calico.")
+    if workload.started_at or (workload.started_at == "" and known is not None and known.labelled):
+        connected.set_disconnected(datastore.host, workload.id, workload.started_at)
+    _clear(datastore, workload, lock, stored.endpoints, holding)
+    if holding is not None and holding.invalid:
+        raise CalicoError(
+            f"{workload.name} is removed, but for its addresses in the block {', '.join(holding.invalid)}: "
+            f"{'; '.join(map(str, holding.invalid.values()))}, then run 'calicoctl container remove "
+            f"{workload.path or short_id(workload.id)}' again."
         )
-        attachment = (workload.network, workload.interface)
-        if workload.network and known is not None and (known.network, known.interface) != attachment:
-            raise NotFound(f"{workload.name} is not attached to {workload.network} through {workload.interface}.")
-        if not stored.endpoints and holding is None:
-            _forget(datastore, workload, lock)
-            raise NotFound(f"{workload.name} is not connected to Calico.")
-        if workload.started_at or (workload.started_at == "" and known is not None and known.labelled):
-            connected.set_disconnected(datastore.host, workload.id, workload.started_at)
-        _clear(datastore, workload, lock, stored.endpoints, holding)
-        if holding is not None and holding.invalid:
-            raise CalicoError(
-                f"{workload.name} is removed, but for its addresses in the block {', '.join(holding.invalid)}: "
-                f"{'; '.join(map(str, holding.invalid.values()))}, then run 'calicoctl container remove "
-                f"{workload.path or short_id(workload.id)}' again."
-            )
+
+
+def _places(workload: Workload) -> list[tuple[str, str]]:
+    """Return the places of a workload's endpoints in the store, also under the other spelling of a namespace's path.
+
+    See Workload.stored_as and Workload.other_spelling. The likeliest place comes first.
+    """
+    twin = workload.other_spelling
+    return workload.stored_as + (twin.stored_as if twin is not None else [])
+
+
+def _is_stored_otherwise(workload: Workload, stored: StoredWorkload) -> bool:
+    """Return whether endpoints that were read from _places are those of Workload.other_spelling."""
+    return {id.workload for id in stored.endpoints} - {workload.id} != set()
 
 
 def _clear(
@@ -454,11 +478,10 @@ def _clear(
     lock.mark_in_progress()
     for name in {id.interface for id in endpoints} | interfaces_of(held):
         netns.delete_interface(name)
-    for id, entry in endpoints.items():
-        # addresses of old tools have no handle: without the endpoint, their owner would be unknown
-        others = [address for address in _listed(id, entry) if address not in held]
-        datastore.ipam.release([a for a in others if datastore.ipam.cidr_of(a) not in invalid], {None})
-        datastore.remove_endpoint(id, entry)
+    # addresses of old tools have no handle: without the endpoints, their owner would be unknown
+    others = {address for id, entry in endpoints.items() for address in _listed(id, entry)} - set(held)
+    datastore.ipam.release([a for a in others if datastore.ipam.cidr_of(a) not in invalid], {None})
+    datastore.remove_workloads(endpoints)
     if holding is not None:
         datastore.ipam.release_held(holding, holding.owners)
     _forget(datastore, workload, lock)
@@ -542,6 +565,7 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
     repeated. Raises CalicoError also if the name of the workload's interface is not `interface` (None: any name).
     """
     with WorkloadSession.enter(datastore, workload, must_run=False) as session:
+        workload = session.workload
         endpoint = session.only_endpoint()
         net = host_net(address)
         if net not in endpoint.nets and address not in session.held:
@@ -604,10 +628,8 @@ class WorkloadSession:
         self.lock = lock
         self.host_mac = netns.HOST_MAC
         self._namespace = namespace
-        twin = workload.other_spelling
-        places = workload.stored_as + (twin.stored_as if twin is not None else [])
-        stored = datastore.read_workload(workload.handle, places)
-        self.stored_otherwise = {id.workload for id in stored.endpoints} - {workload.id} != set()
+        stored = datastore.read_workload(workload.handle, _places(workload))
+        self.stored_otherwise = _is_stored_otherwise(workload, stored)
         self._entries = {} if self.stored_otherwise else stored.endpoints
         endpoints = [Endpoint.from_json(id, entry.value, entry.key) for id, entry in self._entries.items()]
         if len(endpoints) > 1:

@@ -322,8 +322,22 @@ def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload
 def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     """Return the workload that a user calls `name`, even if Docker does not know it any more, or does not answer.
 
-    If `find` returns a workload, this is the result, with one exception: if a namespace has no endpoint, but has one
-    under the other spelling of its path, the result is the workload with the other spelling (see stored_otherwise).
+    The result is that of `find_known`, with one exception: if a namespace has no endpoint, but has one under the other
+    spelling of its path, the result is the workload with the other spelling (see stored_otherwise). Raises what
+    `find_known` raises.
+    """
+    workload = find_known(name, datastore)
+    if workload.orchestrator != NAMESPACE or endpoint_ids_of(datastore, workload):
+        return workload
+    return stored_otherwise(datastore, workload) or workload
+
+
+def find_known(name: str, datastore: DatastoreClient) -> Workload:
+    """Return the workload that a user calls `name`, even if Docker does not know it any more, or does not answer.
+
+    If `find` returns a workload, this is the result. Whether a namespace is stored under the other spelling of its path
+    is not checked, so nothing is read from the store for a namespace: `disconnect` and WorkloadSession (wiring.py) find
+    that out themselves.
 
     If `find` raises NoSuchContainer or DockerUnavailable, containers whose ids begin with `name` are searched in the
     store. If there are none, containers whose name is `name` are searched in the store and in the marks of interrupted
@@ -332,10 +346,7 @@ def find_connected(name: str, datastore: DatastoreClient) -> Workload:
     is found, the exception of `find` is raised. If several are found, CalicoError is raised.
     """
     try:
-        workload = find(name)
-        if workload.path is None or endpoint_ids_of(datastore, workload):
-            return workload
-        return stored_otherwise(datastore, workload) or workload
+        return find(name)
     except (NoSuchContainer, DockerUnavailable) as error:
         is_gone = isinstance(error, NoSuchContainer)
         ids = _stored_by_id(name, datastore)

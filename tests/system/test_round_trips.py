@@ -34,10 +34,10 @@ def counted(host: Host, blue: str) -> Iterator[Counted]:
 COMMANDS = (
     # the most requests through the v2 and the v3 API
     (14, 6, ("container", "add", PATH, "192.168.0.1")),
-    (11, 6, ("container", "remove", PATH)),
+    (8, 5, ("container", "remove", PATH)),
     (15, 6, ("container", "add", PATH, "ipv4")),
     (12, 7, ("container", PATH, "ip", "add", "192.168.0.7")),
-    (9, 6, ("container", PATH, "ip", "remove", "192.168.0.7")),
+    (8, 5, ("container", PATH, "ip", "remove", "192.168.0.7")),
     (2, 1, ("profile", "add", "web")),
     (2, 2, ("profile", "add", "web")),
 )
