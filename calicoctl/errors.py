@@ -170,6 +170,13 @@ class KeyExists(CalicoError):
     """A key that was to be created exists already."""
 
 
+class HandleExists(CalicoError):
+    """An IPAM handle exists that was assumed not to exist (handles.KnownHandle). Nothing was written."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"etcd key {key} exists already")
+
+
 class CompareFailed(CalicoError):
     """A conditional write failed, since the key was changed or deleted after it had been read.
 

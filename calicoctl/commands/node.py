@@ -327,7 +327,7 @@ def _register(
     """
     registered = datastore.hosts.is_registered()
     if not registered:  # no older version has connected a workload here: see learning.py
-        connected.set_learned(datastore.host)
+        connected.set_first(datastore.host)
     # a frozen store must not keep the agent, or a local etcd, from starting
     try:
         datastore.hosts.register(ipv4, given[6], as_num)

@@ -36,10 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredWorkload:
-    """What the store has of a workload: the entry of its handle (None: no handle), and its endpoints' entries by id."""
+    """What the store has of a workload: the entry of its handle (None: no handle), and its endpoints' entries by id.
+
+    If `is_handle_read` is false, the handle was not read, and `handle` is None.
+    """
 
     handle: Entry | None
     endpoints: dict[EndpointId, Entry]
+    is_handle_read: bool = True
 
 
 @dataclass(frozen=True)
@@ -470,17 +474,20 @@ class DatastoreClient:
                 found.append(Endpoint.from_json(id, entry.value, entry.key))
         return found
 
-    def read_workload(self, handle: str, places: Sequence[tuple[str, str]]) -> StoredWorkload:
+    def read_workload(self, handle: str, places: Sequence[tuple[str, str]], is_new: bool = False) -> StoredWorkload:
         """Return the entry of a workload's handle, and the entries of its endpoints on this host, valid or not.
 
         `places` are pairs (orchestrator, workload id) under which the workload may be stored. The endpoints of the
-        first pair that has any are returned. An atomic store reads everything in one request.
+        first pair that has any are returned. An atomic store reads everything in one request. In another store, the
+        handle is not read if there are no endpoints, and `is_new` says that the handle probably does not exist.
         """
         directories = [keys.endpoints(self.host, *place) for place in places]
         if self._store.atomic:
             (entry,), trees = self._store.read([keys.ipam_handle(handle)], directories)
             return StoredWorkload(entry, next(filter(None, map(_endpoint_entries, trees)), {}))
         found = next(filter(None, map(_endpoint_entries, map(self._store.tree, directories))), {})
+        if is_new and not found:
+            return StoredWorkload(None, {}, is_handle_read=False)
         return StoredWorkload(self._store.get(keys.ipam_handle(handle)), found)
 
     def read_for_address(self, version: int, automatic: bool) -> AddressFacts:

@@ -3,12 +3,17 @@
 If a handle and a block disagree, the block is right. In an atomic store, a count and the block are written in one
 transaction. In other stores, a count is increased before addresses are assigned in the block, and decreased after
 addresses were released there. So a handle always names all blocks with addresses of the workload.
+
+Two hosts may share a handle. While one of them is between the two writes, the other may find the count too high, and
+decrease it. So in a store that is not atomic, a count that is too high is decreased only after the block was written
+again, unchanged: then the first host's write of the block fails, and it begins again with the count.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
@@ -17,8 +22,21 @@ from calicoctl.datastore.model import load_object
 from calicoctl.datastore.store import ATTEMPTS, Create, Delete, Entry, Store, Update, Write, pause, read_all
 from calicoctl.errors import CompareFailed, Conflict, InvalidValue, KeyExists
 
-UNREAD = Entry("", "", 0)
-"""A placeholder for the entry of a handle that was not read yet."""
+
+@dataclass(frozen=True)
+class KnownHandle:
+    """A handle, as a caller has just read it: its entry, None if it does not exist, and the entries of its blocks.
+
+    `blocks` need not be complete. If `is_assumed` is true, the handle was not read, but is assumed not to exist.
+    """
+
+    entry: Entry | None
+    blocks: Collection[Entry] = ()
+    is_assumed: bool = False
+
+    def block(self, key: str) -> Entry | None:
+        """Return the entry of the block with this key, None if it was not read."""
+        return next((entry for entry in self.blocks if entry.key == key), None)
 
 
 class Handles:
@@ -60,37 +78,30 @@ class Handles:
         totals: dict[str, int | None] = {handle: sum(blocks.values()) for handle, blocks in counts.items()}
         return {**totals, **{keys.last(error.key): None for error in invalid}}
 
-    def held_in(self, handle: str, cidr: str) -> int:
-        """Read the block `cidr`, and return how many of its addresses are assigned to `handle`.
-
-        Returns 0 if the block does not exist. Raises InvalidValue if the block is invalid.
-        """
-        entry = self._store.get(keys.ipam_block(version_of(cidr), cidr))
-        return 0 if entry is None else Block.from_entry(entry).count(handle)
-
-    def recount(self, handle: str, planned: Mapping[str, int] | None = None) -> Entry | None:
+    def recount(self, handle: str, others: Collection[str] = ()) -> Entry | None:
         """Correct the counts of a handle. Return the corrected entry, None if the handle does not exist (any more).
 
-        `planned` maps CIDRs of blocks to counts, which are written as they are. The handle need not name these blocks
-        yet. In each other block that the handle names, the handle's addresses are counted; but the count of an invalid
-        block does not change. A handle without addresses is deleted.
+        The handle's addresses are counted in each block that the handle names, and in the blocks `others` (CIDRs); but
+        the count of an invalid block does not change. A handle without addresses is deleted.
 
-        Raises Conflict if other writers keep changing the handle, and InvalidValue if the handle is invalid.
+        Raises Conflict if other writers keep changing the handle or a block, and InvalidValue if the handle is invalid.
         """
-        planned = planned or {}
         key = keys.ipam_handle(handle)
         for attempt in range(ATTEMPTS):
             entry = self._store.get(key)
             counts = counts_of(entry) if entry is not None else {}
-            unknown = [cidr for cidr in counts if cidr not in planned]
-            blocks, invalid = read_blocks(self._store, unknown)
-            actual = {**dict.fromkeys(unknown, 0), **planned}
+            blocks, invalid = read_blocks(self._store, list(dict.fromkeys([*counts, *others])))
+            actual = dict.fromkeys(counts, 0)
             actual.update({block.cidr: block.count(handle) for _, block in blocks})
-            actual.update({cidr: counts[cidr] for cidr in invalid})
+            actual.update({cidr: counts[cidr] for cidr in invalid if cidr in counts})
             if entry is not None and counts and actual == counts and all(counts.values()):
                 return entry
-            write = counted(handle, entry, actual)
             try:
+                if not self._store.atomic:
+                    for block_entry, block in blocks:
+                        if actual[block.cidr] < counts.get(block.cidr, 0):
+                            self._store.update(block_entry, block_entry.value)
+                write = counted(handle, entry, actual)
                 written = self._store.commit([write]) if write is not None else []
                 return None if isinstance(write, Delete) or not written else written[0]
             except (KeyExists, CompareFailed):

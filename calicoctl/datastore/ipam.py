@@ -24,7 +24,7 @@ from calicoctl.datastore.blocks import (
     first_addresses,
     place,
 )
-from calicoctl.datastore.handles import UNREAD, Handles, counted, counts_of, read_blocks
+from calicoctl.datastore.handles import Handles, KnownHandle, counted, counts_of, read_blocks
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import Network, Reserved
@@ -39,7 +39,7 @@ from calicoctl.datastore.store import (
     modify,
     pause,
 )
-from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
+from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict, HandleExists, InvalidValue, KeyExists
 
 if TYPE_CHECKING:
     from netaddr import IPAddress, IPNetwork
@@ -182,10 +182,6 @@ class Ipam:
         # two hosts may have namespaces with the same path, and so the same handle
         return bool(owner.secondary.get("host", self._host) == self._host)
 
-    def recount(self, handle: str, blocks: Iterable[str]) -> None:
-        """Correct a handle's counts for the blocks that the handle names, and for `blocks` (CIDRs)."""
-        self.handles.recount(handle, {cidr: self.handles.held_in(handle, cidr) for cidr in blocks})
-
     def repair_free_list(self, version: int, cidr: str) -> None:
         """Correct a block's list "unallocated" (see Block.free); raise NotFound if the block does not exist."""
         key = keys.ipam_block(version, cidr)
@@ -196,13 +192,13 @@ class Ipam:
 
         modify(self._store, key, f"block {cidr} no longer exists", text_of)
 
-    def assign(self, address: IPAddress, owner: Owner, known: Entry | None = UNREAD) -> None:
+    def assign(self, address: IPAddress, owner: Owner, known: KnownHandle | None = None) -> None:
         """Assign `address` to `owner`, unless it is already assigned to `owner`.
 
-        `known` is the entry of the owner's handle, if the caller has just read it; None means that there is no such
-        handle. Raises AddressTaken if the address has another owner; CalicoError if its block has strict affinity, and
-        the affinity is not to this host; InvalidValue if the block or the handle is invalid; and Conflict if other
-        writers keep changing the block.
+        `known` is the owner's handle, if the caller has just read it, or assumes that it does not exist; None means
+        that it is read. Raises HandleExists, and assigns nothing, if it is assumed not to exist, and does; AddressTaken
+        if the address has another owner; CalicoError if its block has strict affinity, and the affinity is not to this
+        host; InvalidValue if the block or the handle is invalid; and Conflict if other writers keep changing the block.
         """
         version, first, ordinal = place(address)
         with self._recount_on_failure(owner):
@@ -216,7 +212,7 @@ class Ipam:
         owner: Owner,
         reserved: Reserved | None = None,
         affine: Iterable[str] | None = None,
-        known: Entry | None = UNREAD,
+        known: KnownHandle | None = None,
         passed_over: Callable[[InvalidValue], object] = lambda error: None,
     ) -> list[IPAddress]:
         """Assign `count` free addresses to `owner`, or fewer if no more are free. Return them.
@@ -229,7 +225,7 @@ class Ipam:
 
         `affine` are the names (last parts of keys) of the blocks with affinity to this host, if the caller has just
         read them; if `affine` is None, they are read. `known`: see `assign`. Raises InvalidValue if the handle is
-        invalid, and Conflict if other writers keep changing a block.
+        invalid, HandleExists as `assign` does, and Conflict if other writers keep changing a block.
         """
         ranges = [_range(pool) for pool in pools]
         invalid: set[str] = set()
@@ -244,6 +240,7 @@ class Ipam:
                     continue
                 try:
                     found += self._allocate(version, first, owner, ordinals, count - len(found), claim, known)
+                    known = None if found else known  # this has changed the handle
                 except InvalidValue as error:
                     if error.key != key:
                         raise
@@ -308,9 +305,8 @@ class Ipam:
         for (version, first), ordinals in by_block.items():
             released, handles = self._release_in_block(version, first, ordinals, holders)
             missing += [address_at(version, first + ordinal) for ordinal in sorted(ordinals - released)]
-            if not self._store.atomic:
-                for handle in handles:
-                    self.handles.recount(handle)
+            for handle in handles:
+                self.handles.recount(handle)
         return missing
 
     def release_held(self, holding: Holding, addresses: Collection[IPAddress]) -> None:
@@ -505,7 +501,7 @@ class Ipam:
         ordinals: list[int],
         count: int,
         claim: bool,
-        known: Entry | None,
+        known: KnownHandle | None,
         exact: bool = False,
     ) -> list[IPAddress]:
         """Assign up to `count` free addresses of a block to `owner`; return them in ascending order.
@@ -519,8 +515,8 @@ class Ipam:
         true, it is not skipped, but if its affinity is strict, CalicoError is raised. If `exact` is true, addresses
         that `owner` already has are returned as well.
 
-        `known`: see `assign`. Raises InvalidValue if the block or the handle is invalid, and Conflict if other writers
-        keep changing the block.
+        `known`: see `assign`. Raises InvalidValue if the block or the handle is invalid, HandleExists as `assign` does,
+        and Conflict if other writers keep changing the block.
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
@@ -529,7 +525,9 @@ class Ipam:
         is_count_too_high = False
         for attempt in range(ATTEMPTS):
             counts: Entry | None = None
-            if self._store.atomic and handle is not None:
+            if known is not None:
+                entry, counts = known.block(key) or self._store.get(key), known.entry
+            elif self._store.atomic and handle is not None:
                 entry, counts = self._store.read([key, handle])[0]
             else:
                 entry = self._store.get(key)
@@ -556,22 +554,23 @@ class Ipam:
             if free:
                 count_write = None
                 if owner.handle is not None and handle is not None:
-                    if not self._store.atomic:
-                        counts = self._store.get(handle) if known is UNREAD else known
-                        known = UNREAD
+                    if known is None and not self._store.atomic:
+                        counts = self._store.get(handle)
                     count_write = counted(owner.handle, counts, {cidr: block.count(owner.handle) + len(free)})
                 for ordinal in free:
                     block.allocate(ordinal, owner)
                 write: Write = Create(key, block.to_json()) if entry is None else Update(entry, block.to_json())
                 try:
-                    written = self._store.commit([write] if count_write is None else [count_write, write])
+                    written = self._write_with_count(write, count_write, known is not None and known.is_assumed)
                 except (KeyExists, CompareFailed):
                     is_count_too_high = count_write is not None and not self._store.atomic
+                    known = None
                     pause(attempt)
                     continue
-                if handle is not None and not self._store.atomic and self._store.get(handle) != written[0]:
-                    # another host with the same handle recounted it concurrently, without this address
-                    self.handles.recount(str(owner.handle))
+                # a block that does not exist cannot be written again before a count is decreased (handles.py)
+                is_unsafe = entry is None and not self._store.atomic
+                if handle is not None and is_unsafe and self._store.get(handle) != written:
+                    self.handles.recount(str(owner.handle))  # another host with the same handle has decreased it
             if taken or free:
                 return [address_at(version, first + ordinal) for ordinal in sorted(taken + free)]
             break
@@ -581,10 +580,27 @@ class Ipam:
             self.handles.recount(str(owner.handle))
         return []
 
+    def _write_with_count(self, write: Write, count_write: Write | None, is_assumed: bool) -> Entry | None:
+        """Commit the write of a block, and before it that of a handle's count, if there is one; return its entry.
+
+        `is_assumed` says that the handle is assumed not to exist. Raises HandleExists if it does, and what `commit`
+        raises.
+        """
+        if is_assumed and isinstance(count_write, Create) and not self._store.atomic:
+            try:
+                written = self._store.create(count_write.key, count_write.value)
+            except KeyExists:
+                raise HandleExists(count_write.key) from None
+            self._store.commit([write])
+            return written
+        return self._store.commit([write] if count_write is None else [count_write, write])[0]
+
     @contextmanager
     def _recount_on_failure(self, owner: Owner) -> Iterator[None]:
         try:
             yield
+        except HandleExists:  # nothing was written
+            raise
         except BaseException:  # KeyboardInterrupt included; the count may be too high
             if owner.handle is not None:
                 with suppress(CalicoError):
@@ -603,7 +619,7 @@ class Ipam:
     ) -> tuple[set[int], set[str]]:
         """Release the addresses with these ordinals in the block that begins with the address `first` (a number).
 
-        Return the released ordinals, and the handles that had these addresses. `holders`: see `release`.
+        Return the released ordinals, and the handles whose counts may be too high now. `holders`: see `release`.
         """
         key = keys.ipam_block(version, block_cidr(version, first))
         released: set[int] = set()
@@ -622,24 +638,28 @@ class Ipam:
                 return released, handles
             for ordinal in now:
                 block.release(ordinal)
+            writes: list[Write] = [Update(entry, block.to_json())]
+            counts = self._counts_after(block, handles)
             try:
-                self._store.commit([Update(entry, block.to_json()), *self._counts_after(block, handles)])
-                return released | now, handles
+                self._store.commit([*writes, *counts] if self._store.atomic else writes)
             except KeyExists:
                 pause(attempt)
+                continue
             except CompareFailed as failed:
                 if failed.maybe_applied:
                     released |= now
                 pause(attempt)
+                continue
+            if not self._store.atomic:
+                try:
+                    self._store.commit(counts)
+                except (KeyExists, CompareFailed):  # another writer has changed a handle meanwhile
+                    return released | now, handles
+            return released | now, set()
         raise Conflict(f"block {block_cidr(version, first)} keeps being modified concurrently; retry")
 
     def _counts_after(self, block: Block, handles: set[str]) -> list[Write]:
-        """Return the writes that set the count for `block` in each of `handles`.
-
-        Returns none if the store cannot write several keys at once (`Store.atomic`).
-        """
-        if not self._store.atomic:  # `release` recounts the handles afterwards
-            return []
+        """Read `handles`, and return the writes that set the count for `block` in each of them."""
         names = sorted(handles)
         entries = self._store.read([keys.ipam_handle(handle) for handle in names])[0]
         writes = [counted(handle, entry, {block.cidr: block.count(handle)}) for handle, entry in zip(names, entries)]

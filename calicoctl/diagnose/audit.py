@@ -323,7 +323,7 @@ def _unassigned(datastore: DatastoreClient, address: str, id: EndpointId, alone:
 def _release_leaked(datastore: DatastoreClient, orchestrator: str, workload: str, block: str, address: str) -> bool:
     from calicoctl.workloads import upkeep
 
-    datastore.ipam.recount(f"{orchestrator}.{workload}", [block])  # its count may lack the address
+    datastore.ipam.handles.recount(f"{orchestrator}.{workload}", [block])  # its count may lack the address
     upkeep.release_leaked(datastore, Workload(orchestrator, workload, workload))
     return datastore.ipam.owner(parse_address(address)) is None
 
@@ -340,7 +340,7 @@ def _repair_free_list(datastore: DatastoreClient, version: int, block: str) -> b
 
 
 def _recount(datastore: DatastoreClient, handle: str, blocks: list[str]) -> bool:
-    datastore.ipam.recount(handle, blocks)
+    datastore.ipam.handles.recount(handle, blocks)
     return True
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import BITS, parse_address, parse_pool_cidr
+from calicoctl.datastore.handles import KnownHandle
 from calicoctl.errors import AddressTaken, CalicoError
 from calicoctl.plugins import endpoints, requests
 from calicoctl.plugins.server import Route
@@ -83,7 +84,7 @@ class IpamDriver:
 
         def assigned(datastore: DatastoreClient) -> IPAddress:
             owner = libnetwork.request_owner(datastore.host)
-            return assign(datastore, owner, asked, Terms.read(datastore, asked), None)
+            return assign(datastore, owner, asked, Terms.read(datastore, asked), KnownHandle(None))
 
         def taken(datastore: DatastoreClient) -> IPAddress:
             try:

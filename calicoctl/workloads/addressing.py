@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from calicoctl.addresses import parse_address, parse_pool_cidr
-from calicoctl.datastore.handles import UNREAD
 from calicoctl.datastore.keys import EndpointId, is_endpoint_id
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import Network, Reserved
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from calicoctl.datastore.blocks import Owner
     from calicoctl.datastore.client import DatastoreClient
+    from calicoctl.datastore.handles import KnownHandle
     from calicoctl.datastore.store import Entry
 
 DEFAULT_INTERFACE = "eth1"
@@ -148,12 +148,13 @@ class Terms:
 
 
 def assign(
-    datastore: DatastoreClient, owner: Owner, request: AddressRequest, terms: Terms, handle: Entry | None = UNREAD
+    datastore: DatastoreClient, owner: Owner, request: AddressRequest, terms: Terms, handle: KnownHandle | None = None
 ) -> IPAddress:
     """Assign an address that satisfies `request` to `owner`; return the address.
 
-    `terms` are the terms for the request. `handle` is the entry of the owner's handle, if the caller has just read it.
-    Raises AddressHeld if the requested address has another owner, and CalicoError if no address is free.
+    `terms` are the terms for the request. `handle` is the owner's handle, if the caller has just read it, or assumes
+    that it does not exist. Raises HandleExists, and assigns nothing, if it is assumed not to exist, and does;
+    AddressHeld if the requested address has another owner; and CalicoError if no address is free.
     """
     pools = terms.pools
     if request.address is None:

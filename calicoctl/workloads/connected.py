@@ -13,8 +13,9 @@ contains when the container had been started (`State.StartedAt` of the Docker En
 command if the engine did not answer. Until the container is started again, its labels do not connect it. The file is
 removed when the container no longer exists.
 
-The empty file ORCHESTRATOR.learned, beside the directory ORCHESTRATOR, says that learning.py has already searched for
-the workloads of this orchestrator that an older version of this program had connected.
+The file ORCHESTRATOR.learned, beside the directory ORCHESTRATOR, says that learning.py has already searched for the
+workloads of this orchestrator that an older version of this program had connected, or need not search: the host was not
+registered before. In the second case, the file contains "first"; otherwise, it is empty.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _OLDER = ("docker", "namespace")
 
 _FOLDER = "workloads"
 _LEARNED = "learned"
+_FIRST = b"first"
 _DISCONNECTED = "docker.disconnected"
 # Source: random(4)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -149,18 +151,28 @@ def is_learned(host: str, orchestrator: str) -> bool:
     return state.read(host, _FOLDER, f"{orchestrator}.{_LEARNED}") is not None
 
 
-def set_learned(host: str, *orchestrators: str) -> None:
-    """Create the file ORCHESTRATOR.learned for each of `orchestrators`, or for all in _OLDER if none is given.
+def set_learned(host: str, orchestrator: str) -> None:
+    """Create the file ORCHESTRATOR.learned, without content. Raises CalicoError."""
+    state.write(host, _FOLDER, f"{orchestrator}.{_LEARNED}", content=b"")
 
-    Raises CalicoError.
-    """
-    for orchestrator in orchestrators or _OLDER:
-        state.write(host, _FOLDER, f"{orchestrator}.{_LEARNED}", content=b"")
+
+def set_first(host: str) -> None:
+    """Create the files ORCHESTRATOR.learned of a host on which nobody has connected a workload. Raises CalicoError."""
+    for orchestrator in _OLDER:
+        state.write(host, _FOLDER, f"{orchestrator}.{_LEARNED}", content=_FIRST)
+
+
+def is_first(host: str) -> bool:
+    """Return whether nobody had connected a workload on the host before this version did. Raises CalicoError."""
+    return state.read(host, _FOLDER, f"namespace.{_LEARNED}") == _FIRST
 
 
 def forget_all(host: str) -> None:
     """Remove the files of all workloads of a host, but not the files ORCHESTRATOR.learned. Raises CalicoError."""
     # ORCHESTRATOR.learned stays: without it, learning.py would search again, and trust endpoints that others can write
+    for orchestrator in _OLDER:
+        if is_learned(host, orchestrator):
+            set_learned(host, orchestrator)  # an older program may be used next
     for folder in (*ORCHESTRATORS, _DISCONNECTED):
         for name in state.read_all(host, _FOLDER, folder):
             state.remove(host, _FOLDER, folder, name)

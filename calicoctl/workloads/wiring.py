@@ -25,11 +25,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable, Iterator
 
 from calicoctl.addresses import host_net, parse_address, version_of
-from calicoctl.datastore.handles import UNREAD
+from calicoctl.datastore.handles import KnownHandle
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.datastore.reserved import Reserved
-from calicoctl.errors import AddressTaken, CalicoError, Conflict, InvalidValue, NotFound
+from calicoctl.errors import AddressTaken, CalicoError, Conflict, HandleExists, InvalidValue, NotFound
 from calicoctl.workloads import connected, guard, mtu, netns
 from calicoctl.workloads.addressing import (
     DEFAULT_INTERFACE,
@@ -293,15 +293,12 @@ def _connect_new(
         undo(session.lock.clear_all)
         session.remember(undo)
         undo(datastore.ipam.release_by_handle, workload.handle)
-        found, id = _adopt(session, requests, interface, [one.reserved for one in terms])
-        owner = owner_of(workload, id, interface)
-        # certain addresses first: one of them might be assigned to a request for any address otherwise
-        for number in sorted(range(len(requests)), key=lambda number: requests[number].address is None):
-            if number not in found:
-                found[number] = assign(datastore, owner, requests[number], terms[number], session.handle)
-                # what was read before has been changed by this
-                session.handle, terms = UNREAD, [replace(one, affine=None) for one in terms]
-        addresses = [found[number] for number in range(len(requests))]
+        try:
+            addresses, id = _assign_all(session, requests, interface, terms)
+        except HandleExists:  # another host's namespace has it, or an interrupted command that has left no trace here
+            session.read_handle()
+            session.remove_incomplete_pairs()
+            addresses, id = _assign_all(session, requests, interface, terms)
 
         pools = [pool for one in terms for pool in one.pools]
         size = mtu.of_interface(datastore, map(str, addresses), pools, next_hops, terms[0].mtu)
@@ -320,6 +317,25 @@ def _connect_new(
         datastore.create_endpoint(endpoint)
         session.lock.clear_all()  # what an interrupted command has left was adopted or removed
     return Attachment(id, addresses[0], interface, mac, others=tuple(addresses[1:]), next_hops=next_hops)
+
+
+def _assign_all(
+    session: WorkloadSession, requests: Sequence[AddressRequest], interface: str, terms: Sequence[Terms]
+) -> tuple[list[IPAddress], EndpointId]:
+    """Assign an address for each of `requests` to one endpoint, and return the addresses and the endpoint's id.
+
+    Addresses that an interrupted command has assigned are used first: see _adopt. `terms` has an item for each of
+    `requests`, and `interface` is the interface's name inside the workload. Raises what `assign` raises.
+    """
+    found, id = _adopt(session, requests, interface, [one.reserved for one in terms])
+    owner = owner_of(session.workload, id, interface)
+    # certain addresses first: one of them might be assigned to a request for any address otherwise
+    for number in sorted(range(len(requests)), key=lambda number: requests[number].address is None):
+        if number not in found:
+            found[number] = assign(session.datastore, owner, requests[number], terms[number], session.handle)
+            # what was read before has been changed by this
+            session.handle, terms = None, [replace(one, affine=None) for one in terms]
+    return [found[number] for number in range(len(requests))], id
 
 
 def reattach(
@@ -416,7 +432,7 @@ def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     """
     twin = workload.other_spelling
     with WorkloadLock(datastore.host, workload.orchestrator, workload.id) as lock:
-        stored = datastore.read_workload(workload.handle, _places(workload))
+        stored = datastore.read_workload(workload.handle, _places(datastore.host, workload))
         if twin is None or not _is_stored_otherwise(workload, stored):
             _disconnect(datastore, workload, lock, stored)
             return
@@ -446,11 +462,15 @@ def _disconnect(datastore: DatastoreClient, workload: Workload, lock: WorkloadLo
         )
 
 
-def _places(workload: Workload) -> list[tuple[str, str]]:
-    """Return the places of a workload's endpoints in the store, also under the other spelling of a namespace's path.
+def _places(host: str, workload: Workload) -> list[tuple[str, str]]:
+    """Return the places of a workload's endpoints in the store, the likeliest first.
 
-    See Workload.stored_as and Workload.other_spelling. The likeliest place comes first.
+    Older programs may have stored a namespace's endpoint elsewhere (Workload.stored_as), and under the other spelling
+    of its path (Workload.other_spelling). On a host that no older program has used, the endpoint can only be in the
+    first place.
     """
+    if connected.is_first(host):
+        return workload.stored_as[:1]
     twin = workload.other_spelling
     return workload.stored_as + (twin.stored_as if twin is not None else [])
 
@@ -611,7 +631,7 @@ class WorkloadSession:
 
     `endpoint` is the workload's endpoint, None if it has none. `held` maps the addresses of the workload's handle on
     this host to their owners, and `holding` is the result of Ipam.holding that contains them, which may be None.
-    `handle` is the entry of the handle, None if there is no such handle. `known` is the result of connected.get.
+    `handle` is the handle as it was read, None if it was changed since. `known` is the result of connected.get.
     `host_mac` is the MAC of the host end of the veth pair: HOST_MAC until `attached_interface` has read it from the
     kernel.
     """
@@ -628,7 +648,10 @@ class WorkloadSession:
         self.lock = lock
         self.host_mac = netns.HOST_MAC
         self._namespace = namespace
-        stored = datastore.read_workload(workload.handle, _places(workload))
+        self.known = connected.get(datastore.host, workload.orchestrator, workload.id)
+        # else, an interrupted command may have assigned addresses
+        is_new = self.known is None and not lock.interrupted
+        stored = datastore.read_workload(workload.handle, _places(datastore.host, workload), is_new)
         self.stored_otherwise = _is_stored_otherwise(workload, stored)
         self._entries = {} if self.stored_otherwise else stored.endpoints
         endpoints = [Endpoint.from_json(id, entry.value, entry.key) for id, entry in self._entries.items()]
@@ -643,11 +666,7 @@ class WorkloadSession:
                 f"the id of {workload.name}'s endpoint, {self.endpoint.id.endpoint!r}, is not hexadecimal. Run "
                 f"'calicoctl container remove {workload.name}' and connect it again."
             )
-        self.holding: Holding | None = datastore.ipam.holding(workload.handle, stored.handle)
-        self.held = {} if self.holding is None else self.holding.owners
-        self.handle: Entry | None = stored.handle if self.holding is None else self.holding.entry
-        self.known = connected.get(datastore.host, workload.orchestrator, workload.id)
-        refuse_other_path(workload, *([self.known.path] if self.known is not None else paths_of(self.held)))
+        self._set_handle(stored.handle, is_assumed=not stored.is_handle_read)
         self.refresh()
 
     @classmethod
@@ -677,6 +696,20 @@ class WorkloadSession:
                 lock = stack.enter_context(WorkloadLock(datastore.host, twin.orchestrator, twin.id))
                 session = cls(datastore, twin, lock, namespace)
             yield session
+
+    def read_handle(self) -> None:
+        """Read the workload's handle, and set `held`, `holding` and `handle`. Raises CalicoError."""
+        self._set_handle(self.datastore.ipam.handles.read(self.workload.handle))
+
+    def _set_handle(self, entry: Entry | None, is_assumed: bool = False) -> None:
+        """Set `held`, `holding` and `handle`. `entry` is the handle's entry; for `is_assumed`, see KnownHandle."""
+        workload, holding = self.workload, self.datastore.ipam.holding(self.workload.handle, entry)
+        self.holding: Holding | None = holding
+        self.held = {} if holding is None else holding.owners
+        self.handle: KnownHandle | None = KnownHandle(entry, is_assumed=is_assumed)
+        if holding is not None:
+            self.handle = KnownHandle(holding.entry, holding.blocks)
+        refuse_other_path(workload, *([self.known.path] if self.known is not None else paths_of(self.held)))
 
     @property
     def entry(self) -> Entry | None:
@@ -804,7 +837,7 @@ class WorkloadSession:
         """Remove the workload's endpoint, its interface and its addresses. Raises CalicoError if a step fails."""
         _clear(self.datastore, self.workload, self.lock, self._entries, self.holding)
         self._entries, self.endpoint, self.known = {}, None, None
-        self.held, self.holding, self.handle = {}, None, UNREAD
+        self.held, self.holding, self.handle = {}, None, None
         self.refresh()
 
     def remember(self, undo: Callable[..., object] | None = None) -> None:
@@ -970,7 +1003,7 @@ def _adopt(
             kept[number], kept_id = address, id
         else:
             session.datastore.ipam.release([address], {workload.handle})
-            session.handle = UNREAD
+            session.handle = None
     return kept, kept_id
 
 

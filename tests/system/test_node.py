@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from calicoctl.workloads import connected
 from tests.system.agent import A4, LOG_DIR, AgentHost, outside_host
 from tests.system.support import CALICOCTL, Host, calico_links, run, wait_for
 
@@ -15,6 +16,7 @@ def test_registering_writes_global_config_pools_and_the_hosts_keys(bare_host: Ho
     tree = bare_host.etcd.tree()
     tree = {key: value for key, value in tree.items() if not key.startswith("/calico/felix")}
     tree.pop("/calico/bgp/v1/host/host1/macs", None)  # the agent writes them a little later
+    assert connected.is_first("host1")
     for key, value in tree.items():
         if value.startswith("{"):
             tree[key] = json.loads(value)

@@ -1,4 +1,7 @@
-"""How many requests to etcd the commands make that users and orchestrators run most, counted at a proxy."""
+"""How many requests to etcd the commands make that users and orchestrators run most, counted at a proxy.
+
+The page docs/architecture.md lists the requests of `container add` and `container remove` with their reasons.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from calicoctl.workloads import connected
 from tests.system.proxy import Proxy, proxy_before
 from tests.system.support import Host
 
@@ -20,23 +24,31 @@ class Counted:
 
     def count(self, *words: str) -> int:
         """Return how many requests a command makes, but for one that asks whether the data may be changed."""
+        return len(self.asked(*words)) - 1
+
+    def asked(self, *words: str) -> list[str]:
+        """Return the paths of a command's requests, with the one that asks whether the data may be changed."""
         self.proxy.asked.clear()
         self.host.ctl(*words, env={"ETCD_AUTHORITY": f"127.0.0.1:{self.proxy.port}"})
-        return len(self.proxy.asked) - 1
+        return list(self.proxy.asked)
 
 
-@pytest.fixture(params=[pytest.param(api, marks=pytest.mark.api(api)) for api in ("etcdv2", "etcdv3")])
+APIS = {api: pytest.param(api, marks=pytest.mark.api(api)) for api in ("etcdv2", "etcdv3")}
+
+
+@pytest.fixture(params=APIS.values())
 def counted(host: Host, blue: str) -> Iterator[Counted]:
+    connected.set_first(host.name)  # as `node` does on a host that is not registered yet
     with proxy_before(host.etcd.port) as proxy:
         yield Counted(host, proxy)
 
 
 COMMANDS = (
     # the most requests through the v2 and the v3 API
-    (14, 6, ("container", "add", PATH, "192.168.0.1")),
+    (9, 6, ("container", "add", PATH, "192.168.0.1")),
     (8, 5, ("container", "remove", PATH)),
-    (15, 6, ("container", "add", PATH, "ipv4")),
-    (12, 7, ("container", PATH, "ip", "add", "192.168.0.7")),
+    (10, 6, ("container", "add", PATH, "ipv4")),
+    (10, 6, ("container", PATH, "ip", "add", "192.168.0.7")),
     (8, 5, ("container", PATH, "ip", "remove", "192.168.0.7")),
     (2, 1, ("profile", "add", "web")),
     (2, 2, ("profile", "add", "web")),
@@ -44,9 +56,44 @@ COMMANDS = (
 
 
 def test_commands_make_few_requests(counted: Counted) -> None:
-    """Old tools stored namespaces elsewhere, and this one has a second path: for a container, there are fewer."""
+    """A container takes as many as a namespace on a host that no older program has used."""
     counted.count("container", "add", PATH, "192.168.0.1")  # the host claims its first block
     counted.count("container", "remove", PATH)
     v3 = counted.host.etcd.api == "etcdv3"
     made = [(words, counted.count(*words)) for _, _, words in COMMANDS]
     assert not [one for one, limits in zip(made, COMMANDS) if one[1] > limits[v3]], made
+
+
+@pytest.mark.parametrize("counted", [APIS["etcdv2"]], indirect=True)
+def test_nothing_is_read_twice(counted: Counted) -> None:
+    counted.count("container", "add", PATH, "192.168.0.1")  # the host claims its first block
+    counted.count("container", "remove", PATH)
+    for words in (
+        ("add", PATH, "ipv4"),
+        (PATH, "ip", "add", "ipv4"),
+        (PATH, "ip", "remove", "192.168.0.0"),
+        ("remove", PATH),
+    ):
+        read = [path.partition("?")[0].rstrip("/") for path in counted.asked("container", *words) if "quorum" in path]
+        assert len(read) == len(set(read)), (words, read)
+
+
+@pytest.mark.parametrize("counted", [APIS["etcdv2"]], indirect=True)
+def test_a_handle_of_another_host_or_that_left_no_trace_here_is_found(counted: Counted) -> None:
+    """It is not read for a workload of which the host knows nothing."""
+    host = counted.host
+    host.ctl("container", "add", PATH, "192.168.0.1")
+    ((key, value),) = host.etcd.tree("/calico/ipam/v2/handle").items()
+    (block,) = (value for key, value in host.etcd.tree("/calico/ipam/v2/assignment").items())
+    host.ctl("container", "remove", PATH)
+    block_key = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"
+    for text in (block, block.replace('"host": "host1"', '"host": "host2"')):
+        host.etcd.put(key, value)
+        host.etcd.put(block_key, text)
+        host.ctl("container", "add", PATH, "192.168.0.2")
+        kept = {"192.168.0.1"} if "host2" in text else set()
+        assert set(host.allocations()) == {"192.168.0.2"} | kept
+        assert host.handles() == {"namespace.-var-run-netns-blue": {"192.168.0.0/26": 1 + len(kept)}}
+        host.ctl("container", "remove", PATH)
+        assert set(host.allocations()) == kept
+    host.etcd.delete("/calico/ipam")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from calicoctl.workloads.connected import set_learned
 from tests.system.agent import A4, A6, ALLOW, B4, LOG_DIR, AgentHost, holds, locked
 from tests.system.conftest import HOME
 from tests.system.support import (
@@ -680,6 +681,7 @@ def test_a_namespace_that_outlives_its_name(pair: AgentHost) -> None:
 
 
 def test_an_old_tools_namespace_is_reconciled_once_its_path_is_known(node: AgentHost, blue: str) -> None:
+    set_learned(node.name, "namespace")  # as on a host that the old tool has registered
     key = f"/calico/v1/host/{node.name}/workload/docker/-var-run-netns-blue/endpoint/{'1' * 32}"
     node.etcd.put(key, {"name": "cali11111111111", "mac": "02:00:00:00:00:01", "ipv4_nets": [f"{A4}/32"]})
     node.ctl("container", "add", blue, A4)

@@ -103,7 +103,8 @@ def test_other_orchestrators_workloads_are_not_connected_by_this_program() -> No
 
 
 def test_removing_a_host_leaves_what_others_keep_there() -> None:
-    connected.set_learned("vm")
+    connected.set_first("vm")
+    assert connected.is_first("vm")
     connected.put("vm", "namespace", ID, BLUE)
     connected.put("vm", "docker", "1" * 64)
     connected.put("other", "docker", "1" * 64)
@@ -113,6 +114,7 @@ def test_removing_a_host_leaves_what_others_keep_there() -> None:
     learned = {"workloads", "workloads/docker.learned", "workloads/namespace.learned"}
     assert modes(state.DIRECTORY / "vm").keys() == {"member", *learned}, "learning is not repeated"
     assert connected.is_learned("vm", "docker") and connected.is_learned("vm", "namespace")
+    assert not connected.is_first("vm"), "an older program may be used next"
     connected.forget_all("other")
     connected.forget_all("never was here")
     assert list(state.DIRECTORY.iterdir()) == [state.DIRECTORY / "vm"]

@@ -9,7 +9,7 @@ from netaddr import IPAddress
 
 from calicoctl.datastore.blocks import Owner
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.handles import UNREAD
+from calicoctl.datastore.handles import KnownHandle
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import Reserved
@@ -35,7 +35,7 @@ class Session:
         self.datastore = DatastoreClient(MemoryStore(), "vm")
         self.workload = Workload("docker", "1" * 64, "web", docker_name="web")
         self.held: dict[IPAddress, Owner] = {}
-        self.handle = UNREAD
+        self.handle: KnownHandle | None = None
 
     def hold(self, address: str, endpoint: str, interface: str = "eth1") -> None:
         owner = owner_of(self.workload, EndpointId("vm", "docker", self.workload.id, endpoint), interface)

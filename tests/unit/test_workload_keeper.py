@@ -124,7 +124,7 @@ class Bench:
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     monkeypatch.setattr(locks, "DIRECTORY", tmp_path)
     monkeypatch.setattr(workload_keeper, "WorkerPool", InlinePool)
-    connected.set_learned("vm")
+    connected.set_first("vm")
     connected.put("vm", "namespace", BLUE, "/proc/self/ns/net")
     datastore = DatastoreClient(MemoryStore(), "vm")
     reported: list[Any] = []
