@@ -142,6 +142,9 @@ from calicoctl.netlink import OUR_PROTOCOLS
 from calicoctl.output import print_json, print_table, quantity, wants_json, warn
 from calicoctl.workloads import connected, docker_hook, docker_networks, libnetwork, locks, network_profiles
 
+AT_ONCE = 8
+"""How many workloads `node remove` disconnects at a time."""
+
 
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
@@ -529,7 +532,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
                 workloads |= {(orchestrator, id) for id in left}
         if this_one:
             plugin_process.stop(host)
-        disconnected = _disconnect(datastore, workloads)
+        disconnected = _disconnect(datastore.host, workloads)
         for handle in datastore.ipam.handles.names():
             if handle.startswith(libnetwork.requests_of(datastore.host)):
                 datastore.ipam.release_by_handle(handle)
@@ -621,18 +624,19 @@ def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
         )
 
 
-def _disconnect(datastore: DatastoreClient, workloads: set[tuple[str, str]]) -> bool:
-    """Disconnect workloads, given as (orchestrator, id). Return whether any of them was connected."""
-    from calicoctl.workloads import wiring
-    from calicoctl.workloads.workload import Workload
+def _disconnect(host: str, workloads: set[tuple[str, str]]) -> bool:
+    """Disconnect workloads of a host, given as (orchestrator, id). Return whether any of them was connected."""
+    from calicoctl.workloads.disconnecting import disconnect_all
 
-    found = False
-    for orchestrator, id in sorted(workloads):
-        with suppress(NotFound):  # disconnected concurrently
-            wiring.disconnect(datastore, Workload(orchestrator, id, id))
-            print(f"Removed Calico from {id}")
-            found = True
-    return found
+    found: list[str] = []
+
+    def report(id: str) -> None:
+        found.append(id)
+        print(f"Removed Calico from {id}")
+
+    clients = [DatastoreClient.from_environment(shared=False).for_host(host) for _ in range(AT_ONCE)]
+    disconnect_all(clients, workloads, report)
+    return bool(found)
 
 
 def _local_etcd(host: str) -> LocalEtcd | None:
