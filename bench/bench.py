@@ -70,6 +70,22 @@ def run_all(host: Host, pairs: int) -> None:
 
         return measure
 
+    def remove(*words: str) -> Measure:
+        def measure() -> float:
+            ctl("container", "add", *words)
+            return ctl("container", "remove", words[0])
+
+        return measure
+
+    def ip_add(name: str, address: str) -> Measure:
+        def measure() -> float:
+            ctl("container", "add", name, "ipv4")
+            taken = ctl("container", name, "ip", "add", address)
+            ctl("container", "remove", name)
+            return taken
+
+        return measure
+
     def all_imports() -> float:
         return timed(*IMPORT_ALL)
 
@@ -86,6 +102,10 @@ def run_all(host: Host, pairs: int) -> None:
         "container add of a Docker container / L", "at most 1.0, aim 0.8", add("workload", "ipv4"), all_imports, pairs
     )
     compare("container add of a namespace path / L", "at most 0.8", add(path, "ipv4"), all_imports, pairs)
+    for what, name in (("a Docker container", "workload"), ("a namespace path", path)):
+        added = add(name, "192.168.0.1")
+        for words, measure in (("remove", remove(name, "192.168.0.1")), ("ip add", ip_add(name, "192.168.0.7"))):
+            compare(f"container {words} / add, {what}", "at most 1.0", measure, added, pairs)
     compare("profile add / L", "at most 0.5, aim 0.4", profile_add, all_imports, pairs)
     compare("version / python3 -c pass", "at most 3", lambda: ctl("version"), bare_python, pairs)
 
