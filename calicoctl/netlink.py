@@ -498,6 +498,11 @@ def _link(index: int) -> bytes:
     raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
 
+def delete_link(index: int) -> None:
+    """Delete the interface with this index. Raises OSError, also if there is none."""
+    do(socket.NETLINK_ROUTE, RTM_DELLINK, 0, struct.pack("=BBHiII", 0, 0, 0, index, 0, 0))
+
+
 def veths_into(namespace: int) -> Iterator[int]:
     """Yield the indices of the veths whose other end is in another network namespace, the one with the id `namespace`.
 

@@ -10,8 +10,8 @@ FAULT_LOG=FILE  gets a line for each change
 FAULTY=cni      runs the CNI plugin in place of calicoctl
 SETTLE=SECONDS  how long `datastore migrate` waits for commands that have begun
 
-The seams are the calls of the two libraries that change something, and what is sent to etcd's v3 API, so no step of
-the program can be missed.
+The seams are the calls of the two libraries that change something, what is sent to etcd's v3 API, and the deletion of
+an interface, so no step of the program can be missed.
 """
 
 import base64
@@ -139,6 +139,20 @@ def faulty_netlink(name):
     setattr(linux.RTNL_API, name, call)
 
 
+def faulty_deletion():
+    original = netns.delete_link
+
+    def call(index):
+        hit = count("netlink link del")
+        if hit and MODE == "fail":
+            raise OSError(105, "No buffer space available")
+        original(index)
+        if hit and MODE in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[MODE])
+
+    netns.delete_link = call
+
+
 def faulty_sysctl():
     original = netns._write_sysctl
 
@@ -159,6 +173,7 @@ faulty_read()
 faulty_v3()
 for request in ("link", "addr", "route", "neigh"):
     faulty_netlink(request)
+faulty_deletion()
 faulty_sysctl()
 migration_run.SETTLE = float(os.environ.get("SETTLE", migration_run.SETTLE))
 if os.environ.get("FAULTY") == "cni":
