@@ -121,6 +121,9 @@ class ChosenStore:
     def tree(self, directory: str) -> list[Entry]:
         return self._store.tree(directory)
 
+    def collect(self, directory: str, convert: Callable[[Entry], T | None], values: bool = True) -> list[T]:
+        return self._store.collect(directory, convert, values)
+
     def read(
         self, keys: Sequence[str], directories: Sequence[str] = ()
     ) -> tuple[list[Entry | None], list[list[Entry]]]:

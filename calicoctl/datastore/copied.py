@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
+from typing import Callable, TypeVar
 
 from calicoctl.datastore.store import Entry, Store
+
+T = TypeVar("T")
 
 
 class CopiedStore:
@@ -37,6 +40,9 @@ class CopiedStore:
     def tree(self, directory: str) -> list[Entry]:
         # in ASCII, "0" is the character after the slash
         return self._entries[bisect_left(self._keys, directory + "/") : bisect_left(self._keys, directory + "0")]
+
+    def collect(self, directory: str, convert: Callable[[Entry], T | None], values: bool = True) -> list[T]:
+        return [item for item in map(convert, self.tree(directory)) if item is not None]
 
     def names(self, directory: str, but: Collection[str] = ()) -> list[str]:
         names = {entry.key[len(directory) + 1 :].partition("/")[0] for entry in self.tree(directory)}

@@ -110,7 +110,7 @@ class Etcd2Store:
             return None
 
     def tree(self, directory: str) -> list[Entry]:
-        return [entry for entry in self.list_for_watch(directory)[0] if entry.problem is None]
+        return self.collect(directory, lambda entry: entry if entry.problem is None else None)
 
     def read(
         self, keys: Sequence[str], directories: Sequence[str] = ()
@@ -259,11 +259,20 @@ class Etcd2Store:
 
         return self._read("", read)
 
+    def collect(self, directory: str, convert: Callable[[Entry], T | None], values: bool = True) -> list[T]:
+        return self._tree(directory, convert)[0]
+
     def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
+        return self._tree(directory, lambda entry: entry)
+
+    def _tree(self, directory: str, convert: Callable[[Entry], T | None]) -> tuple[list[T], int]:
+        """Return what `collect` returns, and the revision to watch the directory from."""
         import etcd
 
         try:
-            read = self._read(directory, lambda client, path: etcd2_tree.read(client, directory), directory=True)
+            read = self._read(
+                directory, lambda client, path: etcd2_tree.read(client, directory, convert), directory=True
+            )
             return read[0], read[1] + 1
         except etcd.EtcdKeyNotFound as error:
             reached = error.payload.get("index")

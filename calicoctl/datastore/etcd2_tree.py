@@ -1,16 +1,17 @@
 """Reads a directory tree of etcd's v2 API, however deep or large it is.
 
 Python's recursive JSON parser fails on an answer that is nested too deeply. So only the innermost objects of an answer
-are parsed: keys and empty directories. If an answer is too large, each subdirectory is requested separately, down to
-the depth DEEPEST.
+are parsed: keys and empty directories. They are converted while the answer arrives, so memory is needed only for what
+the caller keeps. If an answer is too large, each subdirectory is requested separately, down to the depth DEEPEST.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
 from urllib.parse import quote
 
 from calicoctl import answers
@@ -18,6 +19,8 @@ from calicoctl.datastore.store import Entry
 
 if TYPE_CHECKING:
     import etcd
+
+T = TypeVar("T")
 
 DEEPEST = 10
 """The number of parts of Calico's deepest key. A directory at this depth or below is not read in parts."""
@@ -32,65 +35,85 @@ _MOST_STRINGS = 64
 of etcd has up to 8 names, and 3 values that are strings."""
 
 
-def read(client: etcd.Client, directory: str) -> tuple[list[Entry], int]:
-    """Return all entries below a directory, and the store's revision at the first answer.
+CHUNK = 2**16
+"""How many bytes of an answer are read at a time."""
 
-    A subdirectory that is too large to be read is returned as an Entry with a `problem`. Raises python-etcd's
-    exceptions (EtcdKeyNotFound if there is no such directory), and KeyError, RecursionError, TypeError or ValueError
-    for an answer that is not etcd's.
+
+def read(client: etcd.Client, directory: str, convert: Callable[[Entry], T | None]) -> tuple[list[T], int]:
+    """Return `convert(entry)` for each entry below a directory, without None, and the revision at the first answer.
+
+    For a subdirectory that is too large to be read, `convert` gets an Entry with a `problem`. `convert` may be called
+    for an entry more than once. Raises python-etcd's exceptions (EtcdKeyNotFound if there is no such directory) and
+    urllib3's, and KeyError, RecursionError, TypeError or ValueError for an answer that is not etcd's.
     """
     import etcd
+    import urllib3.exceptions
 
-    entries: list[Entry] = []
+    failures = (etcd.EtcdException, urllib3.exceptions.HTTPError, http.client.HTTPException)
+    found: list[T] = []
     reached: int | None = None
     pending = [directory]
     while pending:
         path = pending.pop()
         try:
-            nodes, index = _ask(client, path, recursive=True)
+            some, _, index = _ask(client, path, True, convert)
         except etcd.EtcdKeyNotFound:
             if reached is None:
                 raise
             continue  # it was deleted meanwhile
-        except etcd.EtcdException as error:
+        except failures as error:
             if not _is_too_large(error):
                 raise
             try:
                 if path.count("/") >= DEEPEST:
                     raise
-                nodes, index = _ask(client, path, recursive=False)
-                pending += [node["key"] for node in nodes if node.get("dir") and node["key"] != path]
+                some, directories, index = _ask(client, path, False, convert)
+                pending += directories
             except etcd.EtcdKeyNotFound:
-                nodes, index = [], reached or 0
-            except etcd.EtcdException as again:
+                some, index = [], reached or 0
+            except failures as again:
                 if reached is None or not _is_too_large(again):
                     raise
                 why = "it is too large, so nothing below it is read; delete what does not belong there"
-                nodes, index = [{"key": path, "modifiedIndex": 0, "createdIndex": 0, "problem": why}], reached or 0
-        entries += [_entry(node) for node in nodes if not node.get("dir")]
+                unread = convert(Entry(path, "", 0, 0, why))
+                some, index = [] if unread is None else [unread], reached or 0
+        found += some
         # a watch from here has all that is written while the others are read
         reached = index if reached is None else reached
     assert reached is not None, "there is at least one answer"
-    return entries, reached
+    return found, reached
 
 
-def _ask(client: etcd.Client, path: str, recursive: bool) -> tuple[list[dict[str, Any]], int]:
-    """Return the JSON objects of the keys and of the empty directories below `path`, and the store's revision.
+def _ask(
+    client: etcd.Client, path: str, recursive: bool, convert: Callable[[Entry], T | None]
+) -> tuple[list[T], list[str], int]:
+    """Return `convert(entry)` for the keys below `path`, without None, some subdirectories, and the store's revision.
 
-    Without `recursive`, returns the objects of the keys and of all subdirectories directly in `path`. The object of
-    `path` itself may be among them. Raises what `read` raises.
+    With `recursive`, the subdirectories (their paths) are the empty ones. Without `recursive`, they are all that are
+    directly in `path`, and the keys are those directly in `path`. Raises what `read` raises.
     """
-    options = {"quorum": "true", **({"recursive": "true"} if recursive else {})}
     # with the slash, a role for `/calico/*` may read all of /calico
-    answer = client.api_execute(client.key_endpoint + quote(path + "/"), "GET", params=options)
-    index = int(answer.headers["x-etcd-index"])
-    nodes = []
-    for node in innermost(answer.data.decode("latin-1")):  # each is checked before the next is kept
-        _check(node, path, index)
-        nodes.append(node)
-    if not nodes:
+    url = f"{client.base_uri}{client.key_endpoint}{quote(path + '/')}?quorum=true{'&recursive=true' * recursive}"
+    answer = client.http.request("GET", url, timeout=client.read_timeout, preload_content=False, redirect=False)
+    try:
+        client._handle_server_response(answer)  # raises what the status means
+        index = int(answer.headers["x-etcd-index"])
+        found: list[T] = []
+        directories: list[str] = []
+        is_empty = True
+        for node in innermost(chunk.decode("latin-1") for chunk in answer.stream(CHUNK)):
+            _check(node, path, index)  # each is checked before the next is kept
+            is_empty = False
+            if not node.get("dir"):
+                item = convert(_entry(node))
+                found += [] if item is None else [item]
+            elif node["key"] != path:
+                directories.append(node["key"])
+    finally:
+        answer.close()  # if all of it was read, its connection has been given back, and stays open
+    if is_empty:
         raise _unasked()
-    return nodes, index
+    return found, directories, index
 
 
 def _check(node: dict[str, Any], path: str, index: int) -> None:
@@ -111,26 +134,39 @@ def _unasked() -> TypeError:
     return TypeError("something else than what was asked for")
 
 
-def innermost(text: str) -> Iterator[dict[str, Any]]:
+def innermost(parts: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield the objects in a JSON text that contain no other objects.
 
-    `text` is UTF-8 that was decoded as Latin-1, which saves memory. Raises ValueError if the text is not an answer of
-    etcd: if braces do not match, if a directory has no key, or if there are more than _MOST_STRINGS strings between two
-    braces.
+    `parts` together are the text: UTF-8 that was decoded as Latin-1, which saves memory. Raises ValueError if the text
+    is not an answer of etcd: if braces do not match, if a directory has no key, or if there are more than _MOST_STRINGS
+    strings between two braces.
     """
+    parts = iter(parts)
+    text = ""
     position = depth = strings = 0
     begin: int | None = None
-    while (match := _SIGNIFICANT.search(text, position)) is not None:
-        position = match.end()
-        character = match[0]
-        if character == '"':
-            _, position = _scan_string(text, position, True)
+    while depth >= 0:
+        match = _SIGNIFICANT.search(text, position)
+        end = None if match is None else _string_end(text, match.end()) if match[0] == '"' else match.end()
+        if match is None or end is None:
+            # what is before is not needed any more
+            start = len(text) if match is None else match.start()
+            kept = start if begin is None else begin
+            part = _next(parts, len(text) - kept)
+            if not part:
+                if match is not None:
+                    raise ValueError("the JSON ends within a string")
+                break
+            text, position, begin = text[kept:] + part, start - kept, None if begin is None else 0
+            continue
+        position = end
+        if match[0] == '"':
             strings += 1
             if strings > _MOST_STRINGS:
                 raise ValueError("there are more strings than etcd writes")
             continue
         strings = 0
-        if character == "{":
+        if match[0] == "{":
             if begin is not None and depth > 1 and '"key"' not in text[begin:position]:
                 raise ValueError("there is a directory without a key")
             begin = position - 1
@@ -140,15 +176,40 @@ def innermost(text: str) -> Iterator[dict[str, Any]]:
             if begin is not None:
                 yield json.loads(text[begin:position].encode("latin-1"))
             begin = None
-            if depth < 0:
-                break
     if depth != 0:
         raise ValueError("the JSON is not whole")
 
 
+def _string_end(text: str, position: int) -> int | None:
+    """Return where the JSON string ends that begins at `position`, after its quote; None if it is not whole.
+
+    Raises ValueError if it is no JSON string, whatever may follow.
+    """
+    try:
+        return int(_scan_string(text, position, True)[1])
+    except json.JSONDecodeError as error:
+        # an escape at the end may be cut: \u0000
+        if error.msg.startswith("Unterminated") or error.pos > len(text) - 16:
+            return None
+        raise
+
+
+def _next(parts: Iterator[str], size: int) -> str:
+    """Return the next parts, together at least `size` characters; fewer only if there are no more."""
+    # as much as is parsed again: so the time for a long string does not grow with its square
+    found: list[str] = []
+    read = 0
+    for part in parts:
+        found.append(part)
+        read += len(part)
+        if read >= max(1, size):
+            break
+    return "".join(found)
+
+
 def _entry(node: dict[str, Any]) -> Entry:
     value, expires = node.get("value") or "", node.get("expiration") is not None
-    return Entry(node["key"], value, node["modifiedIndex"], node["createdIndex"], node.get("problem"), expires)
+    return Entry(node["key"], value, node["modifiedIndex"], node["createdIndex"], None, expires)
 
 
 def _is_too_large(error: BaseException | None) -> bool:

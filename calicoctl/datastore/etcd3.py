@@ -38,6 +38,15 @@ Item = Callable[[Any], Optional[Entry]]
 PAGE = 1000
 """The maximum number of keys per request for a range, in the first attempt to read a directory."""
 
+FIRST_PAGE = 128
+"""The maximum number of keys in the first request of `collect`, which does not know yet how large the values are."""
+
+PAGE_SIZE = 4 * answers.MiB
+"""The size that each further page of `collect` should have, in characters of the answer's JSON."""
+
+_JSON_OF_A_KEY = 120
+"""The number of characters that the JSON of a key has, besides the key and the value themselves."""
+
 ATTEMPTS = 5
 """The maximum number of attempts to read a directory whose revision is compacted during the read, and to use a lease
 that expires before it is used."""
@@ -218,6 +227,41 @@ class Etcd3Store:
 
     def tree(self, directory: str) -> list[Entry]:
         return [entry for entry in self._list(directory, _readable)[0] if entry.problem is None]
+
+    def collect(self, directory: str, convert: Callable[[Entry], T | None], values: bool = True) -> list[T]:
+        reading = _Reading(directory)
+        first = FIRST_PAGE if values else PAGE
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._collect_once(directory, convert, values, min(MOST_KEYS, first * 10**attempt), reading)
+            except _Compacted:
+                continue
+        raise _forgetful(directory)
+
+    def _collect_once(
+        self, directory: str, convert: Callable[[Entry], T | None], values: bool, first: int, reading: _Reading
+    ) -> list[T]:
+        """Do what `collect` does, once, with `first` keys in the first page. All pages are read at its revision.
+
+        The other pages have PAGE_SIZE, as far as the page before tells, but at most twice as many keys as that. Raises
+        _Compacted if the revision is compacted before all pages are read.
+        """
+
+        def sized(kv: Any) -> tuple[int, T | None]:
+            return len(kv["key"]) + len(kv.get("value", "")) + _JSON_OF_A_KEY, convert(_readable(kv) or etcd3_json.followed(kv))
+
+        found: list[T] = []
+        start, end = below(directory)
+        limit, at, count = first, 0, 0
+        while True:
+            page = self._page(directory, start, end, sized, limit, at, values)
+            found += [item for _, item in page.items if item is not None]
+            at, count = at or page.revision, count + len(page.items)
+            if not page.more:
+                return found
+            reading.check(count)
+            average = sum(size for size, _ in page.items) // len(page.items)
+            start, limit = page.last + b"\0", max(1, min(PAGE_SIZE // average, 2 * page.limit))
 
     def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
         watch = self._opened_early(directory)
@@ -491,7 +535,7 @@ class Etcd3Store:
                 return self._list_once(directory, item, min(MOST_KEYS, PAGE * 10**attempt), reading)
             except _Compacted:
                 continue
-        raise StoreUnavailable(f"etcd forgets what is below {directory} before it is read to the end; try again later")
+        raise _forgetful(directory)
 
     def _list_once(self, directory: str, item: Item, most: int, reading: _Reading) -> tuple[list[Entry], int]:
         """Do what `_list` does, once, with pages of at most `most` keys.
@@ -522,11 +566,13 @@ class Etcd3Store:
         item: Callable[[Any], T],
         limit: int,
         at: int,
+        values: bool = True,
     ) -> _Page[T]:
         """Return a page of up to `limit` keys from `start` on, before `end`. `item` converts a key: see `_list`.
 
-        The keys are read at the revision `at`, or at the current one if `at` is 0. If the answer is too large, fewer
-        keys are requested; a single key whose value is too large is requested without the value.
+        The keys are read at the revision `at`, or at the current one if `at` is 0; without their values if `values` is
+        false. If the answer is too large, fewer keys are requested; a single key whose value is too large is requested
+        without the value.
         """
 
         def send(connection: Connection) -> _Page[T]:
@@ -534,7 +580,8 @@ class Etcd3Store:
             while True:
                 try:
                     with _translated(connection, directory):
-                        answer = connection.post("/v3/kv/range", _range(start, end, count, at, problem is not None))
+                        keys_only = problem is not None or not values
+                        answer = connection.post("/v3/kv/range", _range(start, end, count, at, keys_only))
                         return _page_of(answer, start, end, item, count, problem)
                 except ConnectionLost as lost:
                     if not _is_too_large(lost) or problem is not None:
@@ -618,6 +665,10 @@ def _refusal(error: ErrorAnswer, key: str, connection: Connection) -> StoreError
             f"clients, too (extended key usage clientAuth) ({text})"
         )
     return StoreError(f"etcd at {url} refuses a request about {key}: {text}")
+
+
+def _forgetful(directory: str) -> StoreUnavailable:
+    return StoreUnavailable(f"etcd forgets what is below {directory} before it is read to the end; try again later")
 
 
 def _is_too_large(lost: ConnectionLost) -> bool:

@@ -6,9 +6,11 @@ import random
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Protocol, Union
+from typing import Callable, Protocol, TypeVar, Union
 
 from calicoctl.errors import CompareFailed, Conflict, KeyExists, NotFound
+
+T = TypeVar("T")
 
 ATTEMPTS = 200
 """The maximum number of attempts at a compare-and-swap. If all of them fail, Conflict is raised."""
@@ -23,7 +25,7 @@ class Entry:
     programs change `created`, so it may only be used to order conflicting objects, such as overlapping pools.
 
     `problem` is None if the key was read. If the key, or all keys below it, could not be read, `problem` is the reason.
-    Only `list_for_watch` and watches return entries with a problem.
+    Only `collect`, `list_for_watch` and watches use entries with a problem.
 
     `expires` says whether the key has a time to live. It is not set reliably in the entries that writes return.
     """
@@ -145,6 +147,17 @@ class Store(Protocol):
 
     def tree(self, directory: str) -> list[Entry]:
         """Return all entries below `directory`, except those that cannot be read (see `Entry.problem`)."""
+
+    def collect(self, directory: str, convert: Callable[[Entry], T | None], values: bool = True) -> list[T]:
+        """Return `convert(entry)` for each entry below `directory`, without None, in any order.
+
+        Unlike `tree`, it holds only what `convert` returns, and few entries at a time, so it is for directories that
+        may be large. A key or directory that cannot be read is an entry with a `problem`. If `values` is false, the
+        entries may have an empty `value`, since a store may read the keys alone.
+
+        A read that fails is repeated from the beginning, so `convert` must have no side effects. It may raise
+        CalicoError.
+        """
 
     def read(
         self, keys: Sequence[str], directories: Sequence[str] = ()

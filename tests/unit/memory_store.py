@@ -8,13 +8,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition
-from typing import Callable, Union
+from typing import Callable, TypeVar, Union
 
 from calicoctl.datastore.members import Verdict, created, deleted, updated
 from calicoctl.datastore.store import Change, Create, Delete, Entry, Fence, Store, Update, Write, write_in_order
 from calicoctl.errors import CompareFailed, Fenced, KeyExists, StoreUnavailable, WatchExpired
+
+T = TypeVar("T")
 
 HISTORY = 1000
 """How many changes a watch can go back, as many as in etcd's v2 API."""
@@ -87,6 +89,12 @@ class MemoryStore:
     def tree(self, directory: str) -> list[Entry]:
         self._begin_read()
         return self._below(directory)
+
+    def collect(self, directory: str, convert: Callable[[Entry], T | None], values: bool = True) -> list[T]:
+        entries = self.tree(directory)
+        if self.atomic and not values:
+            entries = [replace(entry, value="") for entry in entries]
+        return [item for item in map(convert, entries) if item is not None]
 
     def _begin_read(self) -> None:
         self.before_read()

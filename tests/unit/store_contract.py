@@ -12,7 +12,7 @@ from typing import Protocol
 import pytest
 
 from calicoctl.datastore.store import Change, Create, Delete, Entry, Fence, FencedStore, Store, Update, Watch
-from calicoctl.errors import CompareFailed, Fenced, KeyExists, WatchExpired
+from calicoctl.errors import CalicoError, CompareFailed, Fenced, KeyExists, WatchExpired
 from tests.unit.memory_store import Lost
 
 KEY = "/calico/a/b"
@@ -159,6 +159,22 @@ class StoreContract:
         assert store.exists("/calico") and store.exists("/calico/x") and store.exists("/calico/x/y")
         for absent in ("/calico/x/yy", "/cal", "/calico/b"):
             assert store.tree(absent) == [] and store.names(absent) == [] and not store.exists(absent)
+
+    def test_entries_are_collected_as_they_are_converted(self, store: Store) -> None:
+        assert store.collect("/calico", lambda entry: entry) == []
+        written = [store.create(key, value) for key, value in ((KEY, "1"), ("/calico/x/y", "é"), ("/calico/xx", "2"))]
+        assert sorted(store.collect("/calico", lambda entry: entry), key=str) == sorted(written, key=str)
+        assert store.collect("/calico/x", lambda entry: entry.value) == ["é"]
+        assert store.collect("/calico", lambda entry: entry.value if entry.key == KEY else None) == ["1"]
+        keys = store.collect("/calico", lambda entry: entry.key, values=False)
+        assert sorted(keys) == sorted(entry.key for entry in written)
+
+        def refuse(entry: Entry) -> None:
+            raise CalicoError(entry.key)
+
+        with pytest.raises(CalicoError, match=KEY):
+            store.collect("/calico/a", refuse)
+        assert store.collect("/calico/x", lambda entry: entry.key) == ["/calico/x/y"]
 
     def test_what_was_deleted_does_not_exist(self, store: Store) -> None:
         one, two = store.create("/calico/x/y/z", "1"), store.create("/calico/x/v", "2")

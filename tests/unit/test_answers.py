@@ -42,6 +42,7 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 REQUESTS: dict[str, Callable[[Store], object]] = {
     "get": lambda store: store.get(KEY),
     "list": lambda store: store.list_for_watch("/calico"),
+    "collect": lambda store: store.collect("/calico", lambda entry: entry),
     "names": lambda store: store.names("/calico"),
     "exists": lambda store: store.exists("/calico"),
     "version": lambda store: store.version(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -57,13 +58,13 @@ def store_of(server: Server) -> Etcd2Store:
 @pytest.mark.parametrize("depth", [500, 20_000])
 def test_a_deep_key_does_not_keep_others_from_being_read(depth: int) -> None:
     body = '{"key":"/d","dir":true,"nodes":[' * depth + '{"key":"/x","value":"{}[\\"\\\\"}' + "]}" * depth
-    assert list(innermost(body)) == [{"key": "/x", "value": '{}["\\'}]
+    assert list(innermost([body])) == [{"key": "/x", "value": '{}["\\'}]
 
 
 @pytest.mark.parametrize("body", ["{", '{"a": {}', "}", '{"a": "}', '{"a": {}}}'])
 def test_an_answer_that_is_not_whole_is_an_error(body: str) -> None:
     with pytest.raises(ValueError):
-        list(innermost(body))
+        list(innermost([body]))
 
 
 @pytest.mark.parametrize("body", ['{"node":{' + "{}" * 100 + "}}", '{"node":' * 100, '{"node":{' + '""' * 1000 + "}}"])
@@ -79,6 +80,44 @@ def test_an_answer_that_is_not_etcds_is_not_read_to_its_end(body: str, monkeypat
     ):
         store_of(server).list_for_watch("/calico")
     assert 0 < len(parsed) < 80
+
+
+@pytest.mark.parametrize("size", range(1, 40))
+def test_an_answer_is_parsed_wherever_it_is_cut(size: int) -> None:
+    values = ['a "quoted" {brace}', "\\", "é€😀", "", "\x00" * 30]
+    keys = {f"/calico/{'x/' * number}{number}": value for number, value in enumerate(values)}
+    body = json_of(keys, "/calico", True)
+    whole = list(innermost([body]))
+    assert {node["key"]: node["value"] for node in whole} == keys
+    parts = [body[start : start + size] for start in range(0, len(body), size)]
+    assert list(innermost(parts)) == whole
+    for cut in range(1, len(parts)):
+        with pytest.raises(ValueError):
+            list(innermost(parts[:cut]))
+
+
+def test_a_long_value_in_many_parts_is_not_read_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    scanned: list[int] = []
+    before = etcd2_tree._scan_string
+    monkeypatch.setattr(etcd2_tree, "_scan_string", lambda *of: scanned.append(len(of[0])) or before(*of))
+    body = json_of({"/calico/a": "x" * 2**20}, "/calico", True)
+    parts = [body[start : start + 2**10] for start in range(0, len(body), 2**10)]
+    assert [node["value"] for node in innermost(parts)] == ["x" * 2**20]
+    assert sum(scanned) < 8 * 2**20
+
+
+def test_only_what_is_kept_needs_memory() -> None:
+    """The answer is converted while it arrives."""
+    keys = {f"/calico/{number}": "x" * 2**15 for number in range(1000)}
+    body = answer(json_of(keys, "/calico", True).encode())
+    with serving(lambda client, line: client.send(body)) as server:
+        store = store_of(server)
+        assert len(store.collect("/calico", lambda entry: entry.value[:1])) == 1000  # what is imported stays
+        tracemalloc.start()
+        store.collect("/calico", lambda entry: entry.value[:1])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2 * 2**20, "32 MiB are read"
 
 
 def test_all_keys_are_read_with_their_values_and_revisions() -> None:
@@ -103,10 +142,12 @@ def test_what_is_too_large_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch
     with serving(FakeEtcd({**flood, **deep, **sound})) as server:
         entries, revision = store_of(server).list_for_watch("/calico")
         seen = store_of(server).tree("/calico")
+        problems = store_of(server).collect("/calico", lambda entry: entry.problem and entry.key)
     assert {entry.key: entry.value for entry in entries if entry.problem is None} == sound
     skipped = {entry.key for entry in entries if entry.problem is not None}
     assert "/calico/v1/flood" in skipped and len(skipped) == 2
     assert {entry.key for entry in seen} == sound.keys()
+    assert set(problems) == skipped
     assert revision == REVISION + 1
 
 

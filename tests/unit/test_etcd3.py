@@ -143,6 +143,48 @@ def test_a_list_whose_revision_is_forgotten_meanwhile_is_read_again(gateway: Gat
     assert not gateway.instead
 
 
+def test_what_is_collected_is_read_in_pages_as_large_as_the_values_allow(gateway: Gateway, store: Etcd3Store) -> None:
+    """So neither memory nor the number of requests grows with what is stored."""
+    gateway.kvs = {b"/calico/%05d" % number: b"1" for number in range(10_000)}
+    found = store.collect("/calico", lambda entry: entry.key if entry.key < "/calico/00003" else None)
+    assert found == ["/calico/00000", "/calico/00001", "/calico/00002"]
+    assert [int(asked["limit"]) for asked in gateway.ranges()] == [128 * 2**number for number in range(7)]
+    assert {asked.get("revision") for asked in gateway.ranges()[1:]} == {str(REVISION)}
+    gateway.asked.clear()
+    assert len(store.collect("/calico", lambda entry: entry.key, values=False)) == 10_000
+    assert [asked["limit"] for asked in gateway.ranges()] == ["1000", "2000", "4000", "8000"]
+    assert all(asked["keys_only"] for asked in gateway.ranges())
+    gateway.asked.clear()
+    gateway.kvs = {b"/calico/%03d" % number: b"x" * 30_000 for number in range(400)}
+    assert len(store.collect("/calico", lambda entry: entry.key)) == 400
+    assert [asked["limit"] for asked in gateway.ranges()] == ["128", "104", "104", "104"]
+
+
+def test_what_cannot_be_read_is_collected_with_its_problem(
+    gateway: Gateway, store: Etcd3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd3_http, "LARGEST", 20_000)
+    gateway.kvs = {b"/calico/a": b"1", b"/calico/b": b"{\xff}", b"/calico/c": b"x" * 40_000, b"/calico/\xff": b"2"}
+    found = store.collect("/calico", lambda entry: (entry.key, entry.value, entry.problem))
+    assert found == [
+        ("/calico/a", "1", None),
+        ("/calico/b", "{\N{REPLACEMENT CHARACTER}}", None),
+        ("/calico/c", "", etcd3.TOO_LARGE),
+        ("/calico/\\xff", "", "its key is not UTF-8, and not read"),
+    ]
+
+
+def test_what_is_collected_is_read_again_if_its_revision_is_forgotten(gateway: Gateway, store: Etcd3Store) -> None:
+    gateway.kvs = {b"/calico/%04d" % number: b"" for number in range(200)}
+    first, forgotten = [kv("/calico/0000")], refusal(11, "etcdserver: mvcc: required revision has been compacted")
+    gateway.instead = [reply({"kvs": first, "more": True}), forgotten]
+    assert len(store.collect("/calico", lambda entry: entry.key)) == 200
+    assert [asked["limit"] for asked in gateway.ranges()] == ["128", "256", "1280"]
+    gateway.instead = [reply({"kvs": first, "more": True}), forgotten] * etcd3.ATTEMPTS
+    with pytest.raises(StoreUnavailable, match="try again later"):
+        store.collect("/calico", lambda entry: entry.key)
+
+
 def test_what_is_not_utf8_is_named_and_does_not_hide_the_rest(gateway: Gateway, store: Etcd3Store) -> None:
     gateway.kvs = {b"/calico/a": b"1", b"/calico/b": b"{\xff}", b"/calico/\xff": b"2", "/calico/é".encode(): b""}
     entries, _ = store.list_for_watch("/calico")
