@@ -32,19 +32,17 @@ Examples:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, astuple
 from functools import partial
 from typing import TYPE_CHECKING
 
 from calicoctl.addresses import parse_address
 from calicoctl.commands.pool import readable_pools
-from calicoctl.datastore.blocks import Block
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.usage import usages
+from calicoctl.datastore.usage import counter, usages
 from calicoctl.diagnose import audit
-from calicoctl.errors import CalicoError, InvalidValue, NotFound, for_each, one_line
+from calicoctl.errors import CalicoError, NotFound, for_each, one_line
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import first_few, print_json, print_table, quantity, wants_json, warn
 
@@ -147,21 +145,16 @@ def _show(as_json: bool) -> None:
     datastore = DatastoreClient.from_environment()
     found = []
     for version in (4, 6):
-        found += usages(readable_pools(datastore, version), _readable_blocks(datastore, version))
+        pools = readable_pools(datastore, version)
+        counts, invalid = datastore.ipam.blocks(version, counter(pools))
+        for error in sorted(invalid, key=lambda error: error.key):
+            warn(f"Warning: {error}")
+        found += usages(pools, counts)
     if as_json:
         print_json([asdict(usage) for usage in found])
     else:
         rows = [[usage.pool or "(in no pool)", *astuple(usage)[1:]] for usage in found]
         print_table(["Pool", "Addresses", "Used", "Free", "Borrowed"], rows)
-
-
-def _readable_blocks(datastore: DatastoreClient, version: int) -> Iterator[Block]:
-    """Yield the valid blocks of an IP version. Print a warning for each invalid block."""
-    for block in datastore.ipam.all_blocks(version):
-        if isinstance(block, InvalidValue):
-            warn(f"Warning: {block}")
-        else:
-            yield block
 
 
 def _check(fix: bool, as_json: bool) -> None:

@@ -248,7 +248,9 @@ class Etcd3Store:
         """
 
         def sized(kv: Any) -> tuple[int, T | None]:
-            return len(kv["key"]) + len(kv.get("value", "")) + _JSON_OF_A_KEY, convert(_readable(kv) or etcd3_json.followed(kv))
+            return len(kv["key"]) + len(kv.get("value", "")) + _JSON_OF_A_KEY, convert(
+                _readable(kv) or etcd3_json.followed(kv)
+            )
 
         found: list[T] = []
         start, end = below(directory)

@@ -8,10 +8,11 @@ that the handle's addresses are read (`Ipam.held_by` and `Ipam.holding`).
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Callable
+from itertools import chain
+from typing import TYPE_CHECKING, Callable, TypeVar
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.blocks import (
@@ -44,6 +45,9 @@ from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict,
 if TYPE_CHECKING:
     from netaddr import IPAddress, IPNetwork
 
+
+T = TypeVar("T")
+H = TypeVar("H", bound=Hashable)
 
 BLOCKS_AT_ONCE = 16
 """The maximum number of blocks in one commit. A full block has about 30 KiB; etcd accepts 1.5 MiB per request."""
@@ -80,29 +84,39 @@ class Ipam:
         block = self.block_of(address)
         return None if block is None else block.owner(int(address) % BLOCK_SIZE)
 
-    def blocks(self, version: int, network: IPNetwork | None = None) -> Iterator[Block]:
-        """Yield the blocks of an IP version, ordered by address; with `network`, only blocks that overlap it.
+    def blocks(
+        self,
+        version: int,
+        convert: Callable[[Block], T | None],
+        wanted: Callable[[str], bool] = lambda name: True,
+    ) -> tuple[list[T], list[InvalidValue]]:
+        """Read all blocks of an IP version, in a few requests.
 
-        The blocks are read one by one. Raises InvalidValue for an invalid block.
+        Return `convert(block)` for each valid block, without None, and an error for each invalid block. Only what
+        `convert` returns is kept, since all blocks together may be large. Only those blocks are parsed whose name (the
+        last part of the key) is `wanted`.
         """
-        for first in sorted(first_addresses(self._store.names(keys.ipam_blocks(version)))):
-            if network is None or (first <= network.last and first + BLOCK_SIZE > network.first):
-                entry = self._store.get(keys.ipam_block(version, block_cidr(version, first)))
-                if entry is not None:
-                    yield Block.from_entry(entry)
+        directory = keys.ipam_blocks(version)
 
-    def all_blocks(self, version: int) -> Iterator[Block | InvalidValue]:
-        """Read the blocks of an IP version one by one. Yield each valid block, and an error for each invalid block."""
-        for name in self._store.names(keys.ipam_blocks(version)):
+        def read(entry: Entry) -> tuple[T | None, InvalidValue | None] | None:
+            name, slash, _ = entry.key[len(directory) + 1 :].partition("/")
+            if not wanted(name):
+                return None
             try:
-                entry = self._store.get(f"{keys.ipam_blocks(version)}/{name}")
-                if entry is not None:
-                    block = Block.from_entry(entry)
-                    if block.key != entry.key:
-                        raise InvalidValue(entry.key, "its name is not a block's CIDR")
-                    yield block
+                if slash:
+                    raise InvalidValue(f"{directory}/{name}", "it is a directory, where a key is expected")
+                if entry.problem is not None:
+                    raise InvalidValue(entry.key, entry.problem)
+                block = Block.from_entry(entry)
+                if block.key != entry.key:
+                    raise InvalidValue(entry.key, "its name is not a block's CIDR")
+                return convert(block), None
             except InvalidValue as error:
-                yield error
+                return None, error
+
+        found = self._store.collect(directory, read)
+        invalid = {error.key: error for _, error in found if error is not None}
+        return [item for item, _ in found if item is not None], list(invalid.values())
 
     def block_of(self, address: IPAddress) -> Block | None:
         """Return the block that contains `address`, None if there is no such block.
@@ -120,12 +134,20 @@ class Ipam:
 
     def used_in(self, network: IPNetwork) -> list[IPAddress]:
         """Return the sorted assigned addresses of a network; raise InvalidValue for an invalid block."""
-        return [
-            block.address(ordinal)
-            for block in self.blocks(network.version, network)
-            for ordinal, _ in block.held()
-            if network.first <= block.first + ordinal <= network.last
-        ]
+
+        def overlaps(name: str) -> bool:
+            return any(
+                first <= network.last and first + BLOCK_SIZE > network.first for first in first_addresses([name])
+            )
+
+        def used(block: Block) -> list[int]:
+            numbers = (block.first + ordinal for ordinal, _ in block.held())
+            return [number for number in numbers if network.first <= number <= network.last]
+
+        blocks, invalid = self.blocks(network.version, used, overlaps)
+        for error in invalid:
+            raise error
+        return [address_at(network.version, number) for number in sorted(chain.from_iterable(blocks))]
 
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
         """Return address -> owner for the addresses of `handle` on this host.
@@ -364,29 +386,37 @@ class Ipam:
         Orchestrator, workload id and name are attributes of the addresses. An address is ignored if its handle is not
         `ORCHESTRATOR.ID`. If `name` is not None, only workloads with that name are returned.
         """
-        found = set()
-        for _, owner in self._held():
+
+        def workload(owner: Owner) -> tuple[str, str] | None:
             facts = owner.secondary
             named = (str(facts.get("orchestrator")), str(facts.get("workload")))
             is_wanted = name is None or facts.get("workload_name") == name
-            if is_wanted and facts.get("host") == self._host and owner.handle == ".".join(named):
-                found.add(named)
-        return found
+            return named if is_wanted and owner.handle == ".".join(named) else None
+
+        return self._of_owners(workload)
 
     def interfaces(self) -> set[str]:
         """Return the names of the interfaces of all endpoints that have addresses on this host.
 
         The names come from the attributes of the addresses, so the endpoints need not be in the store.
         """
-        owners = [owner.secondary for _, owner in self._held() if owner.secondary.get("host") == self._host]
-        return {EndpointId("", "", "", str(facts.get("endpoint"))).interface for facts in owners}
 
-    def _held(self) -> Iterator[tuple[IPAddress, Owner]]:
-        """Yield (address, owner) for the assigned addresses of all valid blocks, on all hosts."""
-        for version in (4, 6):
-            for block in self.all_blocks(version):
-                if isinstance(block, Block):
-                    yield from ((block.address(ordinal), owner) for ordinal, owner in block.held())
+        def interface(owner: Owner) -> str:
+            return EndpointId("", "", "", str(owner.secondary.get("endpoint"))).interface
+
+        return self._of_owners(interface)
+
+    def _of_owners(self, convert: Callable[[Owner], H | None]) -> set[H]:
+        """Return `convert(owner)`, without None, for the owners of addresses in valid blocks that are on this host.
+
+        Owners without the attribute "host" are left out.
+        """
+
+        def converted(block: Block) -> set[H | None]:
+            return {convert(owner) for _, owner in block.held() if owner.secondary.get("host") == self._host}
+
+        found = {item for version in (4, 6) for some in self.blocks(version, converted)[0] for item in some}
+        return {item for item in found if item is not None}
 
     def affinities(self) -> tuple[dict[tuple[int, str], set[str]], list[InvalidValue]]:
         """Read the keys of all affinities.
@@ -428,9 +458,8 @@ class Ipam:
         found = False
         for version in (4, 6):
             firsts = set(first_addresses(self._store.names(keys.ipam_affinities(self._host, version))))
-            for block in self.all_blocks(version):  # another tool may have deleted the affinity's key alone
-                if not isinstance(block, InvalidValue) and block.affinity == f"host:{self._host}":
-                    firsts.add(block.first)
+            # another tool may have deleted the affinity's key alone
+            firsts.update(self.blocks(version, lambda b: b.first if b.affinity == f"host:{self._host}" else None)[0])
             for first in sorted(firsts):
                 cidr = block_cidr(version, first)
                 self._release_affinity(keys.ipam_block(version, cidr))

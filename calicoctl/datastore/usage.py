@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Callable, Optional
 
 from calicoctl.datastore.blocks import Block
 from calicoctl.datastore.model import Pool
-
-if TYPE_CHECKING:
-    from netaddr import IPNetwork
 
 
 @dataclass
@@ -29,24 +27,49 @@ class Usage:
     borrowed: int
 
 
-def usages(pools: Iterable[Pool], blocks: Iterable[Block]) -> list[Usage]:
-    """Return the Usage of each pool. If addresses outside of all pools are used, the Usage of these addresses follows.
+Counts = dict[Optional[str], tuple[int, int]]
+"""Pool's CIDR, None for the addresses outside of all pools -> numbers of used and of borrowed addresses (see Usage)."""
 
-    `pools` and `blocks` are all pools and all blocks of one IP version.
+
+def counter(pools: Iterable[Pool]) -> Callable[[Block], Counts]:
+    """Return a function that counts the addresses of a block by pool, without the pools that have none of them.
+
+    `pools` are all pools of one IP version.
     """
     from netaddr.ip import IPNetwork
 
-    networks = [IPNetwork(pool.cidr) for pool in pools]
-    used: dict[IPNetwork | None, int] = dict.fromkeys([*networks, None], 0)
-    borrowed = dict(used)
-    for block in blocks:
+    networks = [(pool.cidr, IPNetwork(pool.cidr)) for pool in pools]
+
+    def count(block: Block) -> Counts:
+        found: Counts = {}
         for ordinal, owner in block.held():
-            address = block.address(ordinal)
-            network = next((network for network in networks if address in network), None)
-            used[network] += 1
+            number = block.first + ordinal
+            pool = next((cidr for cidr, network in networks if network.first <= number <= network.last), None)
+            used, borrowed = found.get(pool, (0, 0))
             host = owner.secondary.get("host")
-            borrowed[network] += host is not None and block.affinity not in (None, f"host:{host}")
-    found = [Usage(str(n), n.size, used[n], n.size - used[n], borrowed[n]) for n in networks]
+            found[pool] = used + 1, borrowed + (host is not None and block.affinity not in (None, f"host:{host}"))
+        return found
+
+    return count
+
+
+def usages(pools: Iterable[Pool], counts: Iterable[Counts]) -> list[Usage]:
+    """Return the Usage of each pool. If addresses outside of all pools are used, the Usage of these addresses follows.
+
+    `pools` are all pools of one IP version, and `counts` the Counts of all blocks of that version.
+    """
+    from netaddr.ip import IPNetwork
+
+    used: Counter[str | None] = Counter()
+    borrowed: Counter[str | None] = Counter()
+    for block in counts:
+        for cidr, (of_used, of_borrowed) in block.items():
+            used[cidr] += of_used
+            borrowed[cidr] += of_borrowed
+    found = []
+    for pool in pools:
+        size = IPNetwork(pool.cidr).size
+        found.append(Usage(pool.cidr, size, used[pool.cidr], size - used[pool.cidr], borrowed[pool.cidr]))
     if used[None]:
         found.append(Usage(None, None, used[None], None, borrowed[None]))
     return found

@@ -21,7 +21,7 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.desired.local_endpoint import usable_addresses
-from calicoctl.errors import CalicoError, InvalidValue
+from calicoctl.errors import CalicoError
 from calicoctl.output import quantity
 from calicoctl.workloads.connected import ORCHESTRATORS
 from calicoctl.workloads.libnetwork import LIBNETWORK
@@ -115,11 +115,10 @@ def _compare(datastore: DatastoreClient, copy: DatastoreClient) -> Iterator[Find
     blocks: dict[tuple[int, str], Block] = {}
     counted: dict[str, Counter[str]] = defaultdict(Counter)
     for version in (4, 6):
-        for block in copy.ipam.all_blocks(version):
-            if isinstance(block, InvalidValue):
-                invalid.append(block)
-                unread.add(keys.undashed(keys.last(block.key)))
-                continue
+        valid, unreadable = copy.ipam.blocks(version, lambda block: block)
+        invalid += unreadable
+        unread.update(keys.undashed(keys.last(error.key)) for error in unreadable)
+        for block in valid:
             blocks[version, block.cidr] = block
             yield from _of_block(datastore, block)
             for ordinal, owner in block.held():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from netaddr import IPAddress
+from netaddr import IPAddress, IPNetwork
 
 from calicoctl import engine
 from calicoctl.datastore.blocks import Owner
@@ -60,8 +60,7 @@ class World:
         return [str(address) for address in remove_endpoint(self.datastore, id)]
 
     def held(self) -> list[str]:
-        used = self.datastore.ipam.blocks(4)
-        return [str(block.address(ordinal)) for block in used for ordinal, _ in block.held()]
+        return [str(address) for address in self.datastore.ipam.used_in(IPNetwork("0.0.0.0/0"))]
 
 
 @pytest.fixture

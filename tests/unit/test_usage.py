@@ -7,7 +7,7 @@ import json
 from calicoctl.datastore.blocks import Block
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.store import Entry
-from calicoctl.datastore.usage import Usage, usages
+from calicoctl.datastore.usage import Usage, counter, usages
 
 
 def block(cidr: str, affinity: str | None, *hosts: str | None) -> Block:
@@ -26,5 +26,5 @@ def test_used_free_and_borrowed_addresses_are_counted_by_pool() -> None:
         block("10.9.0.0/26", "host:a", "a", "b"),
     ]
     both = [Usage("10.0.0.0/25", 128, 4, 124, 1), Usage("10.0.1.0/26", 64, 0, 64, 0)]
-    assert usages(pools, blocks[:2]) == both
-    assert usages(pools, blocks) == [*both, Usage(None, None, 2, None, 1)]
+    assert usages(pools, map(counter(pools), blocks[:2])) == both
+    assert usages(pools, map(counter(pools), blocks)) == [*both, Usage(None, None, 2, None, 1)]
