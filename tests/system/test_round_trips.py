@@ -64,6 +64,24 @@ def test_commands_make_few_requests(counted: Counted) -> None:
     assert not [one for one, limits in zip(made, COMMANDS) if one[1] > limits[v3]], made
 
 
+def test_blocks_are_read_together(counted: Counted) -> None:
+    """Otherwise, the commands would take minutes at a thousand blocks, and a slow link."""
+    host = counted.host
+    host.ctl("pool", "add", "10.9.0.0/16")
+    commands = (
+        (4, ("ipam", "show")),
+        (1, ("ipam", "check")),
+        (7, ("pool", "remove", "10.9.0.0/16")),
+    )
+    for number in range(150):
+        cidr = f"10.10.{number // 4}.{number % 4 * 64}/26"
+        block = {"cidr": cidr, "affinity": None, "allocations": [None] * 64, "attributes": []}
+        host.etcd.put("/calico/ipam/v2/assignment/ipv4/block/" + cidr.replace("/", "-"), block)
+    made = [(words, counted.count(*words)) for _, words in commands]
+    assert not [one for one, (most, _) in zip(made, commands) if one[1] > most], made
+    host.etcd.delete("/calico/ipam")
+
+
 @pytest.mark.parametrize("counted", [APIS["etcdv2"]], indirect=True)
 def test_nothing_is_read_twice(counted: Counted) -> None:
     counted.count("container", "add", PATH, "192.168.0.1")  # the host claims its first block

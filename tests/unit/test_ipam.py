@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from netaddr import IPAddress
+from netaddr import IPAddress, IPNetwork
 
 from calicoctl import limits
 from calicoctl.datastore import handles, ipam
@@ -720,3 +720,43 @@ def test_what_a_handle_has_in_an_invalid_block_is_released_once_that_is_mended(
     ipam.release_held(holding, holding.owners)
     assert "h1" not in raw_handles(store)
     assert list(raw_allocations(store)) == (["10.0.0.2"] if ends == "mended" else []) + ["10.0.0.66"]
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["v2", "v3"])
+def test_all_blocks_are_read_in_a_few_requests_however_many_there_are(modern: bool) -> None:
+    store = MemoryStore(modern)
+    ipam = Ipam(store, "host1")
+    facts = {"host": "host1", "orchestrator": "docker", "workload": "w", "endpoint": "e" * 32}
+    for number in range(300):
+        address = IPAddress(int(IPAddress("10.0.0.0")) + 64 * number + 5)
+        ipam.assign(address, Owner("docker.w", {**facts, "workload_name": f"name{number}"}))
+    ipam.assign(IPAddress("10.1.0.1"), Owner("docker.v", {**facts, "host": "host2", "workload": "v"}))
+    for read, expected, most in (
+        (lambda: ipam.used_in(IPNetwork("10.0.1.0/24")), [IPAddress(f"10.0.1.{n}") for n in (5, 69, 133, 197)], 1),
+        (lambda: ipam.workloads(), {("docker", "w")}, 2),
+        (lambda: ipam.workloads("name299"), {("docker", "w")}, 2),
+        (lambda: ipam.interfaces(), {"cali" + "e" * 11}, 2),
+        (lambda: ipam.blocks(6, lambda block: block), ([], []), 1),
+    ):
+        store.requests = 0
+        assert read() == expected and store.requests <= most
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["v2", "v3"])
+def test_blocks_that_cannot_be_read_are_named_and_do_not_hide_the_others(modern: bool) -> None:
+    store = MemoryStore(modern)
+    ipam = Ipam(store, "host1")
+    ipam.assign(IPAddress("10.0.0.1"), Owner("docker.w", {"host": "host1", "orchestrator": "docker", "workload": "w"}))
+    blocks = "/calico/ipam/v2/assignment/ipv4/block"
+    for name in ("10.0.0.64-26", "nonsense", "10.0.0.128-26/x", "10.0.0.128-26/y"):
+        store.put(f"{blocks}/{name}", "{}")
+    store.put(f"{blocks}/10.0.0.1-26", store.entries[f"{blocks}/10.0.0.0-26"].value)
+    valid, invalid = ipam.blocks(4, lambda block: block.cidr)
+    assert valid == ["10.0.0.0/26"]
+    names = ("10.0.0.1-26", "10.0.0.128-26", "10.0.0.64-26", "nonsense")
+    assert sorted(error.key for error in invalid) == [f"{blocks}/{name}" for name in names]
+    assert ipam.workloads() == {("docker", "w")}
+    store.remove_tree(f"{blocks}/10.0.0.1-26")
+    assert ipam.used_in(IPNetwork("10.0.0.0/26")) == [IPAddress("10.0.0.1")], "invalid blocks elsewhere do not matter"
+    with pytest.raises(InvalidValue, match=r"10\.0\.0\.64-26"):
+        ipam.used_in(IPNetwork("10.0.0.64/26"))
