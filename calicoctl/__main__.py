@@ -1,5 +1,5 @@
 """Makes `python -m calicoctl` run the same program as the installed `calicoctl`."""
 
-from calicoctl.cli.main import entry
+from calicoctl.cli.command_client import entry
 
 entry()

@@ -112,17 +112,29 @@ def entry() -> NoReturn:
     gc.set_threshold(50_000)  # imports create many objects, and no garbage
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+            signal.signal(number, interrupt)
     sys.unraisablehook = _unraisable
+    os._exit(
+        run(sys.argv[1:], "in this process")
+    )  # skips the shutdown of the interpreter, which takes longer than many a command
+
+
+def run(argv: list[str], where: str) -> int:
+    """Run the command line `argv` with this process's standard streams; return the exit status.
+
+    `where`, such as "in this process", is told with --debug.
+    """
     sys.stdout, sys.stderr = _Output.over(sys.stdout), _ErrorOutput.over(sys.stderr)
-    status = main(sys.argv[1:])
+    if is_debugged(argv):
+        print(f"The command runs {where}.", file=sys.stderr)
+    status = main(argv)
     try:
         sys.stdout.flush()
     except OSError as error:
         print(f"cannot write the output: {error.strerror}", file=sys.stderr)
         status = status or 1
     sys.stderr.flush()
-    os._exit(status)  # skips the shutdown of the interpreter, which takes longer than many a command
+    return status
 
 
 def _open_standard_streams() -> None:
@@ -136,18 +148,23 @@ def _open_standard_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
+def is_debugged(argv: list[str]) -> bool:
+    """Return whether the user asks for details of errors: by --debug in the command line `argv`, or by a variable."""
+    return "--debug" in argv or os.environ.get("CALICO_DEBUG", "") not in ("", "0")
+
+
 def main(argv: list[str], where: str = "", prepared: Prepared | None = None) -> int:
     """Run the command line `argv`; return the exit status. Errors are printed to standard error.
 
     `where` is a prefix for error messages, such as a line number. `prepared` is the result of `prepare` for this
     command line. If it is None, `prepare` is called here.
     """
-    debug = "--debug" in argv
-    quiet = "--quiet" in argv
-    argv = [word for word in argv if word not in GLOBAL_OPTIONS]
+    given = argv
+    quiet = "--quiet" in given
+    argv = [word for word in given if word not in GLOBAL_OPTIONS]
 
     def report(sentence: str) -> None:
-        _report(where + sentence, debug or os.environ.get("CALICO_DEBUG", "") not in ("", "0"))
+        _report(where + sentence, is_debugged(given))  # now: the settings file may have set the variable
 
     try:
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():
@@ -212,7 +229,7 @@ def prepare(argv: list[str]) -> Prepared:
     return prepared
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
     if _imports(frame):
         _interrupt_soon(number)
         return
@@ -235,7 +252,7 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 def _interrupt_soon(number: int) -> None:
-    signal.signal(signal.SIGALRM, lambda _, frame: _interrupt(number, frame))
+    signal.signal(signal.SIGALRM, lambda _, frame: interrupt(number, frame))
     signal.setitimer(signal.ITIMER_REAL, 0.0005)
 
 

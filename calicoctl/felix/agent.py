@@ -28,7 +28,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import HOSTS, READY
 from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.errors import CalicoError, is_shortage
-from calicoctl.felix import events, process, report, shortage, sources
+from calicoctl.felix import command_server, events, process, report, shortage, sources
 from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.bgp.manager import BgpManager, BgpThread
 from calicoctl.felix.dataplane.connection_limit import ConnectionLimit
@@ -97,6 +97,7 @@ def _run(host: str, options: Options) -> None:
         LocalEtcd(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
     if options.libnetwork:
         PluginProcess(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
+    command_server.supervise(host)
     queue: events.Events[Any] = SimpleQueue()
     with IPRoute() as netlink:
         conntrack = Conntrack(queue.put)

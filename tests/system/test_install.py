@@ -166,10 +166,13 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     units = prefix / "lib/systemd/system"
     unit = units / "calico-node.service"
     assert f"ExecStart={prefix}/bin/calicoctl node --detach=false" in unit.read_text()
+    start = Path(program_path).read_text().partition("import")[0]
+    assert "-IS\n" in start, "the command starts without more than it needs"
     assert run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(unit)).err == ""
     run("systemd-analyze", "security", "--offline=true", "--threshold=50", "--no-pager", str(unit))
     sockets, service = units / "calico-docker.socket", units / "calico-docker.service"
-    together = (str(sockets), str(service), str(units / "calico-docker-etcd.service"))
+    others = (str(units / f"calico-{name}.service") for name in ("docker-etcd", "commands"))
+    together = (str(sockets), str(service), *others)
     said = run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *together).err
     assert said == ""
     run("systemd-analyze", "security", "--offline=true", "--threshold=50", "--no-pager", str(service))

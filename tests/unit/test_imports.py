@@ -15,7 +15,7 @@ LAYERS = ("", "datastore", "policy", "desired workloads", "felix plugins", "diag
 """The folders, from the bottom; "" are the modules beside the folders. docs/architecture.md shows them as a drawing."""
 
 UPWARDS = {
-    ("calicoctl.__main__", "calicoctl.cli.main"),
+    ("calicoctl.__main__", "calicoctl.cli.command_client"),
     ("calicoctl.commands.batch", "calicoctl.cli.main"),
     ("calicoctl.commands.completion", "calicoctl.cli.completion"),
 }

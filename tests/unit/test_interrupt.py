@@ -41,7 +41,7 @@ def hit(number: int = signal.SIGTERM) -> None:
 def is_heard(attempt: Callable[[], object], number: int = signal.SIGTERM) -> bool:
     """Return whether the command is interrupted during an attempt, or soon after it."""
     for one in SIGNALS:
-        signal.signal(one, main._interrupt)
+        signal.signal(one, main.interrupt)
     with pytest.raises(main.Interrupted) as interrupted:
         attempt()
         time.sleep(5)  # the interrupt ends it; longer than the repeated one takes

@@ -1,0 +1,142 @@
+"""The beginning of `calicoctl`: has the command run by the host's command server, or else runs it in this process.
+
+A command server (command_server.py) has imported everything, and has connections to etcd and Docker, so that a command
+takes a fraction of the time. This module imports next to nothing, since each command waits for it. What a client and a
+worker of the server say to each other are messages of a Unix socket, with SEPARATOR between their parts:
+
+1. The client: the folder of its program, and its environment.
+2. The worker: its process id. A worker that does not fit closes the connection: see command_worker.py. If nobody greets
+   the client within GREETING seconds, the command is run in this process.
+3. The client: the umask, the error handler of standard input, and the words of the command line; with these, as file
+   descriptors, the standard streams and the working directory.
+4. The worker: the exit status. Meanwhile the client sends the number of each signal that it receives, as one byte.
+
+If the connection is lost after the third message, the command may have been done or not, so it is not run again.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]
+import _socket
+import os
+import sys
+from typing import NoReturn
+
+RUN = "/run/calico"
+"""The directory of the sockets, RUN/HOST/SOCKET: files.RUN."""
+
+SOCKET = "commands.sock"
+
+SEPARATOR = b"\0"
+
+LARGEST = 1 << 20
+"""The maximum size of a message, in bytes. The kernel sends less at once, by default: see net.core.wmem_default."""
+
+GREETING = 0.05
+"""Seconds to wait for the greeting."""
+
+COMMANDS = frozenset(("batch", "bgp", "config", "container", "endpoint", "ipam", "pool", "profile", "status"))
+"""The commands that a server runs. The others are about processes, or about the surroundings of the caller."""
+
+COLD = "CALICO_COLD"
+"""If this variable is set, no server is asked."""
+
+SIGNALS = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
+
+LOST = (
+    "The command server has ended, or was ended, while it ran this command: it may be done or not. Look, and repeat "
+    "it; CALICO_COLD=1 runs it without the server."
+)
+
+
+def entry() -> NoReturn:
+    """Run the command line of this process, and end the process with the command's exit status."""
+    status = run(sys.argv[1:])
+    if status is not None:
+        os._exit(status)
+    if sys.flags.no_site:  # as an installed program is started
+        import site
+
+        site.main()
+    from calicoctl.cli.main import entry
+
+    entry()
+
+
+def run(arguments: list[str]) -> int | None:
+    """Have a server run the command line `arguments`; return the exit status, None if no server fits."""
+    words = [word for word in arguments if word not in ("--debug", "--quiet")]
+    if not words or words[0] not in COMMANDS or os.environ.get(COLD) or os.geteuid() != 0:
+        return None
+    if sys.stdin is None or sys.stdout is None or sys.stderr is None or sys.stdout.encoding != "utf-8":
+        return None
+    for number in SIGNALS:
+        if _signal.getsignal(number) != _signal.SIG_IGN:
+            _signal.signal(number, _end)
+    try:
+        for host in os.listdir(RUN):
+            server = _greeted(f"{RUN}/{host}/{SOCKET}")
+            if server is not None:
+                return _have_run(server, arguments)
+    except OSError:  # nothing is sent: no directory, too large a message, or too few file descriptors
+        pass
+    return None
+
+
+def package() -> str:
+    """Return the folder of this program's modules."""
+    return os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+
+def _greeted(path: str) -> _socket.socket | None:
+    """Return a connection to the server at `path`, after its greeting; None if it does not greet."""
+    server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    server.settimeout(GREETING)
+    variables = [name + b"=" + value for name, value in os.environb.items()]
+    try:
+        server.connect(path)
+        server.send(SEPARATOR.join([os.fsencode(package()), *variables]))
+        if server.recv(LARGEST):
+            return server
+    except OSError:
+        pass
+    server.close()
+    return None
+
+
+def _have_run(server: _socket.socket, arguments: list[str]) -> int:
+    """Have a server that has greeted run the command line `arguments`; return the exit status.
+
+    Raises OSError if the command could not be sent.
+    """
+    assert sys.stdin is not None
+    umask = os.umask(0o077)
+    os.umask(umask)
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    words = [b"%o" % umask, str(sys.stdin.errors).encode(), *map(os.fsencode, arguments)]
+    descriptors = b"".join(number.to_bytes(4, sys.byteorder) for number in (0, 1, 2, here))
+    server.sendmsg([SEPARATOR.join(words)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptors)])
+    server.settimeout(None)
+    for number in SIGNALS:
+        if _signal.getsignal(number) != _signal.SIG_IGN:
+            _signal.signal(number, lambda number, frame: _forward(server, number))
+    try:
+        status = server.recv(LARGEST)
+    except OSError:
+        status = b""
+    if not status:
+        os.write(2, LOST.encode() + b"\n")
+    return int(status or 1)
+
+
+def _end(number: int, frame: object) -> None:
+    """End as an interrupted command does; one that is just sent is interrupted by the end of the connection."""
+    os.write(2, b"Interrupted; no container is left half connected. Repeat the command to complete it.\n")
+    os._exit(128 + number)
+
+
+def _forward(server: _socket.socket, number: int) -> None:
+    try:
+        server.send(bytes([number]))
+    except OSError:
+        pass  # the server has ended, as `recv` tells
