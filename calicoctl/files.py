@@ -1,6 +1,8 @@
-"""Locks files, and replaces files atomically.
+"""Locks files, replaces files atomically, and keeps what one command leaves for the caller's next one.
 
-A lock is a flock(2) on a file, so the kernel releases it when the process ends.
+A lock is a flock(2) on a file, so the kernel releases it when the process ends. What is left for the next command is a
+small file that does not outlive a reboot, and that only the caller can read: in /run/calico for root, and in the
+runtime directory for other users.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -113,3 +116,58 @@ def sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def read_left(name: str) -> bytes | None:
+    """Return what `leave` has written, at most 64 KiB of it.
+
+    Returns None if the file cannot be read, is no regular file, belongs to another user, or can be read by others.
+    """
+    path = _path_left(name, create=False)
+    try:
+        if path is None:
+            return None
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+            return file.read(2**16) if own else None
+    except OSError:
+        return None
+
+
+def leave(name: str, content: bytes) -> None:
+    """Leave `content` for the caller's next command, in the file `name`. Raises nothing if it cannot be written.
+
+    `name` begins with a dot, so that it differs from those of all directories in /run/calico, which are names of hosts.
+    """
+    path = _path_left(name, create=True)
+    if path is not None:
+        with suppress(OSError):
+            replace(path, content, 0o600, suffix=f".{os.getpid()}").close()
+
+
+def remove_left(name: str) -> None:
+    """Remove what `leave` has written, if there is something. Raises nothing."""
+    path = _path_left(name, create=False)
+    if path is not None:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _path_left(name: str, create: bool) -> Path | None:
+    """Return the path of a file that is left for the caller; None if its directory does not exist or is not safe.
+
+    A directory is safe if it belongs to the caller, and nobody else can write to it or, unless the caller is root, read
+    it. If `create` is true, and the caller is root, a missing directory is created.
+    """
+    user = os.geteuid()
+    folder = RUN if user == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
+    try:
+        if create and user == 0:
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    others = 0o022 if user == 0 else 0o077
+    usable = stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & others
+    return folder / name if usable else None

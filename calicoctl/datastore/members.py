@@ -5,6 +5,8 @@ Unanswered or ConnectionLost if a request gets no answer. After NotSent, the nex
 since members may serve different APIs during a rolling restart or upgrade. If a write may have been applied,
 `Members.write` reads the key that was to be written, and a verdict (`created`, `updated` or `deleted`) decides whether
 the write is sent again.
+
+A member that has kept a request waiting is asked last by the caller's next commands, too: see slow_members.py.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ import re
 import time
 from typing import Callable, Generic, TypeVar
 
+from calicoctl.datastore import slow_members
 from calicoctl.datastore.settings import DEFAULT_MEMBERS, EtcdSettings, Member
 from calicoctl.datastore.store import Entry
 from calicoctl.errors import CompareFailed, Fenced, KeyExists, NoSuchApi, StoreUnavailable
+
+SLOW = 1.0
+"""Seconds after which a request that fails has kept its caller waiting."""
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -82,7 +88,7 @@ class Members(Generic[C]):
         self._settings = settings
         self._connect = connect
         self._patience = patience
-        self._order = list(settings.members)
+        self._order = slow_members.last(settings.members)
         self._connections: dict[Member, C] = {}
         self._answered: set[Member] = set()
 
@@ -100,10 +106,14 @@ class Members(Generic[C]):
         reasons: list[str] = []
         mismatches = 0
         for member in tuple(self._order):
+            began = time.monotonic()
             try:
                 answer = send(self._connection(member))
             except RequestFailed as failure:
                 self._ask_last(member)
+                waited = 0 if isinstance(failure, ConnectionLost) else time.monotonic() - began  # it may be a watch's
+                if waited >= SLOW and len(self._order) > 1:
+                    slow_members.remember(member)
                 mismatch = self._mismatch(member, failure)
                 if isinstance(failure, NotServed):
                     unserved.append(str(failure))

@@ -13,13 +13,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
-import stat
 import threading
 from collections.abc import Collection
-from contextlib import suppress
-from pathlib import Path
 
 from calicoctl import files
 from calicoctl.datastore.etcd3_http import FAILED_PRECONDITION, Authorize, Connection, ErrorAnswer
@@ -27,7 +23,7 @@ from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import StoreError
 
 _NAME = ".etcd-token"
-"""The name of the file. It differs from those of all folders in /run/calico, which are names of hosts."""
+"""The name of the file: see files.leave."""
 
 _MOST_REFUSED = 3
 """The number of refused tokens after which a login is made for the next one. Until then, the token of another thread or
@@ -62,10 +58,7 @@ def authorize(settings: EtcdSettings) -> Authorize | None:
 
 def forget() -> None:
     """Remove the file with the caller's token, if there is one."""
-    path = _path(create=False)
-    if path is not None:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+    files.remove_left(_NAME)
 
 
 def _logged_in(member: Connection, settings: EtcdSettings) -> str | None:
@@ -91,50 +84,21 @@ def _logged_in(member: Connection, settings: EtcdSettings) -> str | None:
 
 def _read(settings: EtcdSettings) -> str | None:
     """Return the token in the file, None if no token for the user and the cluster in `settings` can be read there."""
-    path = _path(create=False)
     try:
-        if path is None:
-            return None
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-                return None
-            salt, whose, token = json.loads(file.read(2**16) or b"")
+        salt, whose, token = json.loads(files.read_left(_NAME) or b"")
         own = hmac.compare_digest(whose, _digest(settings, salt))
         return str(token) if own and str(token).isprintable() else None
-    except (OSError, RecursionError, TypeError, ValueError):
+    except (RecursionError, TypeError, ValueError):
         return None
 
 
 def _keep(settings: EtcdSettings, token: str | None) -> None:
-    path = _path(create=True) if token is not None else None
-    if path is not None:
+    if token is not None:
         salt = secrets.token_hex(16)
-        content = json.dumps([salt, _digest(settings, salt), token]).encode()
-        with suppress(OSError):  # the next command logs in, too
-            files.replace(path, content, 0o600, suffix=f".{os.getpid()}").close()
+        files.leave(_NAME, json.dumps([salt, _digest(settings, salt), token]).encode())
 
 
 def _digest(settings: EtcdSettings, salt: str) -> str:
     """Return a salted hash of the user, password and cluster in `settings`."""
     whose = [salt, settings.scheme, sorted(settings.members), settings.ca_cert, settings.username, settings.password]
     return hashlib.sha256(json.dumps(whose).encode()).hexdigest()
-
-
-def _path(create: bool) -> Path | None:
-    """Return the path of the file with the caller's token, None if its folder does not exist or is not safe.
-
-    A folder is safe if it belongs to the caller, and nobody else can write to it or, unless the caller is root, read
-    it. If `create` is true, and the caller is root, a missing folder is created.
-    """
-    user = os.geteuid()
-    folder = files.RUN if user == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
-    try:
-        if create and user == 0:
-            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        found = folder.lstat()
-    except OSError:
-        return None
-    others = 0o022 if user == 0 else 0o077
-    usable = stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & others
-    return folder / _NAME if usable else None
