@@ -10,8 +10,9 @@ Options:
 A line holds the words of one command; `calicoctl` itself may be left out.
 Quotes work as in a shell, and # begins a comment; nothing else of a shell's
 syntax is supported. All lines are checked before the first one runs: if one
-is invalid, none is run. Errors name the line. The exit status is that of the
-first line that failed.
+is invalid, none is run. Errors name the line. If lines fail since etcd does
+not answer, and have waited for it for 20 s in all, the rest is not run. The
+exit status is that of the first line that failed.
 
 Examples:
   calicoctl batch commands.txt
@@ -24,11 +25,13 @@ import gc
 import io
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 
 from calicoctl.cli import main as cli
-from calicoctl.errors import CalicoError, Failed, UsageError
+from calicoctl.datastore.backends import PATIENCE
+from calicoctl.errors import CalicoError, Failed, Failures, StoreUnavailable, UsageError
 from calicoctl.grammar import GLOBAL_OPTIONS, Prepared, grammar_of, parse
 from calicoctl.output import quantity, with_progress
 
@@ -46,16 +49,32 @@ def _batch(file: str | None, keep_going: bool) -> None:
     gc.freeze()  # objects that exist now stay; the garbage of each line, which may hold sockets, is collected early
     gc.set_threshold(1000)
     first = done = failures = 0
+    waited = 0.0
     for line in with_progress(lines, "batch"):
-        status = cli.main(line.words, line.place, line.prepared)
+        began = time.monotonic()
+        errors: list[CalicoError] = []
+        status = cli.main(line.words, line.place, partial(_noting, line.prepared, errors))
         first = first or status
         done += 1
         failures += status != 0
-        if status >= 128 or (status and not keep_going):
+        if any(isinstance(error, StoreUnavailable) for error in errors):
+            waited += time.monotonic() - began
+        if status >= 128 or (status and not keep_going) or waited >= PATIENCE:
             break
     if first:
         left = f", {len(lines) - done} not run" if done < len(lines) else ""
+        if left and keep_going and waited >= PATIENCE:
+            left += f", from {lines[done].place.rstrip(': ')} on: etcd did not answer within {waited:.0f} s in all"
         raise Failed(f"Of {quantity(len(lines), 'command')}, {done - failures} done, {failures} failed{left}.", first)
+
+
+def _noting(prepared: Prepared, errors: list[CalicoError]) -> None:
+    """Run a command; add its error, or its errors if it does several things, to `errors`, and raise it."""
+    try:
+        prepared()
+    except CalicoError as error:
+        errors += error.errors if isinstance(error, Failures) else [error]
+        raise
 
 
 def _read(file: str | None) -> str:
