@@ -58,7 +58,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any
+from typing import Any, Callable
 
 from calicoctl import clock
 from calicoctl.addresses import host_net, pack
@@ -67,7 +67,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import check_hostname
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
-from calicoctl.errors import CalicoError, NotFound, NotRoot, UsageError, about, printable
+from calicoctl.errors import CalicoError, InvalidValue, NotFound, NotRoot, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import abridges, first_few, print_json, print_table, wants_json, warn
 from calicoctl.workloads import docker_networks, libnetwork, network_profiles
@@ -133,9 +133,22 @@ def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id
     """Return the valid endpoints that the options in `arguments` and `endpoint_id` select (see `display_order`).
 
     `endpoint_id` is an endpoint's id, or the beginning of the id; None selects all endpoints. Prints a warning for each
-    invalid endpoint.
+    invalid endpoint on that host, of that orchestrator, and with that id.
     """
-    return _selected(readable_endpoints(datastore, arguments["--host"]), arguments, endpoint_id)
+    return _selected(_in_order(_read(datastore, arguments, endpoint_id)), arguments, endpoint_id)
+
+
+def _read(
+    datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None
+) -> tuple[list[Endpoint], list[InvalidValue]]:
+    """Read the endpoints on that host, of that orchestrator, and with that id; see _matching.
+
+    Return the valid ones, and an error for each invalid one.
+    """
+    place = arguments["--host"], arguments["--orchestrator"]
+    if endpoint_id is None:
+        return datastore.readable_endpoints(*place)
+    return datastore.endpoints_beginning(endpoint_id, *place)
 
 
 def _selected(endpoints: list[Endpoint], arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
@@ -189,7 +202,7 @@ def _remove(arguments: dict[str, Any]) -> None:
 
     id = arguments["<ENDPOINT_ID>"]
     datastore = DatastoreClient.from_environment()
-    endpoints, invalid = datastore.readable_endpoints(arguments["--host"])
+    endpoints, invalid = _read(datastore, arguments, id)
     ids = [keys.parse_endpoint(error.key) for error in invalid]
     endpoints += [Endpoint(id) for id in ids if id is not None]  # an invalid endpoint can be removed, too
     endpoint = _only(_selected(endpoints, arguments, id), id)
@@ -231,15 +244,21 @@ def unconnected(host: str, workload: str | None = None) -> list[Unconnected]:
     return sorted(found, key=lambda pair: display_order(pair[0]))
 
 
-def readable_endpoints(datastore: DatastoreClient, host: str | None = None) -> list[Endpoint]:
-    """Return the valid endpoints of `host` (None: of all hosts), in display order (see `display_order`).
+def readable_endpoints(
+    datastore: DatastoreClient, wanted: Callable[[Endpoint], bool] = lambda endpoint: True
+) -> list[Endpoint]:
+    """Return the valid endpoints of all hosts that are `wanted`, in display order (see `display_order`).
 
     Prints a warning for each invalid endpoint.
     """
-    endpoints, invalid = datastore.readable_endpoints(host)
-    for error in sorted(invalid, key=lambda error: error.key):
+    return _in_order(datastore.readable_endpoints(wanted=wanted))
+
+
+def _in_order(read: tuple[list[Endpoint], list[InvalidValue]]) -> list[Endpoint]:
+    """Return the valid endpoints that were read, in display order. Print a warning for each invalid one."""
+    for error in sorted(read[1], key=lambda error: error.key):
         warn(f"Warning: {error}")
-    return sorted(endpoints, key=display_order)
+    return sorted(read[0], key=display_order)
 
 
 def display_order(endpoint: Endpoint) -> tuple[object, ...]:

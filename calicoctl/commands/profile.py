@@ -70,11 +70,12 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from calicoctl.addresses import parse_port
 from calicoctl.commands.endpoint import check_known_profile, described, readable_endpoints, workload_cell
+from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotFound, UsageError, for_each, one_line, printable
@@ -130,7 +131,10 @@ def _show(arguments: dict[str, Any]) -> None:
         return
     endpoints = readable_endpoints(datastore)
     if as_json:
-        print_json([_as_json(datastore, name, endpoints) for name in names])
+        copy, unread = datastore.copied(keys.PROFILES)  # of each by itself, there would be two requests
+        for entry in unread:
+            warn(f"Warning: {InvalidValue(entry.key, str(entry.problem))}")
+        print_json([_as_json(copy, name, endpoints) for name in names if copy.profile_exists(name)])
         return
     short = abridges(arguments)
     rows: list[list[str]] = []
@@ -179,19 +183,28 @@ def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -
 
 def _remove(names: list[str], no_check: bool) -> None:
     datastore = DatastoreClient.from_environment()
-    for_each(names, lambda name: _remove_one(datastore, name, no_check))
+
+    @cache  # it reads the endpoints of all hosts, so once for all profiles
+    def users() -> list[Endpoint]:
+        return readable_endpoints(datastore, lambda one: not set(names).isdisjoint(one.profile_ids))
+
+    for_each(names, lambda name: _remove_one(datastore, name, None if no_check else users))
 
 
-def _remove_one(datastore: DatastoreClient, profile: str, no_check: bool) -> None:
+def _remove_one(datastore: DatastoreClient, profile: str, users: Callable[[], list[Endpoint]] | None) -> None:
+    """Remove a profile, unless `users` returns endpoints that have it, or this host keeps it for a container.
+
+    `users` may return other endpoints as well. If it is None, nothing is checked.
+    """
     # a profile may have no keys, and etcd does not list a profile whose name begins with '_'
-    if profile not in datastore.profile_names() and not datastore.profile_exists(profile):
+    if not datastore.profile_exists(profile) and profile not in datastore.profile_names():
         raise NotFound(f"Profile {profile} does not exist.")
-    if not no_check:
-        users = [endpoint for endpoint in readable_endpoints(datastore) if profile in endpoint.profile_ids]
-        if users:
-            some = first_few(map(described, users))
+    if users is not None:
+        with_it = [endpoint for endpoint in users() if profile in endpoint.profile_ids]
+        if with_it:
+            some = first_few(map(described, with_it))
             raise CalicoError(
-                f"Profile {profile} is in use by {quantity(len(users), 'endpoint')} ({some}). Remove it "
+                f"Profile {profile} is in use by {quantity(len(with_it), 'endpoint')} ({some}). Remove it "
                 "from them first, or use --no-check."
             )
         keeping = network_profiles.containers_with(datastore.host, profile)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Callable, cast
 
 from calicoctl.addresses import version_of
@@ -25,7 +26,16 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rules, check_tags, load_object, load_tags
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.datastore.statuses import Statuses
-from calicoctl.datastore.store import Entry, Store, Watch, create_if_missing, create_missing, modify, set_value
+from calicoctl.datastore.store import (
+    Entry,
+    Store,
+    Watch,
+    create_if_missing,
+    create_missing,
+    modify,
+    read_all,
+    set_value,
+)
 from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, NotFound
 
 if TYPE_CHECKING:
@@ -101,13 +111,13 @@ class DatastoreClient:
         """Return all entries below `/calico`, except those that cannot be read (see `Entry.problem`)."""
         return self._store.tree(keys.ROOT)
 
-    def copied(self) -> tuple[DatastoreClient, list[Entry]]:
-        """Copy everything below `/calico`; return a read-only client of the copy, and the entries that have a problem.
+    def copied(self, directory: str = keys.ROOT) -> tuple[DatastoreClient, list[Entry]]:
+        """Copy all keys below a directory; return a read-only client of the copy, and the entries that have a problem.
 
         The latter stand for keys and directories that could not be read (see `Entry.problem`). For the client of the
         copy, these do not exist.
         """
-        copy = CopiedStore(self._store, keys.ROOT)
+        copy = CopiedStore(self._store, directory)
         return DatastoreClient(cast("Store", copy), self.host, self.members), copy.unread
 
     def store_version(self) -> str:
@@ -342,14 +352,16 @@ class DatastoreClient:
 
     def all_tags(self) -> frozenset[str] | None:
         """Return the tags of all profiles; None if the tags of any profile are invalid."""
-        found: list[str] = []
-        for entry in self._store.tree(keys.PROFILES):
-            if keys.last(entry.key) == "tags" and keys.parse_profile(entry.key) is not None:
-                try:
-                    found += load_tags(entry.value, entry.key)
-                except InvalidValue:
-                    return None
-        return frozenset(found)
+
+        def tags(entry: Entry) -> list[str] | None:
+            if keys.last(entry.key) != "tags" or keys.parse_profile(entry.key) is None or entry.problem is not None:
+                return None
+            return load_tags(entry.value, entry.key)
+
+        try:
+            return frozenset(chain.from_iterable(self._store.collect(keys.PROFILES, tags)))
+        except InvalidValue:
+            return None
 
     def modify_tags(self, name: str, change: Callable[[list[str]], bool]) -> bool:
         """Change the tags of a profile by compare-and-swap; return whether they were written.
@@ -423,18 +435,55 @@ class DatastoreClient:
 
     # Endpoints
 
-    def readable_endpoints(self, host: str | None = None) -> tuple[list[Endpoint], list[InvalidValue]]:
-        """Return the valid endpoints of `host` (None: all hosts), and an error for each invalid endpoint."""
-        found: list[Endpoint] = []
-        invalid: list[InvalidValue] = []
-        for entry in self._store.tree(keys.HOSTS if host is None else f"{keys.host(host)}/workload"):
+    def readable_endpoints(
+        self,
+        host: str | None = None,
+        orchestrator: str | None = None,
+        wanted: Callable[[Endpoint], bool] = lambda endpoint: True,
+    ) -> tuple[list[Endpoint], list[InvalidValue]]:
+        """Return the valid endpoints of `host` (None: all hosts) that are `wanted`, and an error for each invalid one.
+
+        If `orchestrator` is not None, only its endpoints are returned.
+        """
+
+        def read(entry: Entry) -> Endpoint | InvalidValue | None:
             id = keys.parse_endpoint(entry.key)
+            if id is None or entry.problem is not None or orchestrator not in (None, id.orchestrator):
+                return None
             try:
-                if id is not None:
-                    found.append(Endpoint.from_json(id, entry.value, entry.key))
+                endpoint = Endpoint.from_json(id, entry.value, entry.key)
+                return endpoint if wanted(endpoint) else None
             except InvalidValue as error:
-                invalid.append(error)
-        return found, invalid
+                return error
+
+        return _separate(self._store.collect(_endpoints_directory(host, orchestrator), read))
+
+    def endpoints_beginning(
+        self, beginning: str, host: str | None = None, orchestrator: str | None = None
+    ) -> tuple[list[Endpoint], list[InvalidValue]]:
+        """Return the valid endpoints whose ids begin with `beginning`, and an error for each invalid one of these.
+
+        `host`, `orchestrator`: see readable_endpoints. No value of another endpoint is read, if the store can do that.
+        """
+
+        def matching(entry: Entry) -> Entry | None:
+            id = keys.parse_endpoint(entry.key)
+            if id is None or entry.problem is not None or orchestrator not in (None, id.orchestrator):
+                return None
+            return entry if id.endpoint.startswith(beginning) else None
+
+        # through etcd's v2 API, the values come with the keys
+        directory = _endpoints_directory(host, orchestrator)
+        entries = self._store.collect(directory, matching, values=not self._store.atomic)
+        if self._store.atomic:
+            entries = list(read_all(self._store, [entry.key for entry in entries]).values())
+        found: list[Endpoint | InvalidValue] = []
+        for id, entry in _endpoint_entries(entries).items():
+            try:
+                found.append(Endpoint.from_json(id, entry.value, entry.key))
+            except InvalidValue as error:
+                found.append(error)
+        return _separate(found)
 
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
         """Return the ids of the endpoints, on any host, that have the address `address`.
@@ -452,13 +501,28 @@ class DatastoreClient:
                 entry = self._store.get(keys.endpoint(id))
                 if entry is not None and _lists(entry, id, text, owned=True):
                     return [id]
-        entries = ((entry, keys.parse_endpoint(entry.key)) for entry in self._store.tree(keys.HOSTS))
-        return [id for entry, id in entries if id is not None and _lists(entry, id, text)]
+
+        def listing(entry: Entry) -> EndpointId | None:
+            id = keys.parse_endpoint(entry.key)
+            return id if id is not None and entry.problem is None and _lists(entry, id, text) else None
+
+        return self._store.collect(keys.HOSTS, listing)
 
     def endpoint_ids(self) -> list[EndpointId]:
         """Return the ids of this host's endpoints, including invalid endpoints."""
-        ids = (keys.parse_endpoint(entry.key) for entry in self._store.tree(f"{keys.host(self.host)}/workload"))
-        return [id for id in ids if id is not None]
+        return self.all_endpoint_ids(self.host)
+
+    def all_endpoint_ids(self, host: str | None = None, orchestrator: str | None = None) -> list[EndpointId]:
+        """Return the ids of the endpoints of `host` (None: all hosts), including invalid endpoints.
+
+        If `orchestrator` is not None, only the ids of its endpoints are returned.
+        """
+
+        def read(entry: Entry) -> EndpointId | None:
+            id = keys.parse_endpoint(entry.key) if entry.problem is None else None
+            return id if id is not None and orchestrator in (None, id.orchestrator) else None
+
+        return self._store.collect(_endpoints_directory(host, orchestrator), read, values=False)
 
     def endpoint_revision(self, id: EndpointId) -> int | None:
         """Return the revision of an endpoint's key, None if the endpoint does not exist."""
@@ -524,16 +588,15 @@ class DatastoreClient:
 
     def workload_ids(self, orchestrator: str) -> list[str]:
         """Return the sorted ids of an orchestrator's workloads on this host that have at least one endpoint."""
-        entries = self._store.tree(keys.workloads(self.host, orchestrator))
-        return sorted({id.workload for id in (keys.parse_endpoint(entry.key) for entry in entries) if id is not None})
+        return sorted({id.workload for id in self.all_endpoint_ids(self.host, orchestrator)})
 
     def workloads_named(self, orchestrator: str, name: str) -> list[str]:
         """Return the sorted ids of an orchestrator's workloads on this host whose name is `name`.
 
         The endpoints are searched first. If no endpoint matches, the attributes of the assigned addresses are searched.
         """
-        endpoints = self.readable_endpoints(self.host)[0]
-        ids = {e.id.workload for e in endpoints if (e.id.orchestrator, e.workload_name) == (orchestrator, name)}
+        endpoints = self.readable_endpoints(self.host, orchestrator, lambda e: e.workload_name == name)[0]
+        ids = {endpoint.id.workload for endpoint in endpoints}
         # old tools remove the name from the endpoint, but not from the attributes
         return sorted(ids or {id for of, id in self.ipam.workloads(name) if of == orchestrator})
 
@@ -543,8 +606,7 @@ class DatastoreClient:
         That is so if an endpoint of this host has it, if an address was assigned for it, or if any endpoint of this
         host is invalid.
         """
-        endpoints, invalid = self.readable_endpoints(self.host)
-        if invalid or any(name in (endpoint.name, endpoint.id.interface) for endpoint in endpoints):
+        if any(self.readable_endpoints(self.host, wanted=lambda one: name in (one.name, one.id.interface))):
             return True
         # an endpoint that is being set up has addresses in IPAM before it is in the store
         return name in self.ipam.interfaces()
@@ -619,6 +681,25 @@ def _readable(id: EndpointId, entry: Entry | None) -> Endpoint | None:
     with suppress(InvalidValue):
         return None if entry is None else Endpoint.from_json(id, entry.value, entry.key)
     return None
+
+
+def _endpoints_directory(host: str | None, orchestrator: str | None) -> str:
+    """Return the directory of the endpoints of a host (None: all hosts), and of an orchestrator if there is a host."""
+    if host is None:
+        return keys.HOSTS
+    return f"{keys.host(host)}/workload" if orchestrator is None else keys.workloads(host, orchestrator)
+
+
+def _separate(found: Iterable[Endpoint | InvalidValue]) -> tuple[list[Endpoint], list[InvalidValue]]:
+    """Return the endpoints in `found`, and the errors."""
+    endpoints: list[Endpoint] = []
+    invalid: list[InvalidValue] = []
+    for one in found:
+        if isinstance(one, InvalidValue):
+            invalid.append(one)
+        else:
+            endpoints.append(one)
+    return endpoints, invalid
 
 
 def _endpoint_entries(entries: Iterable[Entry]) -> dict[EndpointId, Entry]:
