@@ -130,6 +130,7 @@ bench: $(VENV)/ready
 	tests/sandbox $(VENV)/bin/python bench/agent.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/restart.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/docker_ways.py $(ARGS)
+	tests/sandbox $(VENV)/bin/python bench/warm.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/hosts.py $(ARGS)
 
 # `make test` runs a short form

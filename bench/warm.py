@@ -1,0 +1,236 @@
+"""Prints what commands cost that the host's command server runs, as ratios measured in one run.
+
+`make bench` runs this; an argument is the number of pairs (20), others select parts, by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from measuring import HOME, PYTHON, compare, fill, percentile, ptp, report, timed
+
+from tests.system.agent import AgentHost
+from tests.system.conftest import clear_host
+from tests.system.support import Etcd, end_agents, import_busybox, run, start_docker, wait_for
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = str(HOME / "calicoctl")
+"""Starts the checkout's program as an installed one starts: see `write_command` in setup/calicoctl."""
+
+_numbers = itertools.count()
+
+
+def ctl(host: AgentHost, *words: str) -> float:
+    """Return the seconds of a command."""
+    return timed(PROGRAM, *words, env=host.environment())
+
+
+@contextmanager
+def agent(etcd: Etcd) -> Iterator[AgentHost]:
+    """Run the agent, and its command server."""
+    host = AgentHost(etcd)
+    host.start_agent()
+    try:
+        wait_for(lambda: Path(f"/run/calico/{host.name}/commands.sock").exists(), "the command server")
+        said = run(PROGRAM, "--debug", "profile", "show", env=host.environment()).err
+        assert "of the command server" in said, said
+        yield host
+    finally:
+        end_agents()
+        clear_host()
+
+
+@contextmanager
+def engine(directory: Path, *options: str) -> Iterator[None]:
+    process = start_docker(directory, *options)
+    try:
+        import_busybox(directory / "busybox")
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def docker(etcd: Etcd, pairs: int) -> None:
+    """Compare with the engine's own command for the same: it connects, or disconnects, a container that runs."""
+    for title, bound, options in (
+        ("without firewall", "at most 1.0", ()),
+        ("as it is set by default", "at most 0.8", ("--log-level=error",)),
+    ):
+        with engine(HOME / title.split()[0], *options), agent(etcd) as host:
+            run("docker", "run", "--net=none", "--name", "workload", "-tid", "busybox")
+            run("docker", "network", "create", "first")
+            run("docker", "network", "create", "second")
+            run("docker", "run", "--net=first", "--name", "bridged", "-tid", "busybox")
+
+            def add(host: AgentHost = host) -> float:
+                taken = ctl(host, "container", "add", "workload", "ipv4")
+                ctl(host, "container", "remove", "workload")
+                return taken
+
+            def remove(host: AgentHost = host) -> float:
+                ctl(host, "container", "add", "workload", "ipv4")
+                return ctl(host, "container", "remove", "workload")
+
+            def connect() -> float:
+                taken = timed("docker", "network", "connect", "second", "bridged")
+                run("docker", "network", "disconnect", "second", "bridged")
+                return taken
+
+            def disconnect() -> float:
+                run("docker", "network", "connect", "second", "bridged")
+                return timed("docker", "network", "disconnect", "second", "bridged")
+
+            compare(f"container add / docker network connect, {title}", bound, add, connect, pairs)
+            compare(f"container remove / network disconnect, {title}", "at most 1.0", remove, disconnect, pairs)
+            run("docker", "rm", "-f", "workload", "bridged")
+            run("docker", "network", "rm", "first", "second")
+
+
+def python(etcd: Etcd, pairs: int) -> None:
+    """Compare small commands with a Python that does nothing."""
+    run("ip", "netns", "add", "bench")
+    path = "/var/run/netns/bench"
+
+    def bare() -> float:
+        return timed(PYTHON, "-c", "pass")
+
+    with agent(etcd) as host:
+        ctl(host, "profile", "add", "web")
+        ctl(host, "container", "add", path, "ipv4")
+        fill(etcd, host.name, 10)
+
+        def append() -> float:
+            taken = ctl(host, "container", path, "profile", "append", "web")
+            ctl(host, "container", path, "profile", "set")
+            return taken
+
+        def profile_add() -> float:
+            return ctl(host, "profile", "add", f"p{next(_numbers)}")
+
+        for title, bound, measure in (
+            ("profile add", "at most 3", profile_add),
+            ("container … profile append", "at most 4", append),
+            ("endpoint show with 10 endpoints", "at most 4", lambda: ctl(host, "endpoint", "show")),
+        ):
+            compare(f"{title} / python3 -c pass", bound, measure, bare, pairs)
+        ctl(host, "container", "remove", path)
+
+
+def batch(etcd: Etcd, pairs: int) -> None:
+    """Compare a batch that connects a hundred namespaces with as many processes of the plugin ptp, for each of them."""
+    names = [f"bench{number}" for number in range(100)]
+    for name in (*names, "bench"):
+        run("ip", "netns", "add", name)
+    with agent(etcd) as host:
+
+        def lines(words: str, more: str = "") -> str:
+            return "".join(f"container {words} /var/run/netns/{name} {more}\n" for name in names)
+
+        def in_a_batch() -> float:
+            taken = timed(PROGRAM, "batch", env=host.environment(), text=lines("add", "ipv4"))
+            timed(PROGRAM, "batch", env=host.environment(), text=lines("remove"))
+            return taken / len(names)
+
+        def one_ptp() -> float:
+            taken = ptp("ADD")
+            ptp("DEL")
+            return taken
+
+        compare("container add in a batch of 100 / CNI ptp, a process", "at most 1.3", in_a_batch, one_ptp, pairs // 4)
+
+
+def clients(etcd: Etcd, pairs: int) -> None:
+    """Compare the agent's latency while a hundred clients at once run commands with that of a quiet host."""
+    with agent(etcd) as host:
+        host.profile("web")
+        host.sync()
+
+        def latencies(count: int) -> list[float]:
+            return [_profile_change(host) for _ in range(count)]
+
+        quiet = latencies(2 * pairs)
+        with ThreadPoolExecutor(100) as pool:
+            stopped: list[bool] = []
+
+            def run_commands() -> int:
+                done = 0
+                while not stopped:
+                    run(PROGRAM, "profile", "show", env=host.environment())
+                    done += 1
+                return done
+
+            running = [pool.submit(run_commands) for _ in range(100)]
+            busy = latencies(2 * pairs)
+            stopped.append(True)
+            done = [one.result() for one in running]
+        ratio = percentile(busy, 0.95) / percentile(quiet, 0.95)
+        detail = f"commands of each client: {min(done)} to {max(done)}"
+        report("agent's latency, p95, with a hundred clients / without", "at most 1.2", ratio, detail)
+
+
+def _profile_change(host: AgentHost) -> float:
+    start = time.perf_counter()
+    rule = {"action": "allow", "protocol": "tcp", "dst_ports": [1 + next(_numbers)]}
+    host.etcd.put("/calico/v1/policy/profile/web/rules", {"inbound_rules": [rule], "outbound_rules": []})
+    host.sync()
+    return time.perf_counter() - start
+
+
+def memory(etcd: Etcd, pairs: int) -> None:
+    """Report the server's memory, with its workers, after a few commands and after many (500 for each pair)."""
+    with agent(etcd) as host:
+
+        def used() -> float:
+            return sum(map(_memory, Path("/proc").glob("[0-9]*"))) / 1024
+
+        def commands(count: int) -> None:
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(lambda _: ctl(host, "profile", "show"), range(count)))
+
+        commands(100)
+        report("memory of the command server and its workers, MiB", "at most 60", used())
+        commands(500 * pairs)
+        report(f"the same after {500 * pairs} commands more", "at most 60", used())
+
+
+def _memory(process: Path) -> int:
+    """Return a process's share of the memory (PSS) in KiB if it belongs to a command server, else 0."""
+    with suppress(OSError):
+        if b"command_server" in (process / "cmdline").read_bytes():
+            found = re.search(r"^Pss: +(\d+) kB", (process / "smaps_rollup").read_text(), re.M)
+            return int(found[1]) if found else 0
+    return 0
+
+
+PARTS = {"docker": docker, "python": python, "batch": batch, "clients": clients, "memory": memory}
+
+
+def main(words: list[str]) -> None:
+    pairs = int(words.pop(0)) if words and words[0].isdigit() else 20
+    print(f"Medians of {pairs} pairs (lowest to highest)\n")
+    with ExitStack() as undo:
+        etcd = Etcd(HOME / "etcd", port=2379)
+        etcd.start()
+        undo.callback(etcd.stop)
+        etcd.await_ready()
+        Path(PROGRAM).write_text(
+            f"#!{PYTHON} -IS\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+            "from calicoctl.cli.command_client import entry\nentry()\n"
+        )
+        Path(PROGRAM).chmod(0o755)
+        for name in words or PARTS:
+            PARTS[name](etcd, pairs)
+
+
+if __name__ == "__main__":
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    main(sys.argv[1:])
