@@ -91,6 +91,26 @@ def decide(
     return Verdict(False)
 
 
+def may_deny(rule: Rule, joins: bool) -> bool:
+    """Return whether `rule` may get packets denied that were allowed, when an address joins or leaves a tag it names.
+
+    The address joins the tag if `joins` is True, and leaves it if not. The answer follows from three properties of
+    `decide`: the first rule that matches decides, no condition is negated, and what no rule matches is denied.
+
+    * A rule that allows matches more packets when the address joins. It allows these, whatever has decided about them
+      before. When the address leaves, packets that it has allowed are left to later rules and profiles, and are denied
+      if none of these allows them.
+    * A rule that denies matches more packets when the address joins, and denies these. When the address leaves, packets
+      that it has denied are left to others, and are denied still at worst.
+    * A rule that logs decides nothing.
+
+    So the answer depends neither on where the rule is, inbound or outbound, and among which other rules and profiles,
+    nor on whether it names the tag for the source or the destination. Several such changes at once deny nothing if none
+    of them does by itself.
+    """
+    return rule.action == ("deny" if joins else "allow")
+
+
 def matches(rule: Rule, packet: Packet, tag_contains: TagContains) -> bool:
     """Return whether all conditions of a rule hold for a packet."""
     if packet.version not in versions(rule):

@@ -16,6 +16,7 @@ from calicoctl.policy.verdict import (
     is_from_host,
     is_host_service,
     matches,
+    may_deny,
     port_ranges,
     readable,
 )
@@ -110,3 +111,15 @@ def test_what_a_registered_host_sends_to_an_address_of_a_pool_is_from_a_host() -
     assert is_from_host(Packet("fd00:18::c", "fd80::1", 6), hosts, pools)
     assert not is_from_host(Packet("172.18.0.13", "192.168.0.1", 6), hosts, pools), "it is no host"
     assert not is_from_host(Packet("172.18.0.12", "10.0.0.1", 6), hosts, pools), "it may be translated to that address"
+
+
+@pytest.mark.parametrize(
+    ("action", "by_joining", "by_leaving"), [("allow", False, True), ("deny", True, False), ("log", False, False)]
+)
+@pytest.mark.parametrize("side", ["src_tag", "dst_tag"])
+def test_a_change_of_a_tag_may_deny_by_the_action_of_the_rules_that_name_it(
+    action: str, by_joining: bool, by_leaving: bool, side: str
+) -> None:
+    """test_affected.py checks this with random policies and changes."""
+    rule = Rule.from_dict({"action": action, side: "web"})
+    assert (may_deny(rule, joins=True), may_deny(rule, joins=False)) == (by_joining, by_leaving)

@@ -36,7 +36,7 @@ from calicoctl.felix.dataplane import host_rules
 from calicoctl.felix.dataplane.changes import Change, spelled
 from calicoctl.felix.dataplane.host_rules import HostRules, Moved, Ports
 from calicoctl.policy.rules import ICMP, ICMPV6, protocol_number, versions
-from calicoctl.policy.verdict import HOST_ICMPV6_TYPES, port_ranges
+from calicoctl.policy.verdict import HOST_ICMPV6_TYPES, may_deny, port_ranges
 
 TABLES = (("inet", "calico"), ("arp", "calico"))
 
@@ -307,10 +307,10 @@ class Ruleset:
                 for tag in self._tags.get(profile, ()):
                     changed.update((tag, address) for address in addresses)
         affected = set()
-        # a new address of a tag that only `allow` rules name denies no connection, and neither does the removal of an
-        # address from a tag that only `deny` rules name: so most changes of other hosts require no listing of
-        # connections. If the rules of a profile change at the same time, its endpoints are affected anyway
-        actions = {tag: self._actions_by_tag(tag, snapshot) for tag, _ in changed if self._profiles_of_tag.get(tag)}
+        # most changes of other hosts can deny nothing, and require no listing of connections: see verdict.may_deny. If
+        # the rules of a profile change at the same time, its endpoints are affected anyway
+        rules = {tag: self._rules_that_name(tag, snapshot) for tag, _ in changed if self._profiles_of_tag.get(tag)}
+        denying = {(tag, joins) for tag in rules for joins in (True, False) for r in rules[tag] if may_deny(r, joins)}
         for (tag, address), difference in changed.items():
             before = self._addresses[tag][address]
             if difference == 0:
@@ -318,26 +318,24 @@ class Ruleset:
             self._addresses[tag][address] = before + difference
             if before + difference == 0:
                 del self._addresses[tag][address]
-            if (before == 0) != (before + difference == 0) and tag in actions:
-                if ("deny" if before == 0 else "allow") in actions[tag]:
+            joins = before == 0
+            if joins != (before + difference == 0) and tag in rules:
+                if (tag, joins) in denying:
                     affected.add(address)
                 name = set_of_tag(tag, version_of(address))
-                if before == 0:
+                if joins:
                     change.add(("inet", name), address)
                 else:
                     change.remove(("inet", name), address)
         after = {id: self._members.get(id, ((), ()))[0] for id in ids}
         return affected, [(id.host, before_by_id[id], after[id]) for id in ids if before_by_id[id] != after[id]]
 
-    def _actions_by_tag(self, tag: str, snapshot: Snapshot) -> set[str]:
-        """Return the actions of the rules that name a tag, in the profiles that this host's endpoints use.
-
-        An action is "allow", "deny" or "log".
-        """
+    def _rules_that_name(self, tag: str, snapshot: Snapshot) -> list[Rule]:
+        """Return the rules that name a tag, in the profiles that this host's endpoints use."""
         profiles = [snapshot.profiles.get(name) for name in self._profiles_of_tag[tag]]
         found = [known.rules for known in profiles if known is not None and known.rules is not None]
         rules = [rule for each in found for rule in (*each.inbound, *each.outbound)]
-        return {rule.action for rule in rules if tag in (rule.src_tag, rule.dst_tag)}
+        return [rule for rule in rules if tag in (rule.src_tag, rule.dst_tag)]
 
     # This host's endpoints
 
