@@ -106,12 +106,20 @@ def refusal(message: bytes) -> tuple[int, int]:
     return struct.unpack_from("=I", message, 8)[0], -struct.unpack_from("=i", message, 16)[0]
 
 
-def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int | None = None) -> Iterator[bytes]:
+def dump(
+    protocol: int,
+    kind: int,
+    body: bytes,
+    strict: bool = False,
+    most: int | None = None,
+    containing: Collection[bytes] | None = None,
+) -> Iterator[bytes]:
     """Send a dump request of type `kind`; yield the answers, without their headers. Raises OSError.
 
     `protocol` is the netlink family, such as NETLINK_ROUTE. With `strict`, kernels since 4.20 send only answers that
     match the fields of `body`; older kernels ignore this. If there are more than `most` answers (None: no limit),
-    OSError with the code E2BIG is raised after `most` answers were yielded.
+    OSError with the code E2BIG is raised after `most` answers were yielded. With `containing`, only answers
+    that contain any of these bytes are yielded.
     """
     count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
@@ -122,7 +130,9 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int 
         netlink.bind((0, 0))
         netlink.send(message(kind, REQUEST | DUMP, 0, body))
         while True:
-            for type, answer in messages(netlink.recv(2**18)):
+            data = netlink.recv(2**18)
+            wanted = _contains_any(data, containing)  # else the answers need not be searched one by one
+            for type, answer in messages(data):
                 if type == _DONE and len(answer) >= 20 and (code := -struct.unpack_from("=i", answer, 16)[0]) > 0:
                     raise OSError(code, os.strerror(code))
                 if type == _DONE:
@@ -133,7 +143,12 @@ def dump(protocol: int, kind: int, body: bytes, strict: bool = False, most: int 
                 count += 1
                 if most is not None and count > most:
                     raise OSError(errno.E2BIG, f"it has more than {most} of what is to be read")
-                yield answer[16:]
+                if wanted and _contains_any(answer, containing):
+                    yield answer[16:]
+
+
+def _contains_any(data: bytes, some: Collection[bytes] | None) -> bool:
+    return some is None or any(one in data for one in some)
 
 
 @dataclass(frozen=True)

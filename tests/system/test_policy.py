@@ -16,13 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 
+from calicoctl import netlink
 from calicoctl.datastore import backends
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.diagnose.trace import trace
+from calicoctl.felix.dataplane.conntrack import Conntrack
+from calicoctl.policy.verdict import Packet
 from tests.system.agent import A4, A6, ALLOW, B4, B6, C4, C6, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run, wait_for
@@ -33,6 +37,7 @@ from tests.system.traffic import (
     connect,
     connection,
     ends,
+    fill_connection_table,
     flows,
     inside,
     listener,
@@ -891,6 +896,48 @@ def test_connections_do_not_survive_a_change_of_an_addresss_endpoint(net: AgentH
             sender.join()
         net.ctl("container", "remove", "/var/run/netns/x")
         run("ip", "netns", "delete", "x")
+
+
+def test_an_address_that_leaves_a_tag_loses_its_connections_among_many_others(net: AgentHost) -> None:
+    """In a table of this size, the kernel lists the connections of one IPv4 address alone. Those of others go on."""
+    net.profile("a", tags=["friends"])
+    inbound(net, {"action": "allow", "src_tag": "friends"}, {"action": "allow", "src_net": f"{C4}/32"})
+    fill_connection_table(10_000)
+    try:
+        with connection("a", "b", B4, 80) as denied, connection("c", "b", B4, 81) as allowed:
+            net.profile("a", tags=[])
+            ends(*denied)
+            wait_for(net.has_fast_path, "connections to be verified")
+            assert f"src={A4} dst={B4}" not in run("conntrack", "-L", "-p", "tcp").out
+            assert flows(*allowed, patience=PATIENT)
+    finally:
+        run("conntrack", "-F")
+
+
+def test_the_kernel_lists_the_connections_of_one_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lists those that the address has started and those that it answers, and does so only in a large table."""
+    answers = []
+    dump = netlink.dump
+
+    def counted(protocol: int, *request: Any, **options: Any) -> Iterator[bytes]:
+        for answer in dump(protocol, *request, **options):
+            answers.extend([answer] if protocol == netlink.NETLINK_NETFILTER else [])
+            yield answer
+
+    monkeypatch.setattr(netlink, "dump", counted)
+    one, other, server = "10.9.0.7", "10.9.0.8", "203.0.113.9"
+    back = f"-p udp -s {server} -d {one} --sport 80 --dport 9 --timeout 60 --status SEEN_REPLY,ASSURED"
+    try:
+        fill_connection_table(10_000)
+        run("conntrack", "-A", *back.split())
+        driver = Conntrack(lambda _: None)
+        of_one = {Packet(one, server, 17, 1024, 53), Packet(server, one, 17, 80, 9)}
+        assert {found.forwarded for found in driver.list([one]).connections} == of_one
+        assert len(answers) == 2, "the kernel has sent these alone"
+        of_both = {found.forwarded for found in driver.list([one, other]).connections}
+        assert of_both == of_one | {Packet(other, server, 17, 1024, 53)}
+    finally:
+        run("conntrack", "-F")
 
 
 def test_udp_and_icmp_flows_end_too(net: AgentHost) -> None:

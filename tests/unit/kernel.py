@@ -215,7 +215,7 @@ class FakeConntrack:
         self.count = 0
         self.error: str | None = None
 
-    def request(self, addresses: Collection[str]) -> int:
+    def request(self, addresses: Collection[str], urgent: bool = False) -> int:
         if addresses:
             self.count += 1
             self.journal.append(f"request {' '.join(sorted(addresses))}")

@@ -1,11 +1,19 @@
-"""Decoding the entries of the kernel's connection tracking."""
+"""The driver of connection tracking: which requests it answers at once, what it asks the kernel for, and decoding."""
 
 from __future__ import annotations
 
 import socket
 import struct
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
 
-from calicoctl.felix.dataplane.conntrack import parse
+import pytest
+
+from calicoctl import netlink
+from calicoctl.felix.dataplane import conntrack
+from calicoctl.felix.dataplane.conntrack import Conntrack, parse
 from calicoctl.policy.verdict import Packet
 
 NESTED = 0x8000
@@ -74,3 +82,96 @@ def test_what_is_no_connection() -> None:
     whole = tuple_of(1, "192.168.0.1", "192.168.0.2", 6, sport=1, dport=2)
     for message in (b"", b"\0", whole, whole[:-4], whole + attribute(2, b""), whole + attribute(2, attribute(1, b"x"))):
         assert parse(message, {packed("192.168.0.1")}) is None
+
+
+def test_one_listing_answers_the_requests_that_wait() -> None:
+    driver = Conntrack(lambda _: None)
+    assert [driver.request([f"192.168.0.{number}"]) for number in (1, 2, 3)] == [1, 2, 3]
+    assert driver.request([]) == 3, "nothing is requested"
+    found = driver._next_requests(time.monotonic() + 0.01)
+    assert found == (3, {"192.168.0.1", "192.168.0.2", "192.168.0.3"})
+
+
+def test_an_urgent_request_does_not_wait_and_takes_others_with_it() -> None:
+    driver = Conntrack(lambda _: None)
+    driver.request(["192.168.0.1"])
+    threading.Timer(0.05, lambda: driver.request(["192.168.0.2"], urgent=True)).start()
+    assert driver._next_requests(time.monotonic() + 20) == (2, {"192.168.0.1", "192.168.0.2"})
+
+
+@pytest.mark.parametrize(("taken", "pause"), [(0.0, 0.05), (0.01, 0.05), (0.1, 0.4), (5.0, 1.0)])
+def test_the_pause_after_a_listing_grows_with_its_cost_and_is_bounded(taken: float, pause: float) -> None:
+    assert conntrack._pause_after(taken) == pytest.approx(pause)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "least"),
+    [
+        (["192.168.0.1"], 7_000),
+        (["192.168.0.1", "fe80::1"], 16_500),
+        (["192.168.0.1", "192.168.0.2"], 31_000),
+        (["192.168.0.1", "192.168.0.2", "192.168.0.3"], 101_000),
+    ],
+)
+def test_the_kernel_filters_in_a_large_table_for_few_addresses(addresses: list[str], least: int) -> None:
+    assert conntrack._filters_pay(addresses, least) and not conntrack._filters_pay(addresses, least - 1000)
+    assert not conntrack._filters_pay([f"192.168.0.{number}" for number in range(4)], 10_000_000)
+
+
+def entry(source: str, destination: str) -> bytes:
+    """Return an entry as a dump contains it: after the family, the IP version, and the resource."""
+    original = tuple_of(1, source, destination, 6, sport=4000, dport=80)
+    return bytes(4) + original + tuple_of(2, destination, source, 6, sport=80, dport=4000)
+
+
+ONE, OTHER = "192.168.0.1", "192.168.0.9"
+ENTRIES = [entry(ONE, OTHER), entry(OTHER, ONE), entry("192.168.0.2", OTHER), entry("fd00::1", "fd00::9")]
+BY_SOURCE = [attribute(kind | NESTED, attribute(1 | NESTED, attribute(1, packed(ONE)))) for kind in (1, 2)]
+"""What names the address as the source of a connection's first packet, and as that of its replies."""
+
+
+class Kernel:
+    """Answers dumps of a table with 100,000 entries. `asked` says for each dump whether it was to be filtered."""
+
+    def __init__(self, filters: bool) -> None:
+        self.filters = filters
+        self.asked: list[bool] = []
+
+    def dump(self, protocol: int, kind: int, body: bytes, **options: Any) -> Iterator[bytes]:
+        if protocol != netlink.NETLINK_NETFILTER:  # the addresses of the host
+            return
+        matches = [index for index in (0, 1) if BY_SOURCE[index] in body]
+        self.asked.append(bool(matches))
+        yield from [ENTRIES[index] for index in matches] if self.filters and matches else ENTRIES
+
+
+@pytest.mark.parametrize(("filters", "asked"), [(True, [True] * 4), (False, [True, False, False])])
+def test_a_kernel_that_does_not_filter_is_asked_to_only_once(
+    monkeypatch: pytest.MonkeyPatch, filters: bool, asked: list[bool]
+) -> None:
+    """Linux before 5.8 ignores the request to filter, and lists all entries."""
+    kernel = Kernel(filters)
+    monkeypatch.setattr(netlink, "dump", kernel.dump)
+    monkeypatch.setattr(conntrack, "_entries", lambda: 100_000)
+    driver = Conntrack(lambda _: None)
+    for _ in range(2):
+        listed = [found.forwarded for found in driver.list([ONE]).connections]
+        assert listed == [Packet(ONE, OTHER, 6, 4000, 80), Packet(OTHER, ONE, 6, 4000, 80)]
+    assert kernel.asked == asked
+
+
+def test_the_kernel_is_not_asked_to_filter_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would leave out the very entries that were asked for."""
+    kernel = Kernel(True)
+    monkeypatch.setattr(netlink, "dump", kernel.dump)
+    monkeypatch.setattr(conntrack, "_entries", lambda: 100_000)
+    listed = Conntrack(lambda _: None).list([ONE, "fd00::9"]).connections
+    assert kernel.asked == [True, True, False]
+    assert Packet("fd00::1", "fd00::9", 6, 4000, 80) in [found.forwarded for found in listed]
+
+
+def test_an_empty_table_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(True)
+    monkeypatch.setattr(netlink, "dump", kernel.dump)
+    monkeypatch.setattr(conntrack, "_entries", lambda: 0)
+    assert Conntrack(lambda _: None).list([ONE]).connections == [] and kernel.asked == []

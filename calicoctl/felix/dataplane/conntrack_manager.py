@@ -82,7 +82,7 @@ class ConntrackManager(Manager):
             if new:
                 if self._policy.in_sync and not self._policy.ruleset.has(id):
                     dirty.endpoints.discard(id)
-                self._pending[id] = PendingAddresses(new, self._conntrack.request(new))
+                self._pending[id] = PendingAddresses(new, self._conntrack.request(new, urgent=True))
         dirty.endpoints |= self._admitted
         self._admitted.clear()
 
