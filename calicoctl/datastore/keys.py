@@ -6,6 +6,7 @@ The layout is that of the Calico programs of 2015: see docs/datamodel.md.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -122,7 +123,8 @@ def parse_endpoint(key: str) -> EndpointId | None:
         return None
     parts = key[len(HOSTS) + 1 :].split("/")
     if len(parts) == 6 and parts[1] == "workload" and parts[4] == "endpoint":
-        return EndpointId(host=parts[0], orchestrator=parts[2], workload=parts[3], endpoint=parts[5])
+        # interned, since thousands of endpoints have the same ones
+        return EndpointId(sys.intern(parts[0]), sys.intern(parts[2]), workload=parts[3], endpoint=parts[5])
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -160,6 +161,10 @@ class Endpoint:
             raise InvalidValue(key, f'"mac" is {_excerpt(known["mac"])}, which is no MAC address')
         known["state"] = known["state"] or "active"
         known["name"] = known["name"] or id.interface
+        # thousands of endpoints have the same ones
+        known["profile_ids"] = list(map(sys.intern, known["profile_ids"]))
+        for name in ("state", "ipv4_gateway", "ipv6_gateway"):
+            known[name] = known[name] and sys.intern(known[name])
         for name in ("inactive_since", "workload_name"):
             value = data.pop(name, None)
             known[name] = value if isinstance(value, str) and value else None

@@ -92,22 +92,24 @@ class _Entries(dict[str, Entry]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._below: Counter[str] = Counter()
+        self._below: Counter[int] = Counter()
+        """Hash of a directory -> the number of entries below all directories with this hash. The directories of
+        thousands of workloads would take more memory."""
 
     def put(self, key: str, entry: Entry) -> None:
         if key not in self:
-            self._below.update(keys.directories(key))
+            self._below.update(map(hash, keys.directories(key)))
         self[key] = entry
 
     def forget(self, key: str) -> None:
         if self.pop(key, None) is not None:
-            for directory in keys.directories(key):
+            for directory in map(hash, keys.directories(key)):
                 self._below[directory] -= 1
                 if not self._below[directory]:
                     del self._below[directory]
 
     def below(self, directory: str) -> list[str]:
-        return [key for key in self if key.startswith(directory + "/")] if directory in self._below else []
+        return [key for key in self if key.startswith(directory + "/")] if hash(directory) in self._below else []
 
 
 class Snapshot:
