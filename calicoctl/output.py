@@ -20,9 +20,17 @@ def wants_json(arguments: dict[str, Any]) -> bool:
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON; an iterator as an array, item by item, so that not all are in memory at once."""
     import json
 
-    print(json.dumps(value, indent=2))
+    if not isinstance(value, Iterator):
+        print(json.dumps(value, indent=2))
+        return
+    before = "["
+    for item in value:
+        print(before + "\n  " + json.dumps(item, indent=2).replace("\n", "\n  "), end="")
+        before = ","
+    print("[]" if before == "[" else "\n]")
 
 
 def abridges(arguments: dict[str, Any]) -> bool:
@@ -35,7 +43,7 @@ def abridges(arguments: dict[str, Any]) -> bool:
 
 def print_table(
     columns: Sequence[str],
-    rows: Sequence[Sequence[object]],
+    rows: Iterable[Sequence[object]],
     widest: int | None = None,
     expendable: Sequence[str] = (),
     complete: bool = False,

@@ -310,26 +310,10 @@ def show_endpoints(
         return ("error", reason_of[id]) if id in reason_of else stored_status_of(id)
 
     if wants_json(arguments):
-        print_json([_as_json(endpoint, *status_of(endpoint.id)) for endpoint in endpoints])
+        print_json(_as_json(endpoint, *status_of(endpoint.id)) for endpoint in endpoints)
         return
     short = abridges(arguments)
-    rows = []
-    for endpoint in endpoints:
-        nets = endpoint.nets
-        if short:
-            nets = [net if net not in map(host_net, endpoint.addresses) else net.partition("/")[0] for net in nets]
-        rows.append(
-            [
-                endpoint.id.host,
-                endpoint.id.orchestrator,
-                workload_cell(endpoint, short),
-                short_id(endpoint.id.endpoint) if short else endpoint.id.endpoint,
-                "\n".join(nets),
-                endpoint.mac,
-                "\n".join(endpoint.profile_ids),
-                _state(endpoint, status_of(endpoint.id)[0], short),
-            ]
-        )
+    rows = (_row(endpoint, status_of(endpoint.id)[0], short) for endpoint in endpoints)  # not all at once
     print_table(COLUMNS, rows, expendable=EXPENDABLE, complete=not short)
     reasons = [
         f"Endpoint {short_id(endpoint.id.endpoint)} of {called(endpoint)} is {status}: {reason}."
@@ -344,6 +328,23 @@ def show_endpoints(
     if reasons[MOST_REASONS:]:
         more = len(reasons) - MOST_REASONS
         warn(f"{more} more {'has a reason' if more == 1 else 'have reasons'}, too: see --output=json.")
+
+
+def _row(endpoint: Endpoint, status: str, short: bool) -> list[str | None]:
+    """Return an endpoint's cells in the table with the columns COLUMNS; with `short`, abridged."""
+    nets = endpoint.nets
+    if short:
+        nets = [net if net not in map(host_net, endpoint.addresses) else net.partition("/")[0] for net in nets]
+    return [
+        endpoint.id.host,
+        endpoint.id.orchestrator,
+        workload_cell(endpoint, short),
+        short_id(endpoint.id.endpoint) if short else endpoint.id.endpoint,
+        "\n".join(nets),
+        endpoint.mac,
+        "\n".join(endpoint.profile_ids),
+        _state(endpoint, status, short),
+    ]
 
 
 def _state(endpoint: Endpoint, status: str, short: bool) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -262,22 +263,29 @@ class _Reports:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.heartbeats: dict[str, dict[str, Any]] = {}
-        self._statuses: dict[EndpointId, dict[str, Any]] = {}
+        self._statuses: dict[EndpointId, tuple[Any, Any]] = {}
+        """Endpoint -> its status and reason, as they stand in the store."""
         for entry in entries:
             name = entry.key[len(keys.FELIX_HOSTS) + 1 :].partition("/")[0]
             id = keys.parse_felix_endpoint(entry.key)
             if id is not None:
-                self._statuses[id] = _fields(entry.value)
+                fields = _fields(entry.value)
+                self._statuses[id] = _once(fields.get("status")), _once(fields.get("reason"))
             elif entry.key == keys.felix_status(name):
                 self.heartbeats[name] = _fields(entry.value)
 
     def status(self, id: EndpointId) -> tuple[str, str | None]:
         """Return (status, reason) of an endpoint; see Hosts.endpoint_statuses."""
-        heartbeat, said = self.heartbeats.get(id.host), self._statuses.get(id, {})
-        state, reason = said.get("status"), said.get("reason")
+        heartbeat = self.heartbeats.get(id.host)
+        state, reason = self._statuses.get(id, (None, None))
         if heartbeat is None or heartbeat.get("first_update") is False or state not in ENDPOINT_STATES:
             return "unknown", None
         return str(state), reason if isinstance(reason, str) else None
+
+
+def _once(value: Any) -> Any:
+    """Return a value, as the same object for equal texts, since thousands of endpoints have the same status."""
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def _fields(text: str) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calicoctl.output import first_few, fit, quantity
+from calicoctl.output import first_few, fit, print_json, quantity
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 ROW = ["host1", "docker", "web", "8573cd44e783", "192.168.0.1\nfd80::1", "aa:bb:cc:dd:ee:01", "a\nb", "active"]
@@ -65,3 +68,11 @@ def test_a_number_has_its_noun_in_the_singular_or_the_plural() -> None:
         "2 active endpoints",
     ]
     assert [quantity(n, "address", "addresses") for n in (1, 2)] == ["1 address", "2 addresses"]
+
+
+@pytest.mark.parametrize("items", [[], [1], [{"a": [1, "two\nlines"], "b": {}}, {"c": None}]])
+def test_an_iterator_is_printed_as_an_array(items: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    print_json(iter(items))
+    printed = capsys.readouterr().out
+    print_json(items)
+    assert printed == capsys.readouterr().out
