@@ -60,7 +60,7 @@ from calicoctl.datastore.migration_after import finish, roll_back
 from calicoctl.datastore.migration_run import Run
 from calicoctl.datastore.migration_state import Moved, State
 from calicoctl.datastore.settings import TYPE, V2, V3, EtcdSettings
-from calicoctl.datastore.store import Store
+from calicoctl.datastore.store import Store, each_below
 from calicoctl.errors import CalicoError, InvalidValue, NoSuchApi, StoreError, one_line
 from calicoctl.felix import local_etcd, process
 from calicoctl.grammar import Prepared, parse, require_root
@@ -206,9 +206,8 @@ def _contents(backends: Backends, api: str, users: bool | None) -> dict[str, Any
         store = backends.open(api)
         ready = store.get(keys.READY)
         found["ready"] = None if ready is None else ready.value
-        entries = store.list_for_watch(keys.ROOT)[0]
-        found["keys"] = len(entries)
-        found["bytes"] = sum(len(entry.key.encode()) + len(entry.value.encode()) for entry in entries)
+        sizes = [len(entry.key.encode()) + len(entry.value.encode()) for entry in each_below(store, keys.ROOT)]
+        found["keys"], found["bytes"] = len(sizes), sum(sizes)
     except NoSuchApi:
         found["served"] = False
     except (InvalidValue, StoreError) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +32,7 @@ from calicoctl.datastore.store import (
     Watch,
     create_if_missing,
     create_missing,
+    each_below,
     modify,
     read_all,
     set_value,
@@ -107,9 +108,9 @@ class DatastoreClient:
     def statuses(self) -> Statuses:
         return Statuses(self._store, self.host)
 
-    def everything(self) -> list[Entry]:
-        """Return all entries below `/calico`, except those that cannot be read (see `Entry.problem`)."""
-        return self._store.tree(keys.ROOT)
+    def everything(self) -> Iterator[Entry]:
+        """Yield all entries below `/calico`, except those that cannot be read (see `each_below`)."""
+        return each_below(self._store, keys.ROOT)
 
     def copied(self, directory: str = keys.ROOT) -> tuple[DatastoreClient, list[Entry]]:
         """Copy all keys below a directory; return a read-only client of the copy, and the entries that have a problem.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Callable, Protocol, TypeVar, Union
 
-from calicoctl.errors import CompareFailed, Conflict, KeyExists, NotFound
+from calicoctl.errors import CompareFailed, Conflict, InvalidValue, KeyExists, NotFound
 
 T = TypeVar("T")
 
@@ -279,6 +280,22 @@ def read_all(store: Store, keys: Collection[str]) -> dict[str, Entry]:
         entries = store.read(wanted[start : start + MOST_AT_ONCE])[0]
         found.update({entry.key: entry for entry in entries if entry is not None})
     return found
+
+
+def each_below(store: Store, directory: str, levels: int = 2) -> Iterator[Entry]:
+    """Yield the entries below a directory, except those that cannot be read (see `Entry.problem`).
+
+    They are read in parts, so that they are not all in memory at once: one part for each subdirectory that is `levels`
+    below the directory. So they are not of one revision.
+    """
+    for name in store.names(directory):
+        path = f"{directory}/{name}"
+        with suppress(InvalidValue):  # a directory, which is no key in etcd's v2 API
+            entry = store.get(path)
+            if entry is not None:
+                yield entry
+        below = each_below(store, path, levels - 1) if levels > 1 else store.tree(path)
+        yield from (entry for entry in below if entry.key != path)
 
 
 def create_if_missing(store: Store, key: str, value: str) -> bool:

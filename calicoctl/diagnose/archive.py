@@ -7,7 +7,6 @@ environment of Docker's containers is never included. Everything that looks like
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
@@ -18,11 +17,11 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable
+from typing import IO, Any, Callable, Union
 
 from calicoctl import __version__, engine
 from calicoctl.datastore import config, keys
@@ -36,8 +35,10 @@ from calicoctl.felix.bgp import bird
 from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.bgp.processes import USER
 
-Source = Callable[[], str]
-"""Returns the text of one file of the archive. May raise any exception."""
+Source = Callable[[], Union[str, Iterable[str]]]
+"""Returns the text of one file of the archive, or its parts, if the text can be long. No secret begins in one part and
+ends in another. May raise any exception, also when the next part is requested.
+"""
 
 LOG_SIZE = 4 * 2**20
 """How many bytes at the end of each log are included."""
@@ -178,10 +179,13 @@ def collect(found: Iterable[tuple[str, Source]]) -> Path:
         path = Path(file)
         with os.fdopen(fd, "wb") as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
             for member, source in found:
-                data = without_secrets(_text_of(source)).encode(errors="backslashreplace")
                 info = tarfile.TarInfo(f"{name.rstrip('-')}/{member}")
-                info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
-                archive.addfile(info, io.BytesIO(data))
+                info.mtime, info.mode = int(time.time()), 0o600
+                with tempfile.TemporaryFile() as text:  # the archive needs its size first
+                    _write(source, text)
+                    info.size = text.tell()
+                    text.seek(0)
+                    archive.addfile(info, text)
         return path
     except BaseException as error:
         if path is not None:
@@ -201,11 +205,18 @@ def without_secrets(text: str) -> str:
     return text
 
 
-def _text_of(source: Source) -> str:
+def _write(source: Source, file: IO[bytes]) -> None:
+    """Write what a source returns, without secrets, to a file; if the source fails, also write why."""
+    for part in _parts(source):
+        file.write(without_secrets(part).encode(errors="backslashreplace"))
+
+
+def _parts(source: Source) -> Iterator[str]:
     try:
-        return source()
+        found = source()
+        yield from [found] if isinstance(found, str) else found
     except Exception as error:  # of any kind: the other files are still useful
-        return f"This could not be collected: {error}\n"
+        yield f"This could not be collected: {error}\n"
 
 
 def _output(command: tuple[str, ...]) -> str:
@@ -236,25 +247,32 @@ def _checks() -> str:
     return json.dumps([check.to_dict() for check in checks.check()], indent=2)
 
 
-def _settings() -> str:
-    root = Path("/proc/sys")
-    lines = []
+def _settings() -> Iterator[str]:
     for pattern in _SETTINGS:
-        for path in sorted(root.glob(pattern)):
-            try:
-                lines.append(f"{path.relative_to(root)} = {path.read_text().strip()}\n")
-            except OSError as error:
-                lines.append(f"{path.relative_to(root)}: {error.strerror}\n")
-    return "".join(lines)
+        folder, _, name = pattern.rpartition("/")
+        for parent in sorted(Path("/proc/sys").glob(folder)):  # one for each interface
+            yield "".join(map(_setting, sorted(parent.glob(name))))
+
+
+def _setting(path: Path) -> str:
+    name = path.relative_to("/proc/sys")
+    try:
+        return f"{name} = {path.read_text().strip()}\n"
+    except OSError as error:
+        return f"{name}: {error.strerror}\n"
 
 
 def _status() -> str:
     return json.dumps(host_status.read(hostname()), indent=2)
 
 
-def _store() -> str:
+def _store() -> Iterator[str]:
     datastore = DatastoreClient.from_environment()
-    return json.dumps({entry.key: _known_value(entry) for entry in datastore.everything()}, indent=1)
+    before = "{"
+    for entry in datastore.everything():
+        yield f"{before}\n {json.dumps(entry.key)}: " + json.dumps(_known_value(entry), indent=1).replace("\n", "\n ")
+        before = ","
+    yield "{}" if before == "{" else "\n}"
 
 
 def _known_value(entry: Entry) -> Any:

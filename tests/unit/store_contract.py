@@ -11,7 +11,18 @@ from typing import Protocol
 
 import pytest
 
-from calicoctl.datastore.store import Change, Create, Delete, Entry, Fence, FencedStore, Store, Update, Watch
+from calicoctl.datastore.store import (
+    Change,
+    Create,
+    Delete,
+    Entry,
+    Fence,
+    FencedStore,
+    Store,
+    Update,
+    Watch,
+    each_below,
+)
 from calicoctl.errors import CalicoError, CompareFailed, Fenced, KeyExists, WatchExpired
 from tests.unit.memory_store import Lost
 
@@ -88,6 +99,13 @@ class StoreContract:
         with pytest.raises(KeyExists):
             store.create(KEY, "1")
         assert store.get(KEY) == one
+
+    def test_what_is_below_a_directory_is_read_in_parts(self, store: Store) -> None:
+        for key in ("/calico/a", "/calico/b/c", "/calico/d/e/f/g", "/calico/d/h/i", "/calico/d/h/j"):
+            store.create(key, key)
+        assert sorted(each_below(store, "/calico"), key=lambda entry: entry.key) == sorted(
+            store.tree("/calico"), key=lambda entry: entry.key
+        )
 
     def test_an_update_needs_the_entry_as_it_was_read(self, store: Store) -> None:
         one = store.create(KEY, "1")

@@ -23,7 +23,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, value: dict[str, object]) -> object:
     store = MemoryStore()
     store.create(KEY, json.dumps(value))
     monkeypatch.setattr(DatastoreClient, "from_environment", lambda: DatastoreClient(store, "h"))
-    return json.loads(archive.sources("/nowhere")["etcd.json"]())[KEY]
+    return json.loads("".join(archive.sources("/nowhere")["etcd.json"]()))[KEY]
 
 
 def test_every_field_of_the_data_model_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
