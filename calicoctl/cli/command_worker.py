@@ -74,9 +74,14 @@ class Worker:
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._client: socket.socket | None = None
         """The connection to the client whose command runs."""
+        self._interrupted = False
 
     def serve(self) -> None:
-        """Serve clients; return when the server has ended, or after MOST clients."""
+        """Serve clients; return when the server has ended, after MOST clients, or after an interrupted command.
+
+        That may have been interrupted between the opening of a file and the note of its descriptor, such as that of a
+        lock, which only the end of the process closes then.
+        """
         signal.signal(signal.SIGIO, self._on_input)
         self._reset()
         for _ in range(MOST):
@@ -87,6 +92,8 @@ class Worker:
             self._server.send(BUSY)
             with connection, suppress(OSError):  # the client has ended
                 self._serve(connection)
+            if self._interrupted:
+                return
 
     def _next(self) -> socket.socket | None:
         """Wait for a client; return the connection to it, None if the server has ended."""
@@ -120,6 +127,9 @@ class Worker:
             fcntl.fcntl(connection, fcntl.F_SETFL, os.O_ASYNC)  # SIGIO tells of the client's signals, and of its end
             self._on_input()
             status = main.run(list(map(os.fsdecode, arguments)), f"in process {os.getpid()}, of the command server")
+        except main.Interrupted as interrupted:  # before the command began, or after it was done
+            interrupted.handled = True
+            status = 128 + interrupted.number
         finally:
             self._client = None
             self._reset()
@@ -177,8 +187,11 @@ class Worker:
         gc.set_threshold(*self._threshold)
 
     def _on_input(self, number: int = 0, frame: FrameType | None = None) -> None:
-        """Take the signals that the client has received, and its end, which counts as SIGHUP."""
-        if self._client is None:
+        """Take the first signal that the client has received, or its end, which counts as SIGHUP.
+
+        The others are ignored: the rollback must not be interrupted.
+        """
+        if self._client is None or self._interrupted:
             return
         try:
             received = self._client.recv(1, socket.MSG_DONTWAIT)
@@ -186,6 +199,7 @@ class Worker:
             return
         except OSError:
             received = b""
+        self._interrupted = True
         main.interrupt(received[0] if received else signal.SIGHUP, frame)
 
 

@@ -1,0 +1,36 @@
+"""What a worker of the command server does with its client's signals."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from calicoctl.cli import command_client, main
+from calicoctl.cli.command_worker import Worker
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in command_client.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_only_the_first_signal_interrupts_so_that_the_rollback_is_completed() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        worker = Worker.__new__(Worker)
+        worker._client, worker._interrupted = ours, False
+        theirs.send(bytes([signal.SIGINT]))
+        with pytest.raises(main.Interrupted) as interrupted:
+            worker._on_input()
+        interrupted.value.handled = True
+        assert interrupted.value.number == signal.SIGINT
+        theirs.send(bytes([signal.SIGTERM]))
+        worker._on_input()
+    worker._on_input()  # its client has ended
+    ours.close()
