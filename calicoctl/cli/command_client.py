@@ -125,14 +125,22 @@ def _have_run(server: _socket.socket, arguments: list[str]) -> int:
     except OSError:
         status = b""
     if not status:
-        os.write(2, LOST.encode() + b"\n")
+        _tell(LOST)
     return int(status or 1)
 
 
 def _end(number: int, frame: object) -> None:
     """End as an interrupted command does; one that is just sent is interrupted by the end of the connection."""
-    os.write(2, b"Interrupted; no container is left half connected. Repeat the command to complete it.\n")
+    _tell("Interrupted; no container is left half connected. Repeat the command to complete it.")
     os._exit(128 + number)
+
+
+def _tell(sentence: str) -> None:
+    """Write to standard error. That it cannot be written changes nothing: no command is run again for it."""
+    try:
+        os.write(2, sentence.encode() + b"\n")
+    except OSError:
+        pass
 
 
 def _forward(server: _socket.socket, number: int) -> None:

@@ -1,0 +1,35 @@
+"""What the client of the command server does when a server behaves badly, or does not fit."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from calicoctl.cli import command_client
+
+
+@pytest.fixture
+def nobody_reads_errors() -> Iterator[None]:
+    """Standard error is a pipe that nobody reads."""
+    kept = os.dup(2)
+    reader, writer = os.pipe()
+    os.dup2(writer, 2)
+    os.close(reader)
+    os.close(writer)
+    yield
+    os.dup2(kept, 2)
+    os.close(kept)
+
+
+def test_a_loss_that_cannot_be_told_is_a_failure_too(nobody_reads_errors: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_client, "SIGNALS", ())
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        theirs.settimeout(0)
+        theirs.shutdown(socket.SHUT_WR)  # it ends without a status, but takes the command
+        assert command_client._have_run(ours, ["profile", "show"]) == 1
+        assert theirs.recv(1000).endswith(b"profile\0show")
+    theirs.close()
