@@ -50,7 +50,13 @@ def _run(host: str) -> str:
     """Run the server until it ends; return its last error, an empty text if it has none. Raises OSError."""
     command = [sys.executable, "-m", "calicoctl.cli.command_server", f"--commands-of={host}"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        cwd="/",  # Python looks for modules in it, and that of `node --detach=false` may be anybody's
     ) as server:
         assert server.stderr is not None
         lines = deque(server.stderr, maxlen=1)
