@@ -95,6 +95,8 @@ def _greeted(path: str) -> _socket.socket | None:
     variables = [name + b"=" + value for name, value in os.environb.items()]
     try:
         server.connect(path)
+        if not _is_ours(server):
+            raise OSError
         server.send(SEPARATOR.join([os.fsencode(package()), *variables]))
         if server.recv(LARGEST):
             return server
@@ -102,6 +104,18 @@ def _greeted(path: str) -> _socket.socket | None:
         pass
     server.close()
     return None
+
+
+def _is_ours(server: _socket.socket) -> bool:
+    """Return whether root listens, in this process's namespaces: what is sent gives the server rights, and secrets.
+
+    Raises OSError if the server has ended.
+    """
+    credentials = server.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+    pid, user = (int.from_bytes(credentials[n : n + 4], sys.byteorder) for n in (0, 4))
+    return user == 0 and all(
+        os.readlink(f"/proc/{pid}/ns/{name}") == os.readlink(f"/proc/self/ns/{name}") for name in ("user", "mnt")
+    )
 
 
 def _have_run(server: _socket.socket, arguments: list[str]) -> int:

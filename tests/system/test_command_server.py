@@ -257,6 +257,32 @@ def test_another_user_is_refused_by_what_the_kernel_says_of_it(served: AgentHost
     assert said.out == "b''\n"
 
 
+@pytest.mark.parametrize("other", [("setpriv", "--reuid", "65534", "--clear-groups"), ("unshare", "--mount")])
+def test_a_server_of_anybody_else_gets_nothing(served: AgentHost, other: tuple[str, ...], tmp_path: Path) -> None:
+    folder, received = Path("/run/calico/impostor"), tmp_path / "received"
+    folder.mkdir()
+    folder.chmod(0o777)
+    received.touch()
+    received.chmod(0o666)
+    script = (
+        "import socket, sys; server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+        "server.bind(sys.argv[1]); server.listen(); client = server.accept()[0];"
+        f"open({str(received)!r}, 'wb').write(client.recv(1000000)); client.send(b'1'); client.recv(1000000)"
+    )
+    tmp_path.chmod(0o755)
+    path = folder / command_client.SOCKET
+    with hanging_server(server()), subprocess.Popen([*other, sys.executable, "-c", script, str(path)]) as impostor:
+        try:
+            wait_for(path.exists, "the impostor")
+            assert worker(served) is None
+            impostor.wait(10)
+        finally:
+            impostor.kill()
+            path.unlink(missing_ok=True)
+            folder.rmdir()
+    assert not received.read_bytes()
+
+
 def test_after_an_upgrade_commands_run_cold_until_the_server_has_replaced_itself(served: AgentHost) -> None:
     before, changed = server(), Path(command_client.package(), "__init__.py")
     changed.touch()

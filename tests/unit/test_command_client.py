@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -33,3 +34,22 @@ def test_a_loss_that_cannot_be_told_is_a_failure_too(nobody_reads_errors: None, 
         assert command_client._have_run(ours, ["profile", "show"]) == 1
         assert theirs.recv(1000).endswith(b"profile\0show")
     theirs.close()
+
+
+def test_a_server_of_another_process_namespace_is_not_ours() -> None:
+    class Foreign:
+        """A connection to a server that has ended, or that this process's namespace does not have."""
+
+        def getsockopt(self, *_: int) -> bytes:
+            return bytes(12)
+
+    with pytest.raises(OSError):
+        command_client._is_ours(Foreign())  # type: ignore[arg-type]
+
+
+def test_a_server_of_another_user_is_not_ours() -> None:
+    class Foreign:
+        def getsockopt(self, *_: int) -> bytes:
+            return b"".join(number.to_bytes(4, sys.byteorder) for number in (os.getpid(), 1000, 1000))
+
+    assert not command_client._is_ours(Foreign())  # type: ignore[arg-type]
