@@ -265,8 +265,9 @@ def test_a_server_of_anybody_else_gets_nothing(served: AgentHost, other: tuple[s
     received.touch()
     received.chmod(0o666)
     script = (
-        "import socket, sys; server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
-        "server.bind(sys.argv[1]); server.listen(); client = server.accept()[0];"
+        "import os, socket, sys; server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+        "server.bind(sys.argv[1] + '.new'); server.listen(); os.rename(sys.argv[1] + '.new', sys.argv[1]);"
+        "client = server.accept()[0];"
         f"open({str(received)!r}, 'wb').write(client.recv(1000000)); client.send(b'1'); client.recv(1000000)"
     )
     tmp_path.chmod(0o755)
