@@ -30,6 +30,7 @@ from calicoctl import environment, files  # noqa: E402
 from calicoctl.cli import command_client as client  # noqa: E402
 from calicoctl.cli.command_worker import IDLE, OUTDATED, Worker, fingerprint  # noqa: E402
 from calicoctl.datastore.hosts import hostname  # noqa: E402
+from calicoctl.datastore.settings import EtcdSettings  # noqa: E402
 from calicoctl.errors import CalicoError  # noqa: E402
 
 MODULE = "calicoctl.cli.command_server"
@@ -62,6 +63,8 @@ class Server:
         self._files = fingerprint()
         self._workers: dict[socket.socket, bool] = {}
         """The connection to each worker -> whether it waits for a client."""
+        self._starting: set[socket.socket] = set()
+        """The connections to the workers that have said nothing yet."""
         self._ends = False
         self._path = files.RUN / host / client.SOCKET
         self._listening = self._listen()
@@ -94,6 +97,7 @@ class Server:
         with suppress(FileNotFoundError):
             if self._path.stat().st_ino == self._inode:  # not the next server's
                 self._path.unlink()
+        self._ends = True
         for connection in self._workers:
             connection.shutdown(socket.SHUT_WR)
         while self._workers:  # those that run a command complete it
@@ -130,6 +134,7 @@ class Server:
             self._work(ours, theirs)
         theirs.close()
         self._workers[ours] = True
+        self._starting.add(ours)
 
     def _work(self, ours: socket.socket, theirs: socket.socket) -> NoReturn:
         status = 1
@@ -144,8 +149,14 @@ class Server:
             os._exit(status)
 
     def _hear(self, worker: socket.socket) -> bytes:
-        """Take what a worker says: whether it waits for a client. Return it; nothing if the worker has ended."""
+        """Take what a worker says: whether it waits for a client. Return it; nothing if the worker has ended.
+
+        Raises CalicoError if it ends before it could serve: the next one would, too.
+        """
         said = worker.recv(100)
+        if not said and worker in self._starting and not self._ends:
+            raise CalicoError("A worker of the command server has ended before it could serve")
+        self._starting.discard(worker)
         if said:
             self._workers[worker] = said[-1:] == IDLE
         else:
@@ -171,6 +182,7 @@ def main() -> None:
     if len(sys.argv) > 1:  # see felix/command_server.py
         os.environ["HOSTNAME"] = sys.argv[1].partition("=")[2]
         lifeline = os.dup(0)
+    EtcdSettings.from_environment()  # for its error, which each worker would meet
     for name in IMPORTED:
         importlib.import_module(name)
     if Server(hostname(), lifeline).run():

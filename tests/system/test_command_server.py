@@ -319,3 +319,12 @@ def test_many_clients_at_once_are_all_served_and_nothing_is_left_of_them(served:
     for _ in range(20):
         served.ctl("profile", "show")
     wait_for(lambda: descriptors() == before, f"what {before} were before")  # a client's connection may be open yet
+
+
+def test_a_server_whose_workers_cannot_start_ends_and_says_why(node: AgentHost) -> None:
+    done = run(
+        *("timeout", "10", sys.executable, "-m", "calicoctl.cli.command_server"),
+        check=False,
+        env=node.environment(HOSTNAME="host2", ETCD_AUTHORITY="127.0.0.1:none"),
+    )
+    assert done.status == 1 and "ETCD_AUTHORITY" in done.err
