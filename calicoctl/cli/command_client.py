@@ -38,6 +38,9 @@ GREETING = 0.05
 COMMANDS = frozenset(("batch", "bgp", "config", "container", "endpoint", "ipam", "pool", "profile", "status"))
 """The commands that a server runs. The others are about processes, or about the surroundings of the caller."""
 
+OWN = ("/dev/fd/", "/dev/tty", "/proc/self/", "/proc/thread-self/")
+"""Parts of paths that are other files in each process: `calicoctl batch <(…)` has such an argument."""
+
 COLD = "CALICO_COLD"
 """If this variable is set, no server is asked."""
 
@@ -69,6 +72,10 @@ def run(arguments: list[str]) -> int | None:
     if not words or words[0] not in COMMANDS or os.environ.get(COLD) or os.geteuid() != 0:
         return None
     if sys.stdin is None or sys.stdout is None or sys.stderr is None or sys.stdout.encoding != "utf-8":
+        return None
+    if any(place in word for place in OWN for word in words):
+        return None
+    if (words[0] == "batch" or "update" in words) and os.isatty(0):  # only this process is stopped in the background
         return None
     for number in SIGNALS:
         if _signal.getsignal(number) != _signal.SIG_IGN:

@@ -96,6 +96,8 @@ def test_standard_input_reaches_the_command(served: AgentHost) -> None:
     assert '"deny"' in served.etcd.get("/calico/v1/policy/profile/web/rules")
     done = served.ctl("--debug", "batch", "-", input="profile add one\nprofile add two\n")
     assert where(done) and "Created profile two" in done.out
+    script = 'exec "$0" batch <(echo profile add three)'
+    assert run("bash", "-c", script, CALICOCTL, env=served.environment()).out == "Created profile three\n"
     for env in ({"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C"}):
         broken = [
             served.ctl(

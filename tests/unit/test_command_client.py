@@ -53,3 +53,21 @@ def test_a_server_of_another_user_is_not_ours() -> None:
             return b"".join(number.to_bytes(4, sys.byteorder) for number in (os.getpid(), 1000, 1000))
 
     assert not command_client._is_ours(Foreign())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["/dev/fd/63", "/dev/tty", "/proc/self/fd/3", "--file=/proc/thread-self/ns/net"])
+def test_a_file_of_the_callers_process_is_read_by_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(command_client, "SIGNALS", ())
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "listdir", lambda folder: asked.append(folder) or [])
+    monkeypatch.delenv(command_client.COLD, raising=False)
+    with open(os.devnull, "w", encoding="utf-8") as out:
+        monkeypatch.setattr(sys, "stdin", open(os.devnull))
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", out)
+        assert command_client.run(["batch", "lines"]) is None and asked
+        asked.clear()
+        assert command_client.run(["batch", path]) is None and not asked
+        monkeypatch.setattr(os, "isatty", lambda descriptor: True)
+        assert command_client.run(["batch"]) is None and not asked
