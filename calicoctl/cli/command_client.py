@@ -99,12 +99,12 @@ def _greeted(path: str) -> _socket.socket | None:
     """Return a connection to the server at `path`, after its greeting; None if it does not greet."""
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     server.settimeout(GREETING)
-    variables = [name + b"=" + value for name, value in os.environb.items()]
+    hello = SEPARATOR.join([os.fsencode(package()), *(name + b"=" + value for name, value in os.environb.items())])
     try:
         server.connect(path)
-        if not _is_ours(server):
+        if len(hello) > LARGEST or not _is_ours(server):
             raise OSError
-        server.send(SEPARATOR.join([os.fsencode(package()), *variables]))
+        server.send(hello)
         if server.recv(LARGEST):
             return server
     except OSError:
@@ -134,9 +134,12 @@ def _have_run(server: _socket.socket, arguments: list[str]) -> int:
     umask = os.umask(0o077)
     os.umask(umask)
     here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    words = [b"%o" % umask, str(sys.stdin.errors).encode(), *map(os.fsencode, arguments)]
+    os.fchdir(here)  # which the worker could not do, either, if this fails
+    command = SEPARATOR.join([b"%o" % umask, str(sys.stdin.errors).encode(), *map(os.fsencode, arguments)])
+    if len(command) > LARGEST:
+        raise OSError
     descriptors = b"".join(number.to_bytes(4, sys.byteorder) for number in (0, 1, 2, here))
-    server.sendmsg([SEPARATOR.join(words)], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptors)])
+    server.sendmsg([command], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptors)])
     server.settimeout(None)
     for number in SIGNALS:
         if _signal.getsignal(number) != _signal.SIG_IGN:

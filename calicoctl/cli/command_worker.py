@@ -140,6 +140,8 @@ class Worker:
         pid, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if user != 0 or _surroundings(pid) != self._surroundings:
             return False
+        if b"" in theirs:  # nobody can set it
+            return False
         variables = {os.fsdecode(name): os.fsdecode(value) for name, value in theirs.items()}
         if not (variables.get(environment.PATH_VARIABLE) or "/").startswith("/"):
             return False

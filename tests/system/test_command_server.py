@@ -227,6 +227,7 @@ def test_who_does_not_fit_runs_the_command_in_a_process_of_its_own(served: Agent
     ):
         expected = command[0] == "chroot"  # the same root
         assert (worker(served, *command) is not None) == expected, command
+    assert worker(served, **{"": "x"}) is None, "a name that no process can set"
     with hanging_server(server()):
         assert worker(served) is None
     assert worker(served)

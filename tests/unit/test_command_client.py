@@ -71,3 +71,14 @@ def test_a_file_of_the_callers_process_is_read_by_it(path: str, monkeypatch: pyt
         assert command_client.run(["batch", path]) is None and not asked
         monkeypatch.setattr(os, "isatty", lambda descriptor: True)
         assert command_client.run(["batch"]) is None and not asked
+
+
+def test_a_command_that_a_worker_would_read_in_part_is_not_sent() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, 32, 2 * command_client.LARGEST)  # SO_SNDBUFFORCE, as net.core.wmem_default
+        with pytest.raises(OSError):
+            command_client._have_run(ours, ["profile", "add", "x" * command_client.LARGEST])
+        theirs.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
