@@ -56,11 +56,14 @@ IMPORTED = (
 class Server:
     """Keeps workers that wait for clients."""
 
-    def __init__(self, host: str, lifeline: int | None) -> None:
-        """`lifeline` is a file descriptor at whose end the server ends, if it is not None."""
+    def __init__(self, host: str, lifeline: int | None, program: int) -> None:
+        """`lifeline` is a file descriptor at whose end the server ends, if it is not None.
+
+        `program` was the `fingerprint` before the program was imported.
+        """
         self._host = host
         self._lifeline = lifeline
-        self._files = fingerprint()
+        self._files = program
         self._workers: dict[socket.socket, bool] = {}
         """The connection to each worker -> whether it waits for a client."""
         self._starting: set[socket.socket] = set()
@@ -177,6 +180,7 @@ def _bury() -> None:
 
 def main() -> None:
     """Serve until the end. Raises CalicoError or OSError if that is not possible."""
+    program = fingerprint()  # before the imports: a file that is replaced meanwhile makes it outdated
     environment.complete()
     lifeline = None
     if len(sys.argv) > 1:  # see felix/command_server.py
@@ -185,7 +189,7 @@ def main() -> None:
     EtcdSettings.from_environment()  # for its error, which each worker would meet
     for name in IMPORTED:
         importlib.import_module(name)
-    if Server(hostname(), lifeline).run():
+    if Server(hostname(), lifeline, program).run():
         os.execv(sys.executable, [sys.executable, "-m", MODULE, *sys.argv[1:]])  # noqa: S606
 
 

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from calicoctl.cli import command_server
 from calicoctl.cli.command_server import Server
 from calicoctl.errors import CalicoError
 
@@ -19,3 +20,26 @@ def test_a_worker_that_ends_before_it_could_serve_is_not_replaced_at_once() -> N
         server._hear(ours)
     server._ends = True
     assert server._hear(ours) == b"" and not server._workers
+
+
+def test_a_file_that_is_replaced_during_the_imports_makes_the_server_outdated(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+
+    def fingerprint() -> int:
+        steps.append("fingerprint")
+        return 7
+
+    class Stopped(Server):
+        def __init__(self, host: str, lifeline: int | None, program: int) -> None:
+            assert program == 7
+
+        def run(self) -> bool:
+            return False
+
+    monkeypatch.setattr(command_server, "fingerprint", fingerprint)
+    monkeypatch.setattr(command_server, "Server", Stopped)
+    monkeypatch.setattr("sys.argv", ["command_server"])
+    monkeypatch.setenv("CALICO_ENV_FILE", "/dev/null")
+    monkeypatch.setattr("importlib.import_module", lambda name: steps.append(name))
+    command_server.main()
+    assert steps == ["fingerprint", *command_server.IMPORTED]
