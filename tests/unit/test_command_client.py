@@ -25,7 +25,9 @@ def nobody_reads_errors() -> Iterator[None]:
     os.close(kept)
 
 
-def test_a_loss_that_cannot_be_told_is_a_failure_too(nobody_reads_errors: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_cannot_be_told_is_a_failure_too(
+    nobody_reads_errors: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(command_client, "SIGNALS", ())
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
@@ -57,13 +59,19 @@ def test_a_server_of_another_user_is_not_ours() -> None:
 
 @pytest.mark.parametrize("path", ["/dev/fd/63", "/dev/tty", "/proc/self/fd/3", "--file=/proc/thread-self/ns/net"])
 def test_a_file_of_the_callers_process_is_read_by_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[object] = []
+
+    def listed(folder: object) -> list[str]:
+        asked.append(folder)
+        return []
+
     monkeypatch.setattr(command_client, "SIGNALS", ())
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(os, "listdir", lambda folder: asked.append(folder) or [])
+    monkeypatch.setattr(os, "listdir", listed)
     monkeypatch.delenv(command_client.COLD, raising=False)
-    with open(os.devnull, "w", encoding="utf-8") as out:
-        monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    monkeypatch.setattr(os, "isatty", lambda descriptor: False)
+    with open(os.devnull) as nothing, open(os.devnull, "w", encoding="utf-8") as out:
+        monkeypatch.setattr(sys, "stdin", nothing)
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", out)
         assert command_client.run(["batch", "lines"]) is None and asked
