@@ -327,6 +327,7 @@ def _api_client() -> type[Any]:
     It asks for the API's version by `_ping`, which takes the engine a fraction of the time of `version`.
     """
     from docker.api.client import APIClient
+    from docker.errors import DockerException
 
     class Client(APIClient):  # type: ignore[misc]
         def request(self, method: str, url: str, **options: Any) -> Any:
@@ -340,7 +341,8 @@ def _api_client() -> type[Any]:
 
         def _retrieve_server_version(self) -> str:
             answer = self._get(self._url("/_ping", versioned_api=False))
-            self._raise_for_status(answer)
+            if answer.status_code != 200:
+                raise DockerException(f"{answer.status_code} {answer.text}")
             return str(answer.headers["Api-Version"])
 
     return Client

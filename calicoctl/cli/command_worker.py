@@ -24,6 +24,7 @@ from types import FrameType
 from calicoctl import environment, programs
 from calicoctl.cli import command_client as client
 from calicoctl.cli import main
+from calicoctl.datastore import backends
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.environment import DOCKER_TLS
 from calicoctl.errors import CalicoError
@@ -164,6 +165,7 @@ class Worker:
         os.environ.clear()
         os.environb.update(theirs)
         programs.look_in_system_folders()
+        backends.check_choices()
         time.tzset()
         os.umask(umask)
         *streams, here = descriptors

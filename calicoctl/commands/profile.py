@@ -197,7 +197,7 @@ def _remove_one(datastore: DatastoreClient, profile: str, users: Callable[[], li
     `users` may return other endpoints as well. If it is None, nothing is checked.
     """
     # a profile may have no keys, and etcd does not list a profile whose name begins with '_'
-    if not datastore.profile_exists(profile) and profile not in datastore.profile_names():
+    if not _has_keys(datastore, profile) and profile not in datastore.profile_names():
         raise NotFound(f"Profile {profile} does not exist.")
     if users is not None:
         with_it = [endpoint for endpoint in users() if profile in endpoint.profile_ids]
@@ -217,6 +217,13 @@ def _remove_one(datastore: DatastoreClient, profile: str, users: Callable[[], li
             )
     datastore.remove_profile(profile)
     print(f"Deleted profile {printable(profile)}")
+
+
+def _has_keys(datastore: DatastoreClient, profile: str) -> bool:
+    try:
+        return datastore.profile_exists(profile)
+    except InvalidValue:  # of etcd's v2 API: there is a key in place of the directory, and it can be removed as well
+        return True
 
 
 def _tag_show(profile: str, arguments: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import replace
@@ -26,6 +27,13 @@ begins with such a choice, and should end before this is FRESH seconds old."""
 
 _latest: dict[EtcdSettings, Choice] = {}
 """Cluster -> the last choice in this process of an API whose data is not frozen. All clients share these choices."""
+
+
+def check_choices() -> None:
+    """Have the next client in this process check its choice by a request: long may have passed since the last one."""
+    for settings, choice in list(_latest.items()):
+        _latest[settings] = replace(choice, at=-math.inf)
+
 
 _shared = threading.local()
 """`backends`: (settings, patience) -> the backends that the clients of this thread share."""

@@ -295,7 +295,8 @@ def each_below(store: Store, directory: str, levels: int = 2) -> Iterator[Entry]
             if entry is not None:
                 yield entry
         below = each_below(store, path, levels - 1) if levels > 1 else store.tree(path)
-        yield from (entry for entry in below if entry.key != path)
+        with suppress(InvalidValue):  # a key, which is no directory in etcd's v2 API
+            yield from (entry for entry in below if entry.key != path)
 
 
 def create_if_missing(store: Store, key: str, value: str) -> bool:
