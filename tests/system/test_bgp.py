@@ -165,8 +165,9 @@ def test_a_mesh(two: list[FabricHost]) -> None:
         assert route["prefsrc"] == (one.ip if version == 4 else one.ip6), "what the host itself sends comes from there"
     names = {f"mesh4_{other.ip.replace('.', '_')}", f"mesh6_{other.ip6.replace(':', '_')}"}
     await_sessions(one, *names)
-    wait_for(lambda: len(status(one)["bgp_sessions"]) == 2, "the report", PATIENCE)
-    assert {session["state"] for session in status(one)["bgp_sessions"]} == {"Established"} and troubles(one) == {}
+    established = ["Established"] * 2
+    wait_for(lambda: [session["state"] for session in status(one)["bgp_sessions"]] == established, "reports", PATIENCE)
+    assert troubles(one) == {}
 
     # what needs no reset resets no session
     before = sessions(one)

@@ -228,10 +228,20 @@ def test_who_does_not_fit_runs_the_command_in_a_process_of_its_own(served: Agent
     ):
         expected = command[0] == "chroot"  # the same root
         assert (worker(served, *command) is not None) == expected, command
-    assert worker(served, **{"": "x"}) is None, "a name that no process can set"
+    variables = [f"{name}={value}".encode() for name, value in served.environment().items()]
+    assert is_greeted(*variables) and not is_greeted(*variables, b"=x"), "a name that no process can set"
     with hanging_server(server()):
         assert worker(served) is None
     assert worker(served)
+
+
+def is_greeted(*variables: bytes) -> bool:
+    """Return whether the server greets a client with these variables."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.settimeout(5)
+        client.connect(str(SOCKET))
+        client.send(b"\0".join([os.fsencode(command_client.package()), *variables]))
+        return client.recv(100) != b""
 
 
 class hanging_server:
