@@ -29,12 +29,13 @@ from measuring import (
     ptp,
     report,
     report_ratios,
+    running_etcd,
     timed,
 )
 
 from tests.system.agent import ALLOW, AgentHost
 from tests.system.conftest import clear_host
-from tests.system.support import Etcd, end_agents, end_process, import_busybox, run, start_docker, wait_for
+from tests.system.support import end_agents, end_process, import_busybox, run, start_docker, wait_for
 
 LABELS = ("--net=none", "--label=calico.ip=ipv4", "--label=calico.profile=web")
 NETWORK = ("--driver=calico", "--ipam-driver=calico-ipam", "--subnet=192.168.0.0/16")
@@ -193,10 +194,7 @@ def main(words: list[str]) -> None:
     pairs = int(words.pop(0)) if words and words[0].isdigit() else 20
     print(f"Medians of {pairs} pairs (lowest to highest)\n")
     with ExitStack() as undo:
-        etcd = Etcd(HOME / "etcd", port=2379)
-        etcd.start()
-        undo.callback(etcd.stop)
-        etcd.await_ready()
+        etcd = undo.enter_context(running_etcd())
         engine = start_docker(HOME / "docker")
         undo.callback(engine.wait)
         undo.callback(engine.terminate)

@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
 
@@ -32,6 +34,18 @@ Measure = Callable[[], float]
 
 SCALES = {"ms": 1000, "MiB": 1}
 """Unit in which a figure is printed -> what a measured value (seconds, MiB) is multiplied by."""
+
+
+@contextmanager
+def running_etcd() -> Iterator[Etcd]:
+    """An etcd at the default port, inside `with`."""
+    etcd = Etcd(HOME / "etcd", port=2379)
+    etcd.start()
+    try:
+        etcd.await_ready()
+        yield etcd
+    finally:
+        etcd.stop()
 
 
 def timed(*command: str, env: dict[str, str] | None = None, text: str = "") -> float:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from measuring import HOME, PYTHON, compare, fill, percentile, ptp, report, timed
+from measuring import HOME, PYTHON, compare, fill, percentile, ptp, report, running_etcd, timed
 
 from tests.system.agent import AgentHost
 from tests.system.conftest import clear_host
@@ -218,10 +218,7 @@ def main(words: list[str]) -> None:
     pairs = int(words.pop(0)) if words and words[0].isdigit() else 20
     print(f"Medians of {pairs} pairs (lowest to highest)\n")
     with ExitStack() as undo:
-        etcd = Etcd(HOME / "etcd", port=2379)
-        etcd.start()
-        undo.callback(etcd.stop)
-        etcd.await_ready()
+        etcd = undo.enter_context(running_etcd())
         Path(PROGRAM).write_text(
             f"#!{PYTHON} -IS\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
             "from calicoctl.cli.command_client import entry\nentry()\n"

@@ -42,7 +42,7 @@ def _supervise(host: str) -> None:
         if why != said:
             log.warning("the command server has ended%s; starting it again", f": {why}" if why else "")
         said = why
-        time.sleep(pause)
+        time.sleep(pause)  # nothing tells when the next start may succeed
         pause = min(LONGEST_PAUSE, pause * 2)
 
 
