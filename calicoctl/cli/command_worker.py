@@ -134,7 +134,7 @@ class Worker:
         finally:
             self._client = None
             self._reset()
-        connection.send(b"%d" % status)
+        answer(connection, status)
 
     def _fits(self, connection: socket.socket, theirs: Mapping[bytes, bytes]) -> bool:
         """Return whether a client with the environment `theirs` may be served. Raises OSError if it has ended."""
@@ -205,6 +205,18 @@ class Worker:
             received = b""
         self._interrupted = True
         main.interrupt(received[0] if received else signal.SIGHUP, frame)
+
+
+def answer(connection: socket.socket, status: int) -> None:
+    """Send the exit status of its command to a client. Raises OSError if the client has ended.
+
+    Signals of the client that nobody has taken are taken here: for any that is left when the connection is closed, the
+    kernel reports a reset to the client, in place of the status.
+    """
+    connection.send(b"%d" % status)
+    connection.shutdown(socket.SHUT_RD)
+    while connection.recv(100):
+        pass
 
 
 def _open_streams(errors: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from calicoctl.cli import command_client, main
-from calicoctl.cli.command_worker import Worker
+from calicoctl.cli.command_worker import Worker, answer
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +34,12 @@ def test_only_the_first_signal_interrupts_so_that_the_rollback_is_completed() ->
         worker._on_input()
     worker._on_input()  # its client has ended
     ours.close()
+
+
+def test_the_status_reaches_a_client_whose_later_signals_nobody_took() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        theirs.send(bytes([signal.SIGHUP]))
+        with ours:
+            answer(ours, 130)
+        assert theirs.recv(100) == b"130"
