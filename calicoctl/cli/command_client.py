@@ -4,7 +4,7 @@ A command server (command_server.py) has imported everything, and has connection
 takes a fraction of the time. This module imports next to nothing, since each command waits for it. What a client and a
 worker of the server say to each other are messages of a Unix socket, with SEPARATOR between their parts:
 
-1. The client: the folder of its program, and its environment.
+1. The client: the folder of its program, which program it is (CALICOCTL or CNI), and its environment.
 2. The worker: its process id. A worker that does not fit closes the connection: see command_worker.py. If nobody greets
    the client within GREETING seconds, the command is run in this process.
 3. The client: the umask, the error handler of standard input, and the words of the command line; with these, as file
@@ -44,6 +44,9 @@ OWN = ("/dev/fd/", "/dev/tty", "/proc/self/", "/proc/thread-self/")
 COLD = "CALICO_COLD"
 """If this variable is set, no server is asked."""
 
+CALICOCTL, CNI = "calicoctl", "cni"
+"""The programs that a server runs: commands, and the CNI plugin."""
+
 SIGNALS = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
 
 LOST = (
@@ -54,35 +57,57 @@ LOST = (
 
 def entry() -> NoReturn:
     """Run the command line of this process, and end the process with the command's exit status."""
-    status = run(sys.argv[1:])
-    if status is not None:
-        os._exit(status)
-    if sys.flags.no_site:  # as an installed program is started
-        import site
-
-        site.main()
+    words = [word for word in sys.argv[1:] if word not in ("--debug", "--quiet")]
+    if words and words[0] in COMMANDS and not _names_own_file(*words):
+        if not ((words[0] == "batch" or "update" in words) and sys.stdin is not None and sys.stdin.isatty()):
+            _try(CALICOCTL)  # else, only this process is stopped in the background
+    _import_site()
     from calicoctl.cli.main import entry
 
     entry()
 
 
-def run(arguments: list[str]) -> int | None:
-    """Have a server run the command line `arguments`; return the exit status, None if no server fits."""
-    words = [word for word in arguments if word not in ("--debug", "--quiet")]
-    if not words or words[0] not in COMMANDS or os.environ.get(COLD) or os.geteuid() != 0:
+def cni() -> NoReturn:
+    """Carry out the operation of the CNI plugin that this process was started for, and end the process."""
+    if not _names_own_file(os.environ.get("CNI_NETNS", "")):
+        _try(CNI)
+    _import_site()
+    from calicoctl.plugins.cni import entry
+
+    entry()
+
+
+def _try(program: str) -> None:
+    """Have a server run the command line of this process, and end the process. Return if no server fits."""
+    status = run(program, sys.argv[1:])
+    if status is not None:
+        os._exit(status)
+
+
+def _names_own_file(*words: str) -> bool:
+    return any(place in word for place in OWN for word in words)
+
+
+def _import_site() -> None:
+    """Let this process import libraries, which it cannot if it was started as an installed program is."""
+    if sys.flags.no_site:
+        import site
+
+        site.main()
+
+
+def run(program: str, arguments: list[str]) -> int | None:
+    """Have a server run `program` with `arguments`; return the exit status, None if no server fits."""
+    if os.environ.get(COLD) or os.geteuid() != 0:
         return None
     if sys.stdin is None or sys.stdout is None or sys.stderr is None or sys.stdout.encoding != "utf-8":
-        return None
-    if any(place in word for place in OWN for word in words):
-        return None
-    if (words[0] == "batch" or "update" in words) and os.isatty(0):  # only this process is stopped in the background
         return None
     for number in SIGNALS:
         if _signal.getsignal(number) != _signal.SIG_IGN:
             _signal.signal(number, _end)
     try:
         for host in os.listdir(RUN):
-            server = _greeted(f"{RUN}/{host}/{SOCKET}")
+            server = _greeted(f"{RUN}/{host}/{SOCKET}", program)
             if server is not None:
                 return _have_run(server, arguments)
     except OSError:  # nothing is sent: no directory, too large a message, or too few file descriptors
@@ -95,11 +120,12 @@ def package() -> str:
     return os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
-def _greeted(path: str) -> _socket.socket | None:
+def _greeted(path: str, program: str) -> _socket.socket | None:
     """Return a connection to the server at `path`, after its greeting; None if it does not greet."""
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     server.settimeout(GREETING)
-    hello = SEPARATOR.join([os.fsencode(package()), *(name + b"=" + value for name, value in os.environb.items())])
+    variables = (name + b"=" + value for name, value in os.environb.items())
+    hello = SEPARATOR.join([os.fsencode(package()), program.encode(), *variables])
     try:
         server.connect(path)
         if len(hello) > LARGEST or not _is_ours(server):

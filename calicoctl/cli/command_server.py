@@ -47,7 +47,7 @@ BACKLOG = 32
 IMPORTED = (
     *(f"calicoctl.commands.{name}" for name in sorted(client.COMMANDS)),
     *("calicoctl.datastore.etcd2", "calicoctl.datastore.etcd3", "calicoctl.datastore.ipam"),
-    *("calicoctl.workloads.wiring", "calicoctl.workloads.guard"),
+    *("calicoctl.workloads.wiring", "calicoctl.workloads.guard", "calicoctl.plugins.cni"),
     *("docker.api.client", "docker.utils", "pyroute2.iproute.linux"),
 )
 """Modules that commands import when they need them."""

@@ -108,9 +108,13 @@ class Worker:
     def _serve(self, connection: socket.socket) -> None:
         """Greet a client if it fits, and run its command. Raises OSError if the client has ended."""
         connection.settimeout(client.GREETING)
-        package, *variables = connection.recv(client.LARGEST).split(client.SEPARATOR)
+        package, *rest = connection.recv(client.LARGEST).split(client.SEPARATOR)
+        if os.fsdecode(package) != client.package() or not rest:
+            return
+        program, *variables = rest
         theirs = dict(variable.partition(b"=")[::2] for variable in variables)
-        if os.fsdecode(package) != client.package() or not self._fits(connection, theirs):
+        is_cni = program == client.CNI.encode()
+        if not self._fits(connection, theirs, is_cni):
             return
         if fingerprint() != self._files:
             self._server.send(OUTDATED)
@@ -127,7 +131,10 @@ class Worker:
             fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
             fcntl.fcntl(connection, fcntl.F_SETFL, os.O_ASYNC)  # SIGIO tells of the client's signals, and of its end
             self._on_input()
-            status = main.run(list(map(os.fsdecode, arguments)), f"in process {os.getpid()}, of the command server")
+            if is_cni:
+                status = _plugin()
+            else:
+                status = main.run(list(map(os.fsdecode, arguments)), f"in process {os.getpid()}, of the command server")
         except main.Interrupted as interrupted:  # before the command began, or after it was done
             interrupted.handled = True
             status = 128 + interrupted.number
@@ -136,8 +143,11 @@ class Worker:
             self._reset()
         answer(connection, status)
 
-    def _fits(self, connection: socket.socket, theirs: Mapping[bytes, bytes]) -> bool:
-        """Return whether a client with the environment `theirs` may be served. Raises OSError if it has ended."""
+    def _fits(self, connection: socket.socket, theirs: Mapping[bytes, bytes], is_cni: bool) -> bool:
+        """Return whether a client with the environment `theirs` may be served. Raises OSError if it has ended.
+
+        `is_cni` says that it is the CNI plugin, for which the settings file comes first.
+        """
         pid, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if user != 0 or _surroundings(pid) != self._surroundings:
             return False
@@ -147,7 +157,7 @@ class Worker:
         if not (variables.get(environment.PATH_VARIABLE) or "/").startswith("/"):
             return False
         try:
-            environment.complete(variables)
+            environment.complete(variables, file_first=is_cni)
             if EtcdSettings.from_environment(variables) != self._settings:
                 return False
         except CalicoError:
@@ -217,6 +227,13 @@ def answer(connection: socket.socket, status: int) -> None:
     connection.shutdown(socket.SHUT_RD)
     while connection.recv(100):
         pass
+
+
+def _plugin() -> int:
+    """Run the CNI plugin; return its exit status."""
+    from calicoctl.plugins import cni
+
+    return cni.main()
 
 
 def _open_streams(errors: str) -> None:

@@ -100,6 +100,11 @@ def entry() -> NoReturn:
     slim.install()
     programs.look_in_system_folders()
     gc.set_threshold(50_000)  # imports create many objects, and no garbage
+    os._exit(main())  # skips the shutdown of the interpreter, which takes longer than many an operation
+
+
+def main() -> int:
+    """Carry out the operation in this process's environment and streams; return the exit status."""
     # Python has no such stream if the runtime has closed it
     status, answer = run(os.environ, io.BytesIO() if sys.stdin is None else sys.stdin.buffer)
     try:
@@ -108,7 +113,7 @@ def entry() -> NoReturn:
     except OSError as error:
         print(f"cannot write the answer: {error.strerror}", file=sys.stderr)
         status = 1
-    os._exit(status)  # skips the shutdown of the interpreter, which takes longer than many an operation
+    return status
 
 
 def run(variables: Mapping[str, str], stdin: IO[bytes]) -> tuple[int, dict[str, Any] | None]:
