@@ -1,32 +1,25 @@
 """Prints what the ways of connecting a container without a command cost, as ratios or seconds measured in one run.
 
-These are Docker networks, labels, Docker's hook and CNI. `make bench` runs this; an argument is the number of pairs
+These are Docker networks, labels and Docker's hook. `make bench` runs this; an argument is the number of pairs
 (20), others select parts, by name.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Callable
 
 from measuring import (
     HOME,
-    PYTHON,
     Measure,
-    cni_environment,
-    compare,
     in_turn,
     percentile,
-    ptp,
     report,
     report_ratios,
     running_etcd,
@@ -163,31 +156,7 @@ def hook(host: AgentHost, pairs: int) -> None:
     host.ctl("node", "remove", "--docker-hook")
 
 
-def cni(host: AgentHost, pairs: int) -> None:
-    network = json.dumps({"cniVersion": "1.0.0", "name": "web", "type": "calico"})
-
-    def calico(operation: str) -> float:
-        variables = host.environment(**cni_environment(operation))
-        return timed(PYTHON, "-I", "-m", "calicoctl.plugins.cni", env=variables, text=network)
-
-    def add(plugin: Callable[[str], float]) -> float:
-        taken = plugin("ADD")
-        plugin("DEL")
-        return taken
-
-    def delete(plugin: Callable[[str], float]) -> float:
-        plugin("ADD")
-        return plugin("DEL")
-
-    run("ip", "netns", "add", "bench")
-    with agent(host):
-        for operation, measure in (("ADD", add), ("DEL", delete)):
-            title = f"CNI {operation} / that of ptp with host-local"
-            compare(title, "no bound yet", partial(measure, calico), partial(measure, ptp), pairs)
-    run("ip", "netns", "delete", "bench")
-
-
-PARTS = {"networks": networks, "labels": labels, "hook": hook, "cni": cni}
+PARTS = {"networks": networks, "labels": labels, "hook": hook}
 
 
 def main(words: list[str]) -> None:

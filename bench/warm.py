@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import sys
@@ -13,17 +14,31 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
-from measuring import HOME, PYTHON, compare, fill, percentile, ptp, report, running_etcd, timed
+from measuring import (
+    HOME,
+    PYTHON,
+    Measure,
+    cni_environment,
+    compare,
+    fill,
+    percentile,
+    ptp,
+    report,
+    running_etcd,
+    timed,
+)
 
 from tests.system.agent import AgentHost
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, end_agents, import_busybox, run, start_docker, wait_for
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = str(HOME / "calicoctl")
-"""Starts the checkout's program as an installed one starts: see `write_command` in setup/calicoctl."""
+PROGRAM, PLUGIN = str(HOME / "calicoctl"), str(HOME / "calico-cni")
+"""They start the checkout's programs as installed ones start: see `write_programs` in setup/calicoctl."""
 
 _numbers = itertools.count()
 
@@ -148,6 +163,28 @@ def batch(etcd: Etcd, pairs: int) -> None:
         compare("container add in a batch of 100 / CNI ptp, a process", "at most 1.3", in_a_batch, one_ptp, pairs // 4)
 
 
+def cni(etcd: Etcd, pairs: int) -> None:
+    """Compare the CNI plugin with the plugin ptp, with host-local."""
+    run("ip", "netns", "add", "bench")
+    network = json.dumps({"cniVersion": "0.4.0", "name": "bench", "type": "calico"})
+    with agent(etcd) as host:
+
+        def calico(operation: str, **more: str) -> float:
+            return timed(PLUGIN, env={**host.environment(**more), **cni_environment(operation)}, text=network)
+
+        def pair(operation: str, call: Callable[[str], float]) -> Measure:
+            def measure() -> float:
+                taken = {name: call(name) for name in ("ADD", "DEL")}
+                return taken[operation]
+
+            return measure
+
+        for way, more in (("", {}), (", without the server", {"CALICO_COLD": "1"})):
+            for operation in ("ADD", "DEL"):
+                ours, theirs = pair(operation, partial(calico, **more)), pair(operation, ptp)
+                compare(f"CNI {operation} / that of ptp with host-local{way}", "no bound yet", ours, theirs, pairs)
+
+
 def clients(etcd: Etcd, pairs: int) -> None:
     """Compare the agent's latency while a hundred clients at once run commands with that of a quiet host."""
     with agent(etcd) as host:
@@ -211,7 +248,7 @@ def _memory(process: Path) -> int:
     return 0
 
 
-PARTS = {"docker": docker, "python": python, "batch": batch, "clients": clients, "memory": memory}
+PARTS = {"docker": docker, "python": python, "batch": batch, "cni": cni, "clients": clients, "memory": memory}
 
 
 def main(words: list[str]) -> None:
@@ -219,11 +256,12 @@ def main(words: list[str]) -> None:
     print(f"Medians of {pairs} pairs (lowest to highest)\n")
     with ExitStack() as undo:
         etcd = undo.enter_context(running_etcd())
-        Path(PROGRAM).write_text(
-            f"#!{PYTHON} -IS\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-            "from calicoctl.cli.command_client import entry\nentry()\n"
-        )
-        Path(PROGRAM).chmod(0o755)
+        for path, function in ((PROGRAM, "entry"), (PLUGIN, "cni")):
+            Path(path).write_text(
+                f"#!{PYTHON} -IS\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                f"from calicoctl.cli.command_client import {function}\n{function}()\n"
+            )
+            Path(path).chmod(0o755)
         for name in words or PARTS:
             PARTS[name](etcd, pairs)
 

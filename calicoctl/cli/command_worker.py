@@ -233,6 +233,8 @@ def _plugin() -> int:
     """Run the CNI plugin; return its exit status."""
     from calicoctl.plugins import cni
 
+    if main.is_debugged([]):
+        print(f"The plugin runs in process {os.getpid()}, of the command server.", file=sys.stderr)
     return cni.main()
 
 

@@ -32,7 +32,7 @@ from tests.system.support import (
 )
 
 ROOT = Path(__file__).parent.parent.parent
-PLUGIN = (sys.executable, "-I", "-m", "calicoctl.plugins.cni")
+PLUGIN = (sys.executable, "-I", "-c", "from calicoctl.cli.command_client import cni; cni()")
 FIRST4, FIRST6 = "192.168.0.0", "fd80:24e2:f998:72d6::"
 
 

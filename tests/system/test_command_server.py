@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -22,6 +23,7 @@ import pytest
 from calicoctl.cli import command_client
 from tests.system.agent import A4, AgentHost
 from tests.system.support import CALICOCTL, Result, gone, run, wait_for
+from tests.system.test_cni import PLUGIN, Network, namespaces
 
 SOCKET = Path("/run/calico/host1/commands.sock")
 COLD = {"CALICO_COLD": "1"}
@@ -106,6 +108,25 @@ def test_standard_input_reaches_the_command(served: AgentHost) -> None:
             for more in ({}, COLD)
         ]
         assert broken[0] == broken[1] and "UTF-8" in broken[0].err
+
+
+def test_the_cni_plugin_runs_there_as_well(served: AgentHost) -> None:
+    namespaces("c1")
+    said = []
+    for env in ({"CALICO_DEBUG": "1"}, COLD):
+        answers = []
+        for command in ("ADD", "CHECK", "ADD", "DEL", "DEL"):
+            variables = Network(served).environment(command, **env)
+            config = {"cniVersion": "1.1.0", "name": "net1", "type": "calico", "pool": ["ipv4"]}
+            if command == "CHECK":
+                config["prevResult"] = json.loads(answers[0].out)
+            done = run(*PLUGIN, input=json.dumps(config), check=False, env=variables)
+            assert ("The plugin runs in process" in done.err) == (env != COLD), done
+            answers.append(done)
+        said.append([(done.status, done.out) for done in answers])
+    warm, cold = said
+    assert [status for status, _ in warm] == [0, 0, 1, 0, 0]
+    assert re.sub("cali[0-9a-f]+", "", str(warm)) == re.sub("cali[0-9a-f]+", "", str(cold))
 
 
 def test_paths_are_those_of_the_callers_directory(served: AgentHost, tmp_path: Path) -> None:

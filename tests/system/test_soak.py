@@ -49,7 +49,7 @@ WITNESS = "witness"
 SOCKET = f"unix://{HOME}/soak.sock"
 DOCKER = ("docker", "--host", SOCKET)
 NETWORK = "soak"
-CNI_PLUGIN = (sys.executable, "-I", "-m", "calicoctl.plugins.cni")
+CNI_PLUGIN = (sys.executable, "-I", "-c", "from calicoctl.cli.command_client import cni; cni()")
 CNI_NETWORK = json.dumps({"cniVersion": "1.0.0", "name": "pods", "type": "calico", "profile": "web"})
 
 WAYS = ("command", "label", "network", "cni")
