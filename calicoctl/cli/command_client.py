@@ -5,11 +5,12 @@ takes a fraction of the time. This module imports next to nothing, since each co
 worker of the server say to each other are messages of a Unix socket, with SEPARATOR between their parts:
 
 1. The client: the folder of its program, which program it is (CALICOCTL or CNI), and its environment.
-2. The worker: its process id. A worker that does not fit closes the connection: see command_worker.py. If nobody greets
-   the client within GREETING seconds, the command is run in this process.
+2. The server: a greeting. It closes the connection to a client that it does not serve: see command_fit.py. If nobody
+   greets the client within GREETING seconds, the command is run in this process.
 3. The client: the umask, the error handler of standard input, and the words of the command line; with these, as file
    descriptors, the standard streams and the working directory.
-4. The worker: the exit status. Meanwhile the client sends the number of each signal that it receives, as one byte.
+4. The worker to which the server has passed the connection: the exit status. Meanwhile the client sends the number of
+   each signal that it receives, as one byte.
 
 If the connection is lost after the third message, the command may have been done or not, so it is not run again.
 """
@@ -57,10 +58,8 @@ LOST = (
 
 def entry() -> NoReturn:
     """Run the command line of this process, and end the process with the command's exit status."""
-    words = [word for word in sys.argv[1:] if word not in ("--debug", "--quiet")]
-    if words and words[0] in COMMANDS and not _names_own_file(*words):
-        if not ((words[0] == "batch" or "update" in words) and sys.stdin is not None and sys.stdin.isatty()):
-            _try(CALICOCTL)  # else, only this process is stopped in the background
+    if is_served(sys.argv[1:]):
+        _try(CALICOCTL)
     _import_site()
     from calicoctl.cli.main import entry
 
@@ -82,6 +81,15 @@ def _try(program: str) -> None:
     status = run(program, sys.argv[1:])
     if status is not None:
         os._exit(status)
+
+
+def is_served(arguments: list[str]) -> bool:
+    """Return whether a command line is one that a server may run."""
+    words = [word for word in arguments if word not in ("--debug", "--quiet")]
+    if not words or words[0] not in COMMANDS or _names_own_file(*words):
+        return False
+    # while this process is in the background, the kernel would stop only this process, and the worker would read on
+    return not ((words[0] == "batch" or "update" in words) and os.isatty(0))
 
 
 def _names_own_file(*words: str) -> bool:

@@ -1,8 +1,8 @@
 """The command server of a host: `python -m calicoctl.cli.command_server [--commands-of=HOST]`.
 
 It imports what commands need, and keeps workers (command_worker.py), which are forks of it: they share its memory, and
-each runs the commands of clients (command_client.py), one at a time. This process runs no command and has no threads,
-so it can be forked at any time.
+each runs the commands of clients (command_client.py), one at a time. This process greets the clients, and passes them
+on to workers. It runs no command and has no threads, so it can be forked at any time.
 
 The agent starts it with the name of the host; then it ends when its standard input does, with the agent. systemd starts
 it without. It also ends on SIGTERM. When a file of the program has changed, it replaces itself by the new program.
@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import gc
 import importlib
+import math
 import os
 import select
 import signal
 import socket
 import sys
+import time
+from collections import deque
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
@@ -28,21 +31,24 @@ programs.look_in_system_folders()
 
 from calicoctl import environment, files  # noqa: E402
 from calicoctl.cli import command_client as client  # noqa: E402
-from calicoctl.cli.command_worker import IDLE, OUTDATED, Worker, fingerprint  # noqa: E402
+from calicoctl.cli.command_fit import Fit, Hello, fingerprint  # noqa: E402
+from calicoctl.cli.command_worker import Worker  # noqa: E402
 from calicoctl.datastore.hosts import hostname  # noqa: E402
-from calicoctl.datastore.settings import EtcdSettings  # noqa: E402
 from calicoctl.errors import CalicoError  # noqa: E402
 
 MODULE = "calicoctl.cli.command_server"
 
 SPARE = 2
-"""How many workers wait for a client at most. Another one is forked when none waits."""
+"""How many workers wait for a client at most."""
 
-MOST = 8
+MOST = 32
 """The maximum number of workers. While all of them are busy, commands run without the server."""
 
-BACKLOG = 32
-"""How many clients may wait for a worker. They wait for client.GREETING seconds at most."""
+PATIENCE = 0.05
+"""Seconds that a client waits for one of the workers until another worker is forked. Most commands are done by then."""
+
+BACKLOG = 128
+"""How many clients may wait for the greeting. They wait for client.GREETING seconds at most."""
 
 IMPORTED = (
     *(f"calicoctl.commands.{name}" for name in sorted(client.COMMANDS)),
@@ -54,60 +60,128 @@ IMPORTED = (
 
 
 class Server:
-    """Keeps workers that wait for clients."""
+    """Greets clients that suit, and passes them on to workers: one after another, in the order in which they came."""
 
     def __init__(self, host: str, lifeline: int | None, program: int) -> None:
         """`lifeline` is a file descriptor at whose end the server ends, if it is not None.
 
-        `program` was the `fingerprint` before the program was imported.
+        `program` was the `fingerprint` before the program was imported. Raises CalicoError for invalid settings, and
+        OSError.
         """
-        self._host = host
         self._lifeline = lifeline
         self._files = program
+        self._fit = Fit(host)
+        self._new: set[socket.socket] = set()
+        """The connections to clients that have not been greeted."""
+        self._queue: deque[tuple[float, socket.socket]] = deque()
+        """The connections to greeted clients that wait for a worker, each with the time (monotonic) of its greeting."""
         self._workers: dict[socket.socket, bool] = {}
         """The connection to each worker -> whether it waits for a client."""
         self._starting: set[socket.socket] = set()
         """The connections to the workers that have said nothing yet."""
         self._ends = False
+        self._outdated = False
         self._path = files.RUN / host / client.SOCKET
         self._listening = self._listen()
         self._inode = self._path.stat().st_ino
 
     def run(self) -> bool:
-        """Serve until the end; return whether the program's files have changed. Raises OSError."""
+        """Serve until the end; return whether the program's files have changed. Raises OSError.
+
+        Whoever has been greeted by then is served.
+        """
         gc.freeze()  # a collection would copy the memory that the workers share
         wake, signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(signalled)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # which writes to `signalled`
-        outdated = False
-        while not (self._ends or outdated):
-            self._keep_spare()
-            sources: list[int | socket.socket] = [
-                wake,
-                *self._workers,
-                *([] if self._lifeline is None else [self._lifeline]),
-            ]
-            for ready in select.select(sources, [], [])[0]:
-                if isinstance(ready, socket.socket):
-                    outdated |= OUTDATED in self._hear(ready)
-                elif ready == self._lifeline:
-                    self._ends = True
-                else:
+        lifeline = [] if self._lifeline is None else [self._lifeline]
+        while not (self._ends or self._outdated):
+            for source in self._step([wake, self._listening, *lifeline, *self._new]):
+                if source == wake:
                     os.read(wake, 100)
                     _bury()
+                elif source == self._listening:
+                    self._accept()
+                elif isinstance(source, socket.socket):
+                    self._greet(source)
+                else:
+                    self._ends = True
         with suppress(FileNotFoundError):
             if self._path.stat().st_ino == self._inode:  # not the next server's
                 self._path.unlink()
         self._ends = True
-        for connection in self._workers:
-            connection.shutdown(socket.SHUT_WR)
-        while self._workers:  # those that run a command complete it
-            for ready in select.select(list(self._workers), [], [])[0]:
-                self._hear(ready)
+        for connection in (self._listening, *self._new):
+            connection.close()
+        while self._queue or not all(self._workers.values()):
+            self._step([])
+        self._dismiss(0)
+        while self._workers:
+            self._step([])
         _bury()
-        return outdated
+        return self._outdated
+
+    def _step(self, sources: list[int | socket.socket]) -> list[int | socket.socket]:
+        """Pass clients on, and wait until workers, or `sources`, are ready; return those of `sources` that are."""
+        self._pass_on()
+        more_at = self._more_at()
+        if more_at is not None and more_at <= time.monotonic():
+            self._fork()
+            more_at = None
+        patience = None if more_at is None else max(0.0, more_at - time.monotonic())
+        ready = select.select([*sources, *self._workers], [], [], patience)[0]
+        for one in ready:
+            if one in self._workers:
+                self._hear(one)
+        return [one for one in ready if one in sources]
+
+    def _pass_on(self) -> None:
+        """Pass waiting clients on to waiting workers, and end the workers that are too many."""
+        waiting = [worker for worker, waits in self._workers.items() if waits]
+        while self._queue and waiting:
+            worker = waiting.pop()
+            self._workers[worker] = False
+            with suppress(OSError):  # the worker was killed, as `_hear` will find
+                socket.send_fds(worker, [b"C"], [self._queue[0][1].fileno()])
+                self._queue.popleft()[1].close()
+        self._dismiss(SPARE)
+
+    def _more_at(self) -> float | None:
+        """Return when another worker is to be forked (monotonic); None if no more are needed, or allowed."""
+        if self._starting or any(self._workers.values()) or len(self._workers) >= MOST:
+            return None
+        if len(self._workers) < SPARE and not self._ends:
+            return -math.inf
+        return self._queue[0][0] + PATIENCE if self._queue else None
+
+    def _dismiss(self, most: int) -> None:
+        """Let waiting workers end until `most` are left."""
+        waiting = [worker for worker, waits in self._workers.items() if waits]
+        for worker in waiting[most:]:
+            self._workers[worker] = False
+            with suppress(OSError):  # it was killed
+                worker.shutdown(socket.SHUT_WR)
+
+    def _accept(self) -> None:
+        with suppress(BlockingIOError):
+            connection = self._listening.accept()[0]
+            connection.setblocking(False)
+            self._new.add(connection)
+
+    def _greet(self, connection: socket.socket) -> None:
+        """Greet a client that suits, and close the connection to one that does not."""
+        self._new.discard(connection)
+        with suppress(OSError):  # it has ended
+            is_full = len(self._workers) >= MOST and not any(self._workers.values())
+            hello = Hello(connection.recv(client.LARGEST, socket.MSG_PEEK))  # which the worker reads, too
+            if not is_full and self._fit.suits(connection, hello):
+                self._outdated = self._outdated or fingerprint() != self._files
+                if not self._outdated:
+                    connection.send(b"welcome")
+                    self._queue.append((time.monotonic(), connection))
+                    return
+        connection.close()
 
     def _listen(self) -> socket.socket:
         """Create the socket, which only root may use. One of a former server is replaced."""
@@ -124,19 +198,12 @@ class Server:
         new.replace(self._path)
         return listening
 
-    def _keep_spare(self) -> None:
-        waiting = [connection for connection, waits in self._workers.items() if waits]
-        if not waiting and len(self._workers) < MOST:
-            self._fork()
-        for connection in waiting[SPARE:]:
-            connection.shutdown(socket.SHUT_WR)
-
     def _fork(self) -> None:
         ours, theirs = socket.socketpair()
         if os.fork() == 0:
             self._work(ours, theirs)
         theirs.close()
-        self._workers[ours] = True
+        self._workers[ours] = False
         self._starting.add(ours)
 
     def _work(self, ours: socket.socket, theirs: socket.socket) -> NoReturn:
@@ -144,28 +211,31 @@ class Server:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for connection in (ours, *self._workers):
+            clients = (connection for _, connection in self._queue)
+            for connection in (ours, self._listening, *self._workers, *self._new, *clients):
                 connection.close()
-            Worker(self._listening, theirs, self._host, self._files).serve()
+            Worker(theirs).serve()
             status = 0
         finally:
             os._exit(status)
 
-    def _hear(self, worker: socket.socket) -> bytes:
-        """Take what a worker says: whether it waits for a client. Return it; nothing if the worker has ended.
+    def _hear(self, worker: socket.socket) -> None:
+        """Take from a worker that it waits for a client, or that it has ended.
 
         Raises CalicoError if it ends before it could serve: the next one would, too.
         """
-        said = worker.recv(100)
+        try:
+            said = worker.recv(100)
+        except OSError:  # it was killed
+            said = b""
         if not said and worker in self._starting and not self._ends:
             raise CalicoError("A worker of the command server has ended before it could serve")
         self._starting.discard(worker)
         if said:
-            self._workers[worker] = said[-1:] == IDLE
+            self._workers[worker] = True
         else:
             worker.close()
             del self._workers[worker]
-        return said
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self._ends = True
@@ -186,7 +256,6 @@ def main() -> None:
     if len(sys.argv) > 1:  # see felix/command_server.py
         os.environ["HOSTNAME"] = sys.argv[1].partition("=")[2]
         lifeline = os.dup(0)
-    EtcdSettings.from_environment()  # for its error, which each worker would meet
     for name in IMPORTED:
         importlib.import_module(name)
     if Server(hostname(), lifeline, program).run():

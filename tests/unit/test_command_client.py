@@ -59,26 +59,11 @@ def test_a_server_of_another_user_is_not_ours() -> None:
 
 @pytest.mark.parametrize("path", ["/dev/fd/63", "/dev/tty", "/proc/self/fd/3", "--file=/proc/thread-self/ns/net"])
 def test_a_file_of_the_callers_process_is_read_by_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-
-    def listed(folder: object) -> list[str]:
-        asked.append(folder)
-        return []
-
-    monkeypatch.setattr(command_client, "SIGNALS", ())
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(os, "listdir", listed)
-    monkeypatch.delenv(command_client.COLD, raising=False)
     monkeypatch.setattr(os, "isatty", lambda descriptor: False)
-    with open(os.devnull) as nothing, open(os.devnull, "w", encoding="utf-8") as out:
-        monkeypatch.setattr(sys, "stdin", nothing)
-        monkeypatch.setattr(sys, "stdout", out)
-        monkeypatch.setattr(sys, "stderr", out)
-        assert command_client.run(["batch", "lines"]) is None and asked
-        asked.clear()
-        assert command_client.run(["batch", path]) is None and not asked
-        monkeypatch.setattr(os, "isatty", lambda descriptor: True)
-        assert command_client.run(["batch"]) is None and not asked
+    assert command_client.is_served(["batch", "lines"]) and command_client.is_served(["--debug", "profile", "show"])
+    assert not command_client.is_served(["batch", path]) and not command_client.is_served(["node", "show"])
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
+    assert not command_client.is_served(["batch"]) and command_client.is_served(["profile", "show"])
 
 
 def test_a_command_that_a_worker_would_read_in_part_is_not_sent() -> None:

@@ -1,0 +1,92 @@
+"""Decides which clients a command server serves: those whose commands would do the same in their own processes.
+
+They are root's, and have the same program, namespaces, root directory, rights and settings as the server.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from calicoctl import environment
+from calicoctl.cli import command_client as client
+from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.environment import DOCKER_TLS
+from calicoctl.errors import CalicoError
+
+_NAMESPACES = ("mnt", "net", "pid", "user", "uts", "ipc", "cgroup")
+
+_RIGHTS = ("Uid:", "Gid:", "CapPrm:", "CapEff:", "CapBnd:", "NoNewPrivs:", "Seccomp:")
+"""The names of lines in /proc/PID/status. Root's groups give it no rights. Source: proc_pid_status(5)."""
+
+
+class Hello:
+    """The first message of a client: the folder of its program, which program it is, and its environment."""
+
+    def __init__(self, message: bytes) -> None:
+        self.package, *rest = message.split(client.SEPARATOR)
+        program, *variables = rest or [b""]
+        self.is_cni = program == client.CNI.encode()
+        self.variables = dict(variable.partition(b"=")[::2] for variable in variables)
+
+
+def fingerprint() -> int:
+    """Return a number that changes when a file of the program, or the folder of a library, is replaced."""
+    found = []
+    folders = [client.package()]
+    for folder in folders:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False) and entry.name != "__pycache__":
+                    folders.append(entry.path)
+                elif entry.name.endswith(".py"):
+                    status = entry.stat()
+                    found.append((entry.path, status.st_mtime_ns, status.st_size))
+    for folder in sys.path:
+        with suppress(OSError):
+            found.append((folder, os.stat(folder).st_mtime_ns, 0))
+    return hash(tuple(sorted(found)))
+
+
+class Fit:
+    """What the clients of this process must have in common with it."""
+
+    def __init__(self, host: str) -> None:
+        """`host` is the name of this host. Raises CalicoError for invalid settings, and OSError."""
+        self._host = host
+        self._environment = dict(os.environ)
+        self._settings = EtcdSettings.from_environment()
+        self._surroundings = _surroundings(os.getpid())
+
+    def suits(self, connection: socket.socket, hello: Hello) -> bool:
+        """Return whether a client may be served. Raises OSError if it has ended."""
+        pid, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if user != 0 or os.fsdecode(hello.package) != client.package() or _surroundings(pid) != self._surroundings:
+            return False
+        if b"" in hello.variables:  # nobody can set it
+            return False
+        variables = {os.fsdecode(name): os.fsdecode(value) for name, value in hello.variables.items()}
+        if not (variables.get(environment.PATH_VARIABLE) or "/").startswith("/"):
+            return False
+        try:
+            environment.complete(variables, file_first=hello.is_cni)
+            if EtcdSettings.from_environment(variables) != self._settings:
+                return False
+        except CalicoError:
+            return False
+        names = ("DOCKER_HOST", *DOCKER_TLS)
+        if any((variables.get(name) or "") != (self._environment.get(name) or "") for name in names):
+            return False
+        return (variables.get("HOSTNAME") or socket.gethostname()) == self._host
+
+
+def _surroundings(pid: int) -> tuple[object, ...]:
+    """Return what a process sees and may do: its namespaces, its root, and its rights. Raises OSError."""
+    process = Path(f"/proc/{pid}")
+    root = (process / "root").stat()
+    rights = [line for line in (process / "status").read_text().splitlines() if line.startswith(_RIGHTS)]
+    return (*((process / "ns" / name).readlink() for name in _NAMESPACES), root.st_dev, root.st_ino, *rights)
