@@ -48,7 +48,7 @@ PATIENCE = 0.05
 """Seconds that a client waits for one of the workers until another worker is forked. Most commands are done by then."""
 
 BACKLOG = 128
-"""How many clients may wait for the greeting. They wait for client.GREETING seconds at most."""
+"""How many clients may wait: for the greeting, for client.GREETING seconds at most, or, once greeted, for a worker."""
 
 IMPORTED = (
     *(f"calicoctl.commands.{name}" for name in sorted(client.COMMANDS)),
@@ -98,16 +98,19 @@ class Server:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # which writes to `signalled`
         lifeline = [] if self._lifeline is None else [self._lifeline]
         while not (self._ends or self._outdated):
-            for source in self._step([wake, self._listening, *lifeline, *self._new]):
-                if source == wake:
-                    os.read(wake, 100)
-                    _bury()
-                elif source == self._listening:
-                    self._accept()
-                elif isinstance(source, socket.socket):
-                    self._greet(source)
-                else:
-                    self._ends = True
+            listening = [self._listening] if self._accepts_more() else []
+            ready = self._step([wake, *listening, *lifeline, *self._new])
+            if wake in ready:
+                os.read(wake, 100)
+                _bury()
+            if self._listening in ready:
+                self._accept()
+            clients = [connection for connection in self._new if connection in ready]
+            if clients:
+                self._outdated = fingerprint() != self._files
+                for connection in clients:
+                    self._greet(connection)
+            self._ends = self._ends or self._lifeline in ready
         with suppress(FileNotFoundError):
             if self._path.stat().st_ino == self._inode:  # not the next server's
                 self._path.unlink()
@@ -163,11 +166,16 @@ class Server:
             with suppress(OSError):  # it was killed
                 worker.shutdown(socket.SHUT_WR)
 
+    def _accepts_more(self) -> bool:
+        """Return whether a further client may be accepted: each takes a file descriptor, and `select` has a limit."""
+        return len(self._new) + len(self._queue) < BACKLOG
+
     def _accept(self) -> None:
-        with suppress(BlockingIOError):
-            connection = self._listening.accept()[0]
-            connection.setblocking(False)
-            self._new.add(connection)
+        with suppress(BlockingIOError):  # no more
+            while self._accepts_more():
+                connection = self._listening.accept()[0]
+                connection.setblocking(False)
+                self._new.add(connection)
 
     def _greet(self, connection: socket.socket) -> None:
         """Greet a client that suits, and close the connection to one that does not."""
@@ -175,12 +183,10 @@ class Server:
         with suppress(OSError):  # it has ended
             is_full = len(self._workers) >= MOST and not any(self._workers.values())
             hello = Hello(connection.recv(client.LARGEST, socket.MSG_PEEK))  # which the worker reads, too
-            if not is_full and self._fit.suits(connection, hello):
-                self._outdated = self._outdated or fingerprint() != self._files
-                if not self._outdated:
-                    connection.send(b"welcome")
-                    self._queue.append((time.monotonic(), connection))
-                    return
+            if not (self._outdated or is_full) and self._fit.suits(connection, hello):
+                connection.send(b"welcome")
+                self._queue.append((time.monotonic(), connection))
+                return
         connection.close()
 
     def _listen(self) -> socket.socket:

@@ -126,7 +126,8 @@ def test_the_cni_plugin_runs_there_as_well(served: AgentHost) -> None:
         said.append([(done.status, done.out) for done in answers])
     warm, cold = said
     assert [status for status, _ in warm] == [0, 0, 1, 0, 0]
-    assert re.sub("cali[0-9a-f]+", "", str(warm)) == re.sub("cali[0-9a-f]+", "", str(cold))
+    random = re.compile("cali[0-9a-f]+|(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")  # names and MAC addresses of interfaces
+    assert random.sub("", str(warm)) == random.sub("", str(cold))
 
 
 def test_paths_are_those_of_the_callers_directory(served: AgentHost, tmp_path: Path) -> None:
@@ -261,8 +262,11 @@ def is_greeted(*variables: bytes) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
         client.settimeout(5)
         client.connect(str(SOCKET))
-        client.send(b"\0".join([os.fsencode(command_client.package()), *variables]))
-        return client.recv(100) != b""
+        client.send(b"\0".join([os.fsencode(command_client.package()), b"calicoctl", *variables]))
+        try:
+            return client.recv(100) != b""
+        except ConnectionResetError:  # the server has closed the connection, and read nothing before
+            return False
 
 
 class hanging_server:
@@ -288,8 +292,9 @@ def test_another_user_is_refused_by_what_the_kernel_says_of_it(served: AgentHost
         f"client.connect('{SOCKET}'); client.send(sys.argv[1].encode()); print(client.recv(100))"
     )
     hello = command_client.package()
-    said = run("setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-c", script, hello)
-    assert said.out == "b''\n"
+    other = ("setpriv", "--reuid", "65534", "--clear-groups")
+    said = run(*other, sys.executable, "-c", script, hello, check=False)
+    assert said.out in ("", "b''\n") and (said.out or "ConnectionResetError" in said.err), said
 
 
 @pytest.mark.parametrize("other", [("setpriv", "--reuid", "65534", "--clear-groups"), ("unshare", "--mount")])
