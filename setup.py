@@ -42,5 +42,10 @@ setup(
         "test": ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6"],
         "lint": ["ruff>=0.6,<1", "mypy>=1.8"],
     },
-    entry_points={"console_scripts": ["calicoctl=calicoctl.cli.command_client:entry"]},
+    entry_points={
+        "console_scripts": [
+            "calicoctl=calicoctl.cli.command_client:entry",
+            "calico-cni=calicoctl.cli.command_client:cni",
+        ]
+    },
 )
