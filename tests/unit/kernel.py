@@ -260,7 +260,7 @@ class FakeVxlan:
         self.interfaces = {"eth0": 2}
         self.bird: set[str] = set()
         self.refuses: set[str | int] = set()
-        self.reads = 0
+        self.reads = self.underlay_reads = 0
 
     def read(self) -> None:
         self.reads += 1
@@ -293,6 +293,7 @@ class FakeVxlan:
             raise CalicoError("the kernel refused a route")
 
     def underlay(self, address: str) -> Underlay:
+        self.underlay_reads += 1
         return self.underlays.get(address, Underlay())
 
     def index_of(self, interface: str) -> int | None:

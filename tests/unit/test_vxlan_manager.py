@@ -135,6 +135,19 @@ def test_other_events_change_nothing(world: ManagerWorld, event: Any) -> None:
     assert not world.event(event) and world.vxlan.reads == 1
 
 
+@pytest.mark.parametrize(("interface", "is_read"), [("cali1", False), ("uplink", True)])
+def test_the_kernel_is_not_read_for_the_changes_of_endpoints(
+    world: ManagerWorld, interface: str, is_read: bool
+) -> None:
+    """The agent calls `apply` of all managers, also if only another one needs it."""
+    world.manager.apply()
+    before = world.vxlan.underlay_reads
+    world.manager.on_event(LinkChanged(Link(interface, 77, True)))
+    assert not world.manager.needs_apply
+    world.manager.apply()
+    assert (world.vxlan.underlay_reads > before) == is_read
+
+
 def test_what_is_not_desired_is_removed(world: ManagerWorld) -> None:
     world.vxlan.kernel.add(Route("10.99.0.0/26", 40, "fe80::9"))
     world.block(2, OTHER, there=False)

@@ -125,6 +125,8 @@ class BgpManager(Manager):
         return None if self.is_settled else self._settled_by
 
     def apply(self) -> None:
+        if not self._dirty:
+            return
         self._dirty = False
         if self._settled_by is None:
             self._settled_by = time.monotonic() + SETTLING

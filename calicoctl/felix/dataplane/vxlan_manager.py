@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import version_of
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.desired.overlay import Hop, Overlay, tunnels
 from calicoctl.desired.snapshot import Dirty
 from calicoctl.errors import CalicoError
@@ -68,6 +69,8 @@ class VxlanManager(Manager):
         self._overlay = Overlay(context.snapshot)
         self._stale = True
         """Whether the kernel may have changed since the driver read it."""
+        self._links_changed = False
+        """Whether an interface that the overlay does not use, but may use now, has changed since the last `apply`."""
         self._dirty = True
         self._failed = False
         """Whether the last `apply` failed, at least in part. It is repeated at the next Tick."""
@@ -91,6 +94,8 @@ class VxlanManager(Manager):
             # with an interface, the kernel may remove its routes without a notification
             if event.link.index in self._watched or event.link.name in DEVICES.values():
                 self._stale = True
+            elif not event.link.name.startswith(INTERFACE_PREFIX):
+                self._links_changed = True
         elif isinstance(event, (AddressesChanged, KernelEventsLost)):
             self._stale = True
         elif isinstance(event, OverlayRouteLost):
@@ -111,7 +116,9 @@ class VxlanManager(Manager):
         return min((at for at in (self._poll_at, self._devices_until) if at is not None), default=None)
 
     def apply(self) -> None:
-        self._dirty = False
+        if not (self.needs_apply or self._links_changed):
+            return  # an endpoint's change concerns another manager, and to read the kernel takes some milliseconds
+        self._dirty = self._links_changed = False
         failures: list[str] = []
         try:
             self._apply(failures)
