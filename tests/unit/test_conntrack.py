@@ -88,7 +88,7 @@ def test_one_listing_answers_the_requests_that_wait() -> None:
     driver = Conntrack(lambda _: None)
     assert [driver.request([f"192.168.0.{number}"]) for number in (1, 2, 3)] == [1, 2, 3]
     assert driver.request([]) == 3, "nothing is requested"
-    found = driver._next_requests(time.monotonic() + 0.01)
+    found = driver._next_requests(time.monotonic() + 0.01, 0.0)
     assert found == (3, {"192.168.0.1", "192.168.0.2", "192.168.0.3"})
 
 
@@ -96,12 +96,24 @@ def test_an_urgent_request_does_not_wait_and_takes_others_with_it() -> None:
     driver = Conntrack(lambda _: None)
     driver.request(["192.168.0.1"])
     threading.Timer(0.05, lambda: driver.request(["192.168.0.2"], urgent=True)).start()
-    assert driver._next_requests(time.monotonic() + 20) == (2, {"192.168.0.1", "192.168.0.2"})
+    assert driver._next_requests(time.monotonic() + 20, 0.0) == (2, {"192.168.0.1", "192.168.0.2"})
 
 
-@pytest.mark.parametrize(("taken", "pause"), [(0.0, 0.05), (0.01, 0.05), (0.1, 0.4), (5.0, 1.0)])
-def test_the_pause_after_a_listing_grows_with_its_cost_and_is_bounded(taken: float, pause: float) -> None:
-    assert conntrack._pause_after(taken) == pytest.approx(pause)
+def test_urgent_requests_in_close_succession_share_a_listing() -> None:
+    driver = Conntrack(lambda _: None)
+    driver.request(["192.168.0.1"], urgent=True)
+    threading.Timer(0.05, lambda: driver.request(["192.168.0.2"], urgent=True)).start()
+    assert driver._next_requests(0.0, time.monotonic() + 0.5) == (2, {"192.168.0.1", "192.168.0.2"})
+
+
+@pytest.mark.parametrize(
+    ("taken", "pauses"),
+    [(0.0, (0.05, 0.0)), (0.005, (0.05, 0.02)), (0.1, (0.4, 0.05)), (5.0, (1.0, 0.05))],
+)
+def test_the_pauses_after_a_listing_grow_with_its_cost_and_are_bounded(
+    taken: float, pauses: tuple[float, float]
+) -> None:
+    assert conntrack._pauses_after(taken) == pytest.approx(pauses)
 
 
 @pytest.mark.parametrize(

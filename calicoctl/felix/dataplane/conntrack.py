@@ -5,7 +5,7 @@ destination after any destination NAT. After the deletion of an entry, the rules
 like that of a new connection. Our tables drop TCP packets that belong to no connection and start none.
 
 Netlink messages are built and parsed here, since pyroute2 takes a hundred times longer. A host may have hundreds of
-thousands of entries, so a thread lists them. It answers the requests of some time with one listing: see `_pause_after`.
+thousands of entries, so a thread lists them. It answers the requests of some time with one listing (`_pauses_after`).
 
 Source: the kernel's uapi/linux/netfilter/nfnetlink_conntrack.h, and net/netfilter/nf_conntrack_netlink.c for filters.
 """
@@ -48,6 +48,9 @@ _BATCH = 64
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 """Bounds of the seconds between two listings, unless a request is urgent."""
 
+_LONGEST_URGENT_PAUSE = 0.05
+"""The maximum number of seconds between two listings if a request is urgent."""
+
 
 @dataclass(frozen=True)
 class Connection:
@@ -79,7 +82,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class _Request:
-    """A request for the connections of some addresses. If it is `urgent`, it does not wait for others."""
+    """A request for the connections of some addresses. If it is `urgent`, it waits hardly for others."""
 
     number: int
     addresses: frozenset[str]
@@ -101,8 +104,9 @@ class Conntrack(threading.Thread):
     def request(self, addresses: Collection[str], urgent: bool = False) -> int:
         """Request a listing of the connections from or to these addresses. Return the number of the request.
 
-        The Listing is passed to `put`. It may take a second longer if there were others just before, unless the request
-        is urgent. If `addresses` is empty, nothing is requested, and the number of the previous request is returned.
+        The Listing is passed to `put`. It may take a second longer if there were others just before; if the request is
+        urgent, _LONGEST_URGENT_PAUSE. If `addresses` is empty, nothing is requested, and the number of the previous
+        request is returned.
         """
         if addresses:
             self._count += 1
@@ -110,9 +114,9 @@ class Conntrack(threading.Thread):
         return self._count
 
     def run(self) -> None:
-        not_before = 0.0
+        not_before = urgent_not_before = 0.0
         while True:
-            number, addresses = self._next_requests(not_before)
+            number, addresses = self._next_requests(not_before, urgent_not_before)
             start = time.thread_time()
             try:
                 listing = self.list(addresses)
@@ -120,11 +124,13 @@ class Conntrack(threading.Thread):
                 why = f"connections could not be listed ({type(error).__name__}: {error})"
                 listing = Listing(addresses, [], (), why)
             listing.number = number
-            not_before = time.monotonic() + _pause_after(time.thread_time() - start)
+            pause, urgent_pause = _pauses_after(time.thread_time() - start)
+            now = time.monotonic()
+            not_before, urgent_not_before = now + pause, now + urgent_pause
             self._put(listing)
 
-    def _next_requests(self, not_before: float) -> tuple[int, set[str]]:
-        """Wait for requests, and until the time `not_before` (monotonic) unless one of them is urgent.
+    def _next_requests(self, not_before: float, urgent_not_before: float) -> tuple[int, set[str]]:
+        """Wait for requests, and until the time `not_before` (monotonic), or `urgent_not_before` if one is urgent.
 
         Return the number of the last request, and the addresses of all of them.
         """
@@ -133,8 +139,9 @@ class Conntrack(threading.Thread):
         while request is not None:
             number, urgent = request.number, urgent or request.urgent
             addresses |= request.addresses
+            until = urgent_not_before if urgent else not_before
             try:
-                request = self._requests.get(timeout=0.0 if urgent else max(0.0, not_before - time.monotonic()))
+                request = self._requests.get(timeout=max(0.0, until - time.monotonic()))
             except Empty:
                 request = None
         return number, addresses
@@ -190,12 +197,14 @@ class Conntrack(threading.Thread):
             raise CalicoError(f"{quantity(len(failed), 'connection')} could not be ended, such as {failed[0]}")
 
 
-def _pause_after(seconds: float) -> float:
-    """Return how many seconds after a listing the next one may begin, if the listing took `seconds` of CPU time.
+def _pauses_after(seconds: float) -> tuple[float, float]:
+    """Return how many seconds after a listing the next one may begin, and the next one with an urgent request.
 
-    So listings take a fifth of a core at most, up to 100,000 entries, however many changes there are.
+    `seconds` is the CPU time that the listing took. So listings take a fifth of a core at most, up to 100,000 entries,
+    however many changes there are; with urgent requests up to some 10,000 entries.
     """
-    return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, 4 * seconds))
+    pause = 4 * seconds
+    return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, pause)), min(_LONGEST_URGENT_PAUSE, pause)
 
 
 def _entries() -> int | None:
