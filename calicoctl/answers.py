@@ -25,6 +25,9 @@ SLOWEST = 64 * 1024
 LONGEST = 60.0
 """The maximum time for a whole answer, in seconds."""
 
+PART = 2**16
+"""The maximum number of bytes that `Lines` reads at once. It bounds what is kept beyond one line."""
+
 
 class Refused(http.client.HTTPException):
     """An answer was not read completely, since it is too large, or has a content encoding."""
@@ -44,6 +47,8 @@ class Bounds:
         self.size = size
         # weak, since the file refers to these bounds: Python 3.13 complains of an answer that is left to its collector
         self._file: Callable[[], io.BufferedReader | None] = lambda: None
+        self.answer: Callable[[], Answer | None] = lambda: None
+        """Returns the last answer that these bounds apply to, as long as another object refers to it."""
         self.renew(None)
 
     def attach(self, sock: Any) -> io.BufferedReader:
@@ -144,6 +149,8 @@ class Answer(http.client.HTTPResponse):
         self._bounds: Bounds | None = getattr(_bounds, "now", None)
         counted: Any = sock if self._bounds is None else _Counted(sock, self._bounds)
         super().__init__(counted, *arguments, **options)
+        if self._bounds is not None:
+            self._bounds.answer = weakref.ref(self)
 
     def begin(self) -> None:
         super().begin()
@@ -199,3 +206,59 @@ class _CountedFile(io.RawIOBase):
                 self.sock.settimeout(self._timeout)  # the next request may use it
             self._open.close()
         super().close()
+
+
+class Lines:
+    """The lines of an answer, which may come one at a time, without an end."""
+
+    def __init__(self, bounds: Bounds, timeout: float) -> None:
+        """The answer is the last one that `bounds` apply to. From now on, they apply to each of its lines by itself.
+
+        A line that has begun must go on within `timeout` seconds, as Bounds.left describes. Raises ValueError if there
+        is no such answer.
+        """
+        answer = bounds.answer()
+        if answer is None:
+            raise ValueError("there is no answer")
+        self._answer = answer
+        self._bounds = bounds
+        self._timeout = timeout
+        self._rest = b""
+        """What was read of the next line, and of those that follow: at most PART bytes."""
+        self._left = 0
+        """The number of bytes of the current chunk that were not read yet."""
+
+    def next(self, seconds: float) -> bytes | None:
+        """Return the next line without its end, None if none begins within `seconds`.
+
+        Raises OSError or HTTPException if the answer has ended, or if the line does not end in time.
+        """
+        if self._answer.isclosed():
+            raise ConnectionError("the stream was ended")
+        if not self._rest and not self._bounds.wait(max(seconds, 0.001)):
+            return None
+        self._bounds.renew(self._timeout)
+        parts = [self._rest]
+        while b"\n" not in parts[-1]:
+            parts.append(self._part())
+        parts[-1], _, self._rest = parts[-1].partition(b"\n")
+        return b"".join(parts)
+
+    def _part(self) -> bytes:
+        """Return the next bytes of the answer, at most PART. Raises OSError or HTTPException, also at its end."""
+        # http.client leaves the end of a chunk unread, which would look like the beginning of the next line
+        file: Any = self._answer.fp
+        if not self._answer.chunked:
+            part = self._answer.read1(PART)
+        else:
+            if not self._left:
+                with suppress(ValueError):
+                    self._left = max(0, int(file.readline(100).partition(b";")[0], 16))
+            size = min(self._left, PART)
+            part = file.read(size)
+            self._left -= size
+            if len(part) < size or (not self._left and file.read(2) != b"\r\n"):
+                part = b""
+        if not part:
+            raise ConnectionError("the stream was ended")
+        return bytes(part)

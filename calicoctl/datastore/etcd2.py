@@ -12,16 +12,17 @@ import http.client
 import json
 import re
 import secrets
+import socket
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 from urllib.parse import quote
 
 from calicoctl import answers
-from calicoctl.datastore import etcd2_tree, etcd2_watch, last_known
-from calicoctl.datastore.etcd2_watch import Progress
+from calicoctl.datastore import etcd2_tree, last_known
+from calicoctl.datastore.etcd2_watch import OpenWatch
 from calicoctl.datastore.members import (
     ConnectionLost,
     Deadline,
@@ -281,15 +282,12 @@ class Etcd2Store:
             return [], reached + 1
 
     def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
-        progress = Progress.begin(revision)
-        while True:
-            changes, progress = self._await_changes(directory, progress, seconds)
-            yield changes
+        with closing(OpenWatch(revision)) as watch:
+            while True:
+                yield self._await_changes(watch, directory, seconds)
 
-    def _await_changes(self, directory: str, progress: Progress, seconds: float) -> tuple[list[Change], Progress]:
-        """Wait for at most `seconds` for a change below `directory`.
-
-        Returns a list of at most one change, and the new progress.
+    def _await_changes(self, watch: OpenWatch, directory: str, seconds: float) -> list[Change]:
+        """Wait for at most `seconds` for a change below `directory`. Returns a list of at most one change.
 
         Raises WatchExpired if changes may have been missed, and StoreUnavailable if no member answers for
         WATCH_PATIENCE.
@@ -299,18 +297,18 @@ class Etcd2Store:
         end = time.monotonic() + seconds
         deadline: Deadline | None = None
 
-        def poll(client: etcd.Client, path: str) -> tuple[list[Change], Progress]:
+        def poll(client: etcd.Client, path: str) -> list[Change]:
             if deadline is not None:  # the member before had no quorum: do not wait for this one unless it has
                 _confirm_quorum(client, path)
-            changes, reached = etcd2_watch.poll(client, path, progress, end - time.monotonic(), READ_TIMEOUT)
+            changes = watch.changes(client, path, end - time.monotonic(), READ_TIMEOUT)
             if not changes and time.monotonic() >= end:
                 _confirm_quorum(client, path)
-            return changes, reached
+            return changes
 
         try:
             while True:
                 try:
-                    changes, progress = self._ask(directory, poll)
+                    changes = self._ask(directory, poll)
                 except ConnectionLost as failure:
                     raise WatchExpired(f"a wait for changes was cut short: {failure}") from None
                 except Unanswered as failure:
@@ -318,7 +316,7 @@ class Etcd2Store:
                     deadline.backoff(failure)
                 else:
                     if changes or time.monotonic() >= end:
-                        return changes, progress
+                        return changes
         except etcd.EtcdKeyNotFound:
             raise StoreError(f"the store does not answer as etcd does: it cannot watch {directory}") from None
 
@@ -534,4 +532,4 @@ def _cause(error: Any) -> BaseException:
 
 
 def _timed_out(cause: BaseException) -> bool:
-    return "Timeout" in type(cause).__name__
+    return isinstance(cause, socket.timeout) or "Timeout" in type(cause).__name__

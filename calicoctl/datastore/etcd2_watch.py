@@ -1,11 +1,16 @@
-"""Waits for changes in etcd's v2 API by long polls.
+"""Waits for changes in etcd's v2 API: over a stream, so that a change costs no request.
 
 A request names a directory and `waitIndex`, the revision from which changes are wanted. etcd sends the headers of the
 answer at once; they contain the store's current revision (`X-Etcd-Index`). Then etcd sends the first change in the
-directory from `waitIndex` on, or waits for a change. etcd keeps the last 1,000 writes of all keys. If `waitIndex` is
-older, etcd answers with error 401, and the caller must read the whole directory again.
+directory from `waitIndex` on, or waits for a change. With `stream=true`, the changes that follow are sent, too, but
+only if the first one is later than `X-Etcd-Index`: after a change from its history, etcd sends nothing more. So the
+next request has no `waitIndex`: this stream has every change after its own `X-Etcd-Index`. While etcd and the network
+hold these back, the changes up to there are requested one by one, from history. Their number does not grow meanwhile.
 
-So `waitIndex` must advance, even if nothing changes in the directory, but without missing a change:
+etcd keeps the last 1,000 writes of all keys. If `waitIndex` is older, etcd answers with error 401, and the caller must
+read the whole directory again. If 100 changes wait for a client that does not read, etcd ends the stream. A lost
+connection would not be noticed. So a stream ends after a time without a change, and `waitIndex` of the next one must
+advance, even if nothing changes in the directory, but without missing a change:
 
 * After a change, the next `waitIndex` is the revision after the change.
 * If a request ends without a change, a change may have been sent, and be delayed in the network. So `waitIndex`
@@ -13,8 +18,8 @@ So `waitIndex` must advance, even if nothing changes in the directory, but witho
   the first one's `X-Etcd-Index`.
 * Waits are so short that fewer than ROOM writes happen during two requests.
 
-Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md ("Waiting for a change") and
-server/etcdserver/api/v2store/event_history.go there.
+Sources: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/v2/api.md ("Waiting for a change"), and
+etcdserver/api/v2store/watcher_hub.go, watcher.go and event_history.go there.
 """
 
 from __future__ import annotations
@@ -44,11 +49,11 @@ LARGEST = 64 * answers.MiB
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a watch. `revision` is the `waitIndex` of the next request.
+    """The progress of a watch. `revision` is the first revision whose changes may not all have been received.
 
-    `searched` is the `X-Etcd-Index` of the last answer or, if that answer contained a change, the revision of the
-    change. `at` is the time of that answer (monotonic, seconds). `wait` is the result of `_wait` for the last
-    request that ended without a change.
+    `searched` is the last revision that the last request knew of: the `X-Etcd-Index` of its answer or, if that
+    contained a change, the revision of the change. `at` is the time when it was received (monotonic, seconds). `wait`
+    is the result of `_wait` for the last request that ended without a change.
     """
 
     revision: int
@@ -61,50 +66,144 @@ class Progress:
         return cls(revision, revision - 1, time.monotonic())
 
 
-def poll(
-    client: etcd.Client, path: str, progress: Progress, longest: float, timeout: float
-) -> tuple[list[Change], Progress]:
-    """Send one request for a change below `path`, which is URL-quoted.
+class OpenWatch:
+    """A watch of the changes below a directory, at one member at a time."""
 
-    Waits for the change for at most `longest` seconds, but for SHORTEST if `longest` is less. Returns a list of at most
-    one change, and the new progress. The answer must begin within `timeout` seconds.
+    def __init__(self, revision: int) -> None:
+        """The watch begins at `revision`. No request is sent yet."""
+        self.progress = Progress.begin(revision)
+        self._client: etcd.Client | None = None
+        self._stream: _Request | None = None
+        self._after_history = False
+        """Whether the last change was from etcd's history, and ended the stream."""
 
-    Raises WatchExpired if the store's revision is lower than before, since the store was replaced or restored. Raises
-    python-etcd's exceptions for errors of etcd or of the connection, and LookupError, RecursionError, TypeError or
-    ValueError for an answer that is not etcd's.
+    def changes(self, client: etcd.Client, path: str, longest: float, timeout: float) -> list[Change]:
+        """Wait for a change below `path`, which is URL-quoted, at the member of `client`.
+
+        Waits for at most `longest` seconds, but for SHORTEST if `longest` is less. Returns a list of at most one
+        change. An answer must begin within `timeout` seconds. After an exception, the watch can go on, also at another
+        member.
+
+        Raises WatchExpired if the store's revision is lower than before, since the store was replaced or restored.
+        Raises python-etcd's exceptions for errors of etcd or of the connection, and LookupError, RecursionError,
+        TypeError or ValueError for an answer that is not etcd's.
+        """
+        import etcd
+        import urllib3.exceptions
+
+        if client is not self._client:
+            self.close()
+            self._client = client
+        try:
+            return self._next(client, path, longest, timeout)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)):
+                raise etcd.EtcdConnectionFailed(cause=error) from error
+            raise
+
+    def close(self) -> None:
+        """Close the connection of the watch."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _next(self, client: etcd.Client, path: str, longest: float, timeout: float) -> list[Change]:
+        stream = self._stream
+        if stream is None:
+            first = None if self._after_history else self.progress.revision
+            stream = self._stream = _Request(client, path, self.progress, timeout, first, stream=True)
+            self._after_history = False
+        if self.progress.revision >= stream.first:
+            return self._receive(stream, longest)
+        request = _Request(client, path, self.progress, timeout, self.progress.revision)
+        try:
+            changes = self._receive(request, longest)
+        finally:
+            request.close()
+        if self.progress.revision > stream.first:  # this change comes over the stream, too
+            self.progress = replace(self.progress, revision=stream.first, searched=stream.first - 1)
+            return []
+        return changes
+
+    def _receive(self, request: _Request, longest: float) -> list[Change]:
+        """Wait for a change that a request asks for, and advance `progress`. If there is none, close the stream."""
+        progress = self.progress
+        event = request.next(max(SHORTEST, min(request.wait, longest)))
+        if event is None:
+            self.close()
+            searched_twice = min(progress.searched, request.reached)
+            revision = max(progress.revision, searched_twice + 1)
+            self.progress = Progress(revision, request.reached, request.at, request.wait)
+            return []
+        changes, revision = event
+        if revision < progress.revision:
+            raise TypeError("a change from before the revision that was asked for")
+        if request is self._stream and revision <= request.reached:
+            self.close()
+            self._after_history = True
+        request.has_reached(revision, progress)
+        self.progress = replace(progress, revision=revision + 1, searched=revision, at=request.at)
+        return changes
+
+
+class _Request:
+    """A request for changes whose answer has begun.
+
+    `first` is the revision from which the answer contains changes. `reached` is the store's revision, as far as it is
+    known, since the time `at` (monotonic, seconds). `wait` is the result of `_wait`.
     """
-    import etcd
-    import urllib3.exceptions
 
-    url = f"{client.base_uri}{client.key_endpoint}{path}?wait=true&recursive=true&waitIndex={progress.revision}"
-    try:
+    def __init__(
+        self,
+        client: etcd.Client,
+        path: str,
+        progress: Progress,
+        timeout: float,
+        first: int | None,
+        stream: bool = False,
+    ) -> None:
+        """If `first` is None, the changes that follow the store's current revision are requested.
+
+        Raises what OpenWatch.changes raises, and the exceptions of sockets and of HTTP.
+        """
+        url = f"{client.base_uri}{client.key_endpoint}{path}?wait=true&recursive=true"
+        url += "&stream=true" if stream else ""
+        url += "" if first is None else f"&waitIndex={first}"
         with answers.bounded(LARGEST) as bounds:
-            answer = client.http.request("GET", url, timeout=timeout, preload_content=False, redirect=False)
+            self._answer = client.http.request("GET", url, timeout=timeout, preload_content=False, redirect=False)
             try:
-                if answer.status != 200:
-                    _refuse(answer)
-                now = time.monotonic()
-                reached = int(answer.headers["x-etcd-index"])
+                if self._answer.status != 200:
+                    _refuse(self._answer)
+                reached = int(self._answer.headers["x-etcd-index"])
                 if reached + 1 < progress.revision:
                     # this is another store than the one that returned the revision, or it was restored from a copy
                     before = progress.revision - 1
                     raise WatchExpired(f"the store has reached {reached} only, where {before} had been reached before")
-                wait = _wait(progress, reached, now)
-                silent = answer.length_remaining != 0 and not bounds.wait(max(SHORTEST, min(wait, longest)))
-                if silent:
-                    searched_twice = min(progress.searched, reached)
-                    return [], Progress(max(progress.revision, searched_twice + 1), reached, now, wait)
-                body = answer.read()
-            finally:
-                answer.close()
-    except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
-        raise etcd.EtcdConnectionFailed(cause=error) from error
-    if not body:
-        raise etcd.EtcdConnectionFailed(cause=ConnectionError("the watch was ended"))
-    changes, revision = _parse(json.loads(body))
-    if revision < progress.revision:
-        raise TypeError("a change from before the revision that was asked for")
-    return changes, replace(progress, revision=revision + 1, searched=revision, at=time.monotonic())
+                self._lines = answers.Lines(bounds, timeout)
+            except BaseException:
+                self._answer.close()
+                raise
+        self._is_stream = stream
+        self.first = reached + 1 if first is None else first
+        self.has_reached(reached, progress)
+
+    def has_reached(self, reached: int, progress: Progress) -> None:
+        """Note that the store's revision is now `reached`. `progress` is that of the watch, from before."""
+        self.reached = reached
+        self.at = time.monotonic()
+        self.wait = _wait(progress, reached, self.at)
+
+    def next(self, seconds: float) -> tuple[list[Change], int] | None:
+        """Return the next event of etcd, as `_parse` does; None if none begins within `seconds`."""
+        line = self._lines.next(seconds)
+        if line is not None and not self._is_stream:
+            self._answer.drain_conn()  # so that the next request can use the connection
+        return None if line is None else _parse(json.loads(line))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._answer.close()
 
 
 def _wait(progress: Progress, reached: int, now: float) -> float:

@@ -36,9 +36,6 @@ READ_TIMEOUT = 4.0
 LARGEST = 16 * answers.MiB
 """The maximum size of an answer, in bytes. etcd's default limit for a value is 1.5 MiB, which is 2 MiB in base64."""
 
-PART = 2**16
-"""The maximum number of bytes that are read of a stream at once. It bounds what is kept beyond one message."""
-
 INVALID_ARGUMENT, NOT_FOUND, PERMISSION_DENIED, RESOURCE_EXHAUSTED = 3, 5, 7, 8
 FAILED_PRECONDITION, OUT_OF_RANGE, UNIMPLEMENTED, UNAVAILABLE, DATA_LOSS, UNAUTHENTICATED = 9, 11, 12, 14, 15, 16
 
@@ -315,11 +312,7 @@ class Stream:
         self._member = member
         self._socket = sock
         self._response = response
-        self._bounds = bounds
-        self._rest = b""
-        """What was read of the next message, and of those that follow: at most PART bytes."""
-        self._left = 0
-        """The number of bytes of the current chunk that were not read yet."""
+        self._lines = answers.Lines(bounds, READ_TIMEOUT)
 
     def next(self, seconds: float) -> dict[str, Any] | None:
         """Return the `result` of the next message, None if no message begins within `seconds`.
@@ -330,15 +323,9 @@ class Stream:
         be closed.
         """
         with self._member.no_answer():
-            if not self._rest and not self._bounds.wait(max(seconds, 0.001)):
-                return None
-            self._bounds.renew(READ_TIMEOUT)
-            parts = [self._rest]
-            while b"\n" not in parts[-1]:
-                parts.append(self._part())
-        parts[-1], _, self._rest = parts[-1].partition(b"\n")
-        line = b"".join(parts)
-        parts.clear()
+            line = self._lines.next(seconds)
+        if line is None:
+            return None
         try:
             message = json.loads(line)
             error = _error(message)
@@ -353,25 +340,6 @@ class Stream:
         if "no leader" in text or code in _REFUSALS:
             raise self._member.meaning(code, text)
         raise ConnectionLost(f"{self._member.url} has ended the stream ({' '.join(text.split())[:120]})")
-
-    def _part(self) -> bytes:
-        """Return the next bytes of the answer, at most PART. Raises OSError or HTTPException, also at its end."""
-        # http.client leaves the end of a chunk unread, which would look like the beginning of the next message
-        file = self._response.fp
-        if not self._response.chunked:
-            part = self._response.read1(PART)
-        else:
-            if not self._left:
-                with suppress(ValueError):
-                    self._left = max(0, int(file.readline(100).partition(b";")[0], 16))
-            size = min(self._left, PART)
-            part = file.read(size)
-            self._left -= size
-            if len(part) < size or (not self._left and file.read(2) != b"\r\n"):
-                part = b""
-        if not part:
-            raise ConnectionError("the stream was ended")
-        return part
 
     def close(self) -> None:
         with suppress(OSError):

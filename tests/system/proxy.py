@@ -10,6 +10,7 @@ import http.server
 import json
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Callable
@@ -42,6 +43,8 @@ class Proxy:
     """The paths of all requests, in order."""
     lost: Lost | None = None
     """What happens to the next write, whose connection is closed without an answer."""
+    delay: float = 0.0
+    """Seconds by which each request is held back, and each answer, too."""
     before_write: Callable[[], object] | None = None
     """Called while the next write is held back."""
     hold: threading.Event = field(default_factory=threading.Event)
@@ -92,6 +95,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             proxy.hold.clear()
             proxy.held.set()
             proxy.passed.wait(60)
+        time.sleep(proxy.delay)
         etcd = http.client.HTTPConnection("127.0.0.1", proxy.etcd_port, timeout=60)
         with contextlib.closing(etcd), contextlib.suppress(OSError, http.client.HTTPException):
             passed = ("Content-Type", "Authorization", "Grpc-Metadata-hasleader")
@@ -101,6 +105,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if lost is not None:
                 lost.meanwhile()
                 return
+            time.sleep(proxy.delay)
             self.send_response(answer.status)
             for name in ("Content-Type", "X-Etcd-Index"):
                 if answer.getheader(name):
@@ -108,14 +113,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.flush()
-            if self.path == "/v3/watch":
-                while part := answer.read1(2**16):
-                    self.wfile.write(part)
-                return
-            text = answer.read()
             if hold:
                 proxy.mended.wait(60)
-            self.wfile.write(text)
+            while part := answer.read1(2**16):
+                self.wfile.write(part)
 
     do_GET = do_PUT = do_POST = do_DELETE = _pass_on
 

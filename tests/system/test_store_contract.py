@@ -13,7 +13,7 @@ from contextlib import closing
 
 import pytest
 
-from calicoctl.datastore import etcd2_watch, keys
+from calicoctl.datastore import keys
 from calicoctl.datastore.backends import PATIENCE, Backends
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.etcd2 import Etcd2Store
@@ -156,18 +156,10 @@ def test_a_directory_is_no_key_nor_a_key_a_directory(bare_host: Host) -> None:
 
 @pytest.mark.api("etcdv2")
 def test_what_is_written_elsewhere_costs_a_watch_little_and_hides_nothing(
-    bare_host: Host, monkeypatch: pytest.MonkeyPatch
+    bare_host: Host, backend: EtcdBackend
 ) -> None:
     """etcd forgets 1,000 writes in some three seconds here, and all changes of ours come, each once."""
-    store, other = backend_of(bare_host.etcd.port), backend_of(bare_host.etcd.port)
-    polls = []
-    poll = etcd2_watch.poll
-
-    def counted(*arguments: object) -> object:
-        polls.append(arguments)
-        return poll(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(etcd2_watch, "poll", counted)
+    store, other = backend.store, backend.other
     began, seconds, per_second, threads = time.monotonic(), 7.0, 300, 4
     written = [0] * threads
 
@@ -199,5 +191,38 @@ def test_what_is_written_elsewhere_costs_a_watch_little_and_hides_nothing(
         writer.join()
     assert found == ["/calico/0", "/calico/1", "/calico/2", "/calico/last"]
     assert sum(written) > 1100, "else nothing is forgotten"
-    assert len(polls) < 5 * seconds
+    assert len(watches(backend.proxy)) < 5 * seconds
     other.remove_tree("/elsewhere")
+
+
+def watches(proxy: Proxy) -> list[str]:
+    """Return the paths of all requests for changes."""
+    return [path for path in proxy.asked if "wait=true" in path]
+
+
+@pytest.mark.api("etcdv2")
+def test_changes_need_no_request_each_however_far_etcd_is(backend: EtcdBackend) -> None:
+    """From the read of the directory on, changes come faster than requests are answered: each comes, in order, once."""
+    store, changes, per_second = backend.store, 80, 20
+    backend.proxy.delay = 0.1
+    written = [f"/calico/{number}" for number in range(changes)]
+    reached = threading.Event()
+
+    def write() -> None:
+        for number, key in enumerate(written):
+            backend.other.put(key, "1")
+            if number == 10:
+                reached.set()
+            time.sleep(1 / per_second)
+
+    revision = store.list_for_watch("/calico")[1]
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert reached.wait(20)
+    found: list[str] = []
+    with closing(store.watch("/calico", revision, 4.0)) as watch:
+        while len(found) < changes:
+            found += [change.key for change in next(watch)]
+    writer.join()
+    assert found == written
+    assert len(watches(backend.proxy)) < changes / 2

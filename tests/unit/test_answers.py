@@ -326,7 +326,7 @@ def test_a_large_answer_that_comes_slowly_is_read(monkeypatch: pytest.MonkeyPatc
 def test_a_wait_for_changes_is_as_long_as_it_is_quiet(set_timeouts: SetTimeouts) -> None:
     """Only the beginning of its answer is bounded: the change comes when it comes."""
     set_timeouts(LONG_TIMEOUT)
-    event = b'{"action": "set", "node": %s}' % json.dumps({**NODE, "modifiedIndex": 6}).encode()
+    event = b'{"action": "set", "node": %s}\n' % json.dumps({**NODE, "modifiedIndex": 6}).encode()
     began = time.monotonic()
     late = began + 1.5 * LONG_TIMEOUT
 

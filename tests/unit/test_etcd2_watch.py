@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from calicoctl.datastore import etcd2, etcd2_watch
-from calicoctl.datastore.etcd2_watch import SHORTEST, Progress
+from calicoctl.datastore.etcd2_watch import SHORTEST, OpenWatch, Progress
 from tests.unit.rogue_server import OK, Client, answer, serving
 
 KEPT = 1000
@@ -53,10 +53,9 @@ def test_two_requests_must_be_silent_about_a_revision() -> None:
 
     with serving(silent) as server:
         client = etcd.Client(port=server.port)
-        progress = Progress.begin(6)
+        watch = OpenWatch(6)
         for _ in range(4):
-            changes, progress = etcd2_watch.poll(client, "/calico", progress, 0.0, 5.0)
-            assert changes == []
+            assert watch.changes(client, "/calico", 0.0, 5.0) == []
     assert asked == [6, 6, 11, 16]
 
 
@@ -68,15 +67,15 @@ def test_a_change_that_begins_to_arrive_is_no_silence() -> None:
         client.hold()
 
     with serving(stuck) as server, pytest.raises(etcd.EtcdConnectionFailed):
-        etcd2_watch.poll(etcd.Client(port=server.port), "/calico", Progress.begin(6), 0.0, 0.3)
+        OpenWatch(6).changes(etcd.Client(port=server.port), "/calico", 0.0, 0.3)
 
 
 def test_a_change_is_not_taken_twice() -> None:
     import etcd
 
-    old = b'{"action":"set","node":{"key":"/calico/a","value":"","modifiedIndex":5,"createdIndex":5}}'
+    old = b'{"action":"set","node":{"key":"/calico/a","value":"","modifiedIndex":5,"createdIndex":5}}\n'
     with serving(lambda client, line: client.send(answer(old))) as server, pytest.raises(TypeError, match="before"):
-        etcd2_watch.poll(etcd.Client(port=server.port), "/calico", Progress.begin(6), 0.0, 5.0)
+        OpenWatch(6).changes(etcd.Client(port=server.port), "/calico", 0.0, 5.0)
 
 
 def test_a_quorum_is_confirmed_by_a_key_that_nobody_can_have_written() -> None:

@@ -669,7 +669,7 @@ def test_after_a_watch_has_expired_the_next_one_is_open_before_all_is_read_again
 
 
 def test_of_many_messages_in_one_chunk_one_is_kept_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(etcd3_http, "PART", 1000)
+    monkeypatch.setattr(answers, "PART", 1000)
     number = 2000
     text = b"".join(
         json.dumps(result(n, events=[{"kv": kv("/calico/a", "1", n)}])).encode() + b"\n" for n in range(6, 6 + number)
@@ -681,7 +681,7 @@ def test_of_many_messages_in_one_chunk_one_is_kept_at_a_time(monkeypatch: pytest
         watch = store_of(server).watch("/calico", 6, 10)
         for n in range(6, 6 + number):
             (change,) = next(watch)
-            assert change.entry == Entry("/calico/a", "1", n, n) and len(streams[0]._rest) <= 1000
+            assert change.entry == Entry("/calico/a", "1", n, n) and len(streams[0]._lines._rest) <= 1000
         watch.close()
 
 
