@@ -65,8 +65,8 @@ REREAD_INTERVAL = 30.0
 """The minimum number of seconds until the store is read again because a directory may no longer be too large."""
 
 LONG_POLL = 4.0
-"""The maximum duration of one watch request in seconds. After a request without a change, the etcd member that served
-it must show, within the store's QUORUM_TIMEOUT, that it still has a quorum; otherwise, another member is used.
+"""The maximum time, in seconds, that a watch waits for a change. If there is none, the etcd member that was asked must
+show, within the store's QUORUM_TIMEOUT, that it still has a quorum; otherwise, another member is used.
 """
 
 LONGEST_PAUSE = 5.0

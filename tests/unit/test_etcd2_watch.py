@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 
@@ -59,6 +60,44 @@ def test_two_requests_must_be_silent_about_a_revision() -> None:
     assert asked == [6, 6, 11, 16]
 
 
+def test_what_a_stream_has_missed_is_requested_while_the_next_one_is_open() -> None:
+    """After a change from its history, 6, etcd sends nothing more over the stream that begins there."""
+    import etcd
+
+    asked = []
+
+    def chunks(*revisions: int) -> bytes:
+        return b"".join(b"%x\r\n%s\r\n" % (len(event(number)), event(number)) for number in revisions)
+
+    def events(client: Client, line: str) -> None:
+        _, _, parameters = line.partition("?wait=true&recursive=true")
+        asked.append(parameters)
+        reached, revisions = {
+            "&stream=true&waitIndex=6": (8, [6]),
+            "&stream=true": (10, [11, 12]),
+            "&waitIndex=7": (10, [9]),
+            "&waitIndex=10": (10, [11]),
+        }[parameters]
+        client.send(OK.replace(b"Index: 5", b"Index: %d" % reached) + b"Transfer-Encoding: chunked\r\n\r\n")
+        client.send(chunks(*revisions))
+        if "stream" in parameters:
+            client.hold()
+        client.send(b"0\r\n\r\n")
+
+    with serving(events) as server:
+        client, watch = etcd.Client(port=server.port), OpenWatch(6)
+        found = [watch.changes(client, "/calico", 0.0, 5.0) for _ in range(5)]
+        watch.close()
+    revisions = [change.entry and change.entry.revision for changes in found for change in changes]
+    assert revisions == [6, 9, 11, 12]
+    assert asked == ["&stream=true&waitIndex=6", "&stream=true", "&waitIndex=7", "&waitIndex=10"]
+
+
+def event(revision: int) -> bytes:
+    node = {"key": "/calico/a", "value": "", "modifiedIndex": revision, "createdIndex": revision}
+    return json.dumps({"action": "set", "node": node}).encode() + b"\n"
+
+
 def test_a_change_that_begins_to_arrive_is_no_silence() -> None:
     import etcd
 
@@ -73,8 +112,10 @@ def test_a_change_that_begins_to_arrive_is_no_silence() -> None:
 def test_a_change_is_not_taken_twice() -> None:
     import etcd
 
-    old = b'{"action":"set","node":{"key":"/calico/a","value":"","modifiedIndex":5,"createdIndex":5}}\n'
-    with serving(lambda client, line: client.send(answer(old))) as server, pytest.raises(TypeError, match="before"):
+    with (
+        serving(lambda client, line: client.send(answer(event(5)))) as server,
+        pytest.raises(TypeError, match="before"),
+    ):
         OpenWatch(6).changes(etcd.Client(port=server.port), "/calico", 0.0, 5.0)
 
 
