@@ -10,7 +10,6 @@ import http.server
 import json
 import socketserver
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Callable
@@ -43,10 +42,10 @@ class Proxy:
     """The paths of all requests, in order."""
     lost: Lost | None = None
     """What happens to the next write, whose connection is closed without an answer."""
-    delay: float = 0.0
-    """Seconds by which each request is held back, and each answer, too."""
     before_write: Callable[[], object] | None = None
     """Called while the next write is held back."""
+    before_watch: Callable[[], object] = lambda: None
+    """Called while each request for changes through the v2 API is held back."""
     hold: threading.Event = field(default_factory=threading.Event)
     """When set, the next watch is `held` back until `passed`; the headers of its answer get through, its body does not
     until `mended`."""
@@ -95,7 +94,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             proxy.hold.clear()
             proxy.held.set()
             proxy.passed.wait(60)
-        time.sleep(proxy.delay)
+        if "wait=true" in self.path:
+            proxy.before_watch()
         etcd = http.client.HTTPConnection("127.0.0.1", proxy.etcd_port, timeout=60)
         with contextlib.closing(etcd), contextlib.suppress(OSError, http.client.HTTPException):
             passed = ("Content-Type", "Authorization", "Grpc-Metadata-hasleader")
@@ -105,7 +105,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if lost is not None:
                 lost.meanwhile()
                 return
-            time.sleep(proxy.delay)
             self.send_response(answer.status)
             for name in ("Content-Type", "X-Etcd-Index"):
                 if answer.getheader(name):

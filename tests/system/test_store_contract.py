@@ -202,27 +202,22 @@ def watches(proxy: Proxy) -> list[str]:
 
 @pytest.mark.api("etcdv2")
 def test_changes_need_no_request_each_however_far_etcd_is(backend: EtcdBackend) -> None:
-    """From the read of the directory on, changes come faster than requests are answered: each comes, in order, once."""
-    store, changes, per_second = backend.store, 80, 20
-    backend.proxy.delay = 0.1
-    written = [f"/calico/{number}" for number in range(changes)]
-    reached = threading.Event()
+    """Four changes are written while a request is on its way; all of them come, in order, each once."""
+    store, changes = backend.store, 100
+    written: list[str] = []
 
-    def write() -> None:
-        for number, key in enumerate(written):
-            backend.other.put(key, "1")
-            if number == 10:
-                reached.set()
-            time.sleep(1 / per_second)
+    def write(number: int) -> None:
+        for _ in range(min(number, changes - len(written))):
+            written.append(f"/calico/{len(written)}")
+            backend.other.put(written[-1], "1")
 
     revision = store.list_for_watch("/calico")[1]
-    writer = threading.Thread(target=write)
-    writer.start()
-    assert reached.wait(20)
+    backend.proxy.before_watch = lambda: write(4)
     found: list[str] = []
     with closing(store.watch("/calico", revision, 4.0)) as watch:
         while len(found) < changes:
+            if found == written:
+                write(1)
             found += [change.key for change in next(watch)]
-    writer.join()
     assert found == written
     assert len(watches(backend.proxy)) < changes / 2
