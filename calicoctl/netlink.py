@@ -27,12 +27,13 @@ _KIND = 0x3FFF
 
 RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE, RTM_DELROUTE = 16, 17, 20, 21, 24, 25
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
-_RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGHTBL, _RTM_GETNEXTHOP = 18, 22, 26, 66, 106
+_RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGHTBL, _RTM_GETNSID, _RTM_GETNEXTHOP = 18, 22, 26, 66, 90, 106
 _RTM_F_FIB_MATCH = 0x2000
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
 _IFLA_EXT_MASK, _IFLA_LINK_NETNSID, _IFLA_PERM_ADDRESS = 29, 37, 54
 _IFLA_INFO_KIND, _RTEXT_FILTER_SKIP_STATS, _ARPHRD_ETHER = 1, 8, 1
 _NDTA_THRESH3, _NDTA_STATS = 4, 7
+_NETNSA_NSID, _NETNSA_FD = 1, 3
 NDA_DST, NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
 NTF_SELF, NTF_PROXY = 0x02, 0x08
@@ -501,16 +502,31 @@ def _link(index: int) -> bytes:
     # struct ifinfomsg: family, padding, type, index, flags, change
     request = struct.pack("=BBHiII", 0, 0, 0, index, 0, 0)
     request += attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
+    return _ask(_RTM_GETLINK, request)
+
+
+def namespace_id(namespace: int) -> int | None:
+    """Return the id that this process's network namespace uses for another one; None if it has given it none.
+
+    `namespace` is an open file descriptor of the other namespace. Raises OSError.
+    """
+    # struct rtgenmsg: family, padding
+    body = _ask(_RTM_GETNSID, bytes(4) + attribute(_NETNSA_FD, struct.pack("=I", namespace)))
+    found = int(struct.unpack("=i", attributes(body[4:])[_NETNSA_NSID])[0])
+    return found if found >= 0 else None
+
+
+def _ask(kind: int, body: bytes) -> bytes:
+    """Send a request that has one answer; return the answer without its header. Raises OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
         netlink.settimeout(_TIMEOUT)
         netlink.bind((0, 0))
-        netlink.send(message(_RTM_GETLINK, REQUEST, 0, request))
-        for kind, answer in messages(netlink.recv(2**16)):
-            if kind == ERROR:
-                code = refusal(answer)[1]
-                raise OSError(code, os.strerror(code))
-            return answer[16:]
-    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        netlink.send(message(kind, REQUEST, 0, body))
+        type, answer = next(messages(netlink.recv(2**16)))
+        if type == ERROR:
+            code = refusal(answer)[1]
+            raise OSError(code, os.strerror(code))
+        return answer[16:]
 
 
 def delete_link(index: int) -> None:

@@ -20,27 +20,24 @@ import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Callable, TypeVar
+from typing import Any, Callable, TypeVar
 
-from calicoctl.addresses import BITS, FAMILIES, canonical, host_net, version_of
+from calicoctl import rtnetlink
+from calicoctl.addresses import BITS, FAMILIES, canonical, version_of
 from calicoctl.errors import CalicoError, NamespaceError
 from calicoctl.netlink import (
     LOOPBACK_INDEX,
-    NUD_PERMANENT,
     PROTOCOL_STATIC,
-    SCOPE_LINK,
     Interface,
     addresses,
     all_interfaces,
     delete_link,
     interface_at,
+    namespace_id,
     neighbours,
     routes,
     veths_into,
 )
-
-if TYPE_CHECKING:
-    from pyroute2.iproute.linux import IPRoute
 
 T = TypeVar("T")
 
@@ -62,8 +59,6 @@ Documentation/networking/ip-sysctl.rst."""
 # processes in a namespace may add as many as memory allows; reading so many takes a quarter of a second
 MOST = 20_000
 """The maximum number of routes or neighbour entries that are read from a namespace; more are an error."""
-
-_NODAD = 0x02
 
 
 @dataclass(frozen=True)
@@ -117,23 +112,12 @@ class Namespace:
         here, there = os.stat("/proc/self/ns/net"), os.fstat(self._fd)
         return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
-    def run(self, work: Callable[[IPRoute], T]) -> T:
+    def run(self, work: Callable[[], T]) -> T:
         """Call `work` in a thread that has entered this namespace; return what `work` returns.
 
-        The argument of `work` is a netlink socket of this namespace. In the thread, /proc/sys/net contains the sysctls
-        of this namespace. An exception of `work` is raised again in the calling thread.
+        In the thread, /proc/sys/net contains the sysctls of this namespace. An exception of `work` is raised again in
+        the calling thread.
         """
-        from pyroute2.iproute.linux import IPRoute
-
-        def with_socket() -> T:
-            with IPRoute() as netlink:
-                return work(netlink)
-
-        return self._within(with_socket)
-
-    def _within(self, work: Callable[[], T]) -> T:
-        from pyroute2 import netns as pyroute2_netns
-
         outcome: dict[str, Any] = {}
         wanted = True
         begin, done = threading.Event(), threading.Event()
@@ -143,7 +127,7 @@ class Namespace:
             if not wanted:
                 return
             try:
-                pyroute2_netns.setns(self._fd)
+                _enter(self._fd)
                 outcome["result"] = work()
             except BaseException as error:
                 outcome["error"] = error
@@ -167,18 +151,18 @@ class Namespace:
     def inspect(self) -> Inspection:
         """Return the default routes of this namespace, and the state of its loopback interface."""
         with _explained(f"{self.name}: reading its routes"):
-            return self._within(inspect)
+            return self.run(inspect)
 
     def interface(self, name: str) -> Interface | None:
         """Return the interface of this namespace with this name; None if there is none."""
         with _explained(f"{self.name}: reading its interface {name}"):
-            return self._within(lambda: _named(name))
+            return self.run(lambda: _named(name))
 
     def has_address(self, interface: str, net: str) -> bool:
         """Return whether an interface of this namespace has an address, given as `address/32` or `address/128`."""
         address, _, length = net.partition("/")
 
-        def work(_: IPRoute) -> bool:
+        def work() -> bool:
             index = _index(interface)
             wanted = (index, canonical(address), int(length))
             return any((one.index, one.address, one.length) == wanted for one in addresses(most=MOST))
@@ -189,7 +173,7 @@ class Namespace:
     def has_default_route(self, interface: str, version: int) -> bool:
         """Return whether this namespace has a default route of an IP version through one of its interfaces."""
 
-        def work(_: IPRoute) -> bool:
+        def work() -> bool:
             return any(routes(FAMILIES[version], lengths=(0,), index=_index(interface), most=MOST))
 
         with _explained(f"{self.name}: reading the routes through {interface}"):
@@ -200,15 +184,13 @@ class Namespace:
 
         Returns None if the other end is not in this namespace, if `host_end` is not a veth, or if it was deleted.
         """
-        from pyroute2.iproute.linux import IPRoute
-
         # indices alone prove nothing: processes in the namespace may choose them
-        with _explained("reading this host's interfaces"), IPRoute() as netlink:
+        with _explained("reading this host's interfaces"):
             link = interface_at(host_end.index)
-            if link is None or not _leads_to(netlink, link, self._fd):
+            if link is None or not _leads_to(link, self._fd):
                 return None
         with _explained(f"{self.name}: reading its interfaces"):
-            own = self._within(lambda: interface_at(host_end.peer_index or 0))
+            own = self.run(lambda: interface_at(host_end.peer_index or 0))
         return own if own is not None and (own.kind, own.peer_index) == ("veth", host_end.index) else None
 
     def pairs(self) -> list[tuple[Interface, Interface]]:
@@ -216,33 +198,30 @@ class Namespace:
 
         Each is a pair (end in this namespace, end on the host).
         """
-        from pyroute2.iproute.linux import IPRoute
-
-        with _explained("reading this host's interfaces"), IPRoute() as netlink:
-            id = netlink.get_netnsid(fd=self._fd)["nsid"]
-            known = id is not None and 0 <= id < 2**31  # else no pair leads there from this namespace
+        with _explained("reading this host's interfaces"):
+            id = namespace_id(self._fd)  # without one, no pair leads there from this namespace
             # of the host, since the namespace may contain any number of interfaces
-            ends = [interface_at(index) for index in veths_into(id)] if known else []
+            ends = [interface_at(index) for index in veths_into(id)] if id is not None else []
         pairs = [(self.own_end(end), end) for end in ends if end is not None]
         return [(own, host_end) for own, host_end in pairs if own is not None]
 
     def ipv6_is_off(self, interface: str) -> bool:
         """Return whether the sysctls of this namespace disable IPv6 on an interface."""
         with _explained(f"{self.name}: reading whether IPv6 is disabled on {interface}"):
-            return self.run(lambda _: _read_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6")) == "1"
+            return self.run(lambda: _read_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6")) == "1"
 
     def disable_ipv6(self, interface: str) -> None:
         with _explained(f"{self.name}: disabling IPv6 on {interface}"):
-            self.run(lambda _: _write_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1"))
+            self.run(lambda: _write_sysctl(f"net/ipv6/conf/{interface}/disable_ipv6", "1"))
 
     def restore_loopback(self, before: Loopback) -> None:
         """Restore the state `before` of the loopback interface: the state that it had before `configure` was called."""
 
-        def work(netlink: IPRoute) -> None:
+        def work() -> None:
             if not before.ipv6:
                 _write_sysctl("net/ipv6/conf/lo/disable_ipv6", "1")
             if not before.up:
-                netlink.link("set", index=LOOPBACK_INDEX, state="down")
+                rtnetlink.set_up(LOOPBACK_INDEX, False)
 
         with _explained(f"{self.name}: removing what was configured on lo"):
             self.run(work)
@@ -256,24 +235,21 @@ class Namespace:
         `interface` and on the loopback interface.
         """
 
-        def work(netlink: IPRoute) -> str:
+        def work() -> str:
             index = _index(interface)
-            netlink.link("set", index=LOOPBACK_INDEX, state="up")
-            netlink.link("set", index=index, state="up")
+            rtnetlink.set_up(LOOPBACK_INDEX)
+            rtnetlink.set_up(index)
             if any(version_of(net) == 6 for net in nets):
                 # Docker disables IPv6 on every interface of a container
                 for name in ("lo", interface):
                     _write_sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "0")
             for net in nets:
                 address, _, length = net.partition("/")
-                # without NODAD, an IPv6 address could not be used for a second or more
-                flags = {"flags": _NODAD} if version_of(net) == 6 else {}
-                netlink.addr("replace", index=index, address=address, prefixlen=int(length), **flags)
+                rtnetlink.put_address(index, address, int(length))
             for version, next_hop in next_hops.items():
-                scope = {"scope": SCOPE_LINK} if version == 4 else {}
-                netlink.route("replace", **_route(version, next_hop, index), **scope)
-                netlink.route("replace", **_route(version, None, index), gateway=next_hop)
-            _add_neighbours(netlink, index, host_mac)
+                rtnetlink.put_route(version, index, next_hop)
+                rtnetlink.put_route(version, index, gateway=next_hop)
+            _add_neighbours(index, host_mac)
             found = interface_at(index)
             return "" if found is None else found.mac
 
@@ -282,7 +258,7 @@ class Namespace:
 
     def set_mtu(self, interface: str, mtu: int) -> None:
         with _explained(f"{self.name}: setting the MTU of {interface}"):
-            self.run(lambda netlink: netlink.link("set", index=_index(interface), mtu=mtu))
+            self.run(lambda: rtnetlink.set_mtu(_index(interface), mtu))
 
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
         """Add or change neighbour entries, so that each next hop of `interface` has a permanent one with `host_mac`.
@@ -292,14 +268,14 @@ class Namespace:
         enabled on the loopback interface.
         """
 
-        def work(netlink: IPRoute) -> bool:
+        def work() -> bool:
             index = _index(interface)
             unknown = _missing_next_hops(index, host_mac)
             if not unknown:
                 return False
-            _add_neighbours(netlink, index, host_mac)
+            _add_neighbours(index, host_mac)
             # for workloads that an older version has connected
-            netlink.link("set", index=LOOPBACK_INDEX, state="up")
+            rtnetlink.set_up(LOOPBACK_INDEX)
             if any(version_of(address) == 6 for address in unknown):
                 _write_sysctl("net/ipv6/conf/lo/disable_ipv6", "0")
             return True
@@ -313,7 +289,7 @@ class Namespace:
         `index` is the interface's index. The next hops are the gateways of the default routes through the interface.
         """
         with _explained(f"{self.name}: reading its next hops"):
-            return not self._within(lambda: _missing_next_hops(index, mac))
+            return not self.run(lambda: _missing_next_hops(index, mac))
 
     def unconfigure(self, interface: str, nets: list[str], versions: Collection[int]) -> None:
         """Remove the addresses `nets` from `interface`, and its routes of the IP versions `versions`. Idempotent.
@@ -322,20 +298,20 @@ class Namespace:
         entries of the routes' gateways are removed, too. The interface stays up.
         """
 
-        def work(netlink: IPRoute) -> None:
+        def work() -> None:
             index = _index(interface)
             for version in versions:
                 lengths = (0, BITS[version])
                 for route in list(routes(FAMILIES[version], lengths, PROTOCOL_STATIC, index, MOST)):
                     if route.gateway:  # before the route, which names the gateway
                         with _ignoring(errno.ENOENT):
-                            netlink.neigh("del", family=FAMILIES[version], dst=route.gateway, ifindex=index)
+                            rtnetlink.delete_neighbour(index, route.gateway)
                     with _ignoring(errno.ESRCH):
-                        netlink.route("del", **_route(version, route.destination, index))
+                        rtnetlink.delete_route(version, index, route.destination)
             for net in nets:
                 address, _, length = net.partition("/")
                 with _ignoring(errno.EADDRNOTAVAIL):
-                    netlink.addr("delete", index=index, address=address, prefixlen=int(length))
+                    rtnetlink.delete_address(index, address, int(length))
 
         with _explained(f"{self.name}: removing what was configured on {interface}"):
             self.run(work)
@@ -347,13 +323,9 @@ def create_veth(name: str, namespace: Namespace, interface: str, mtu: int, mac: 
     `mac` is the MAC of the end in the namespace; None lets the kernel choose one. The MAC of the end on the host is
     HOST_MAC. If NamespaceError is raised, no pair was created.
     """
-    from pyroute2.iproute.linux import IPRoute
-
-    peer: dict[str, Any] = {"ifname": interface, "net_ns_fd": namespace.fileno(), "mtu": mtu}
-    if mac is not None:
-        peer["address"] = mac
-    with _explained(f"{namespace.name}: creating the veth pair {name} and {interface}"), IPRoute() as netlink:
-        netlink.link("add", ifname=name, kind="veth", address=HOST_MAC, mtu=mtu, peer=peer)
+    with _explained(f"{namespace.name}: creating the veth pair {name} and {interface}"):
+        peer = rtnetlink.End(interface, mtu, mac, namespace.fileno())
+        rtnetlink.add_veth(rtnetlink.End(name, mtu, HOST_MAC), peer)
 
 
 def create_veth_here(name: str, peer: str, mtu: int, mac: str) -> None:
@@ -362,40 +334,33 @@ def create_veth_here(name: str, peer: str, mtu: int, mac: str) -> None:
     An interface `name` that exists is replaced. `mac` is the MAC of `peer`; the MAC of the other end is HOST_MAC. If
     NamespaceError is raised, there is no such pair.
     """
-    from pyroute2.iproute.linux import IPRoute
-
-    with _explained(f"creating the veth pair {name} and {peer}"), IPRoute() as netlink:
-        _delete(netlink, name)
-        other = {"ifname": peer, "mtu": mtu, "address": mac}
-        netlink.link("add", ifname=name, kind="veth", address=HOST_MAC, mtu=mtu, peer=other)
+    with _explained(f"creating the veth pair {name} and {peer}"):
+        _delete(name)
+        rtnetlink.add_veth(rtnetlink.End(name, mtu, HOST_MAC), rtnetlink.End(peer, mtu, mac))
         try:
-            _set_up(netlink, name)
+            _set_up(name)
         except BaseException:
-            _delete(netlink, name)
+            _delete(name)
             raise
 
 
 def set_up(name: str) -> None:
     """Set the sysctls HOST_END_IPV6 on the host end of a veth pair, and bring it up."""
-    from pyroute2.iproute.linux import IPRoute
-
-    with _explained(f"bringing interface {name} up"), IPRoute() as netlink:
-        _set_up(netlink, name)
+    with _explained(f"bringing interface {name} up"):
+        _set_up(name)
 
 
-def _set_up(netlink: IPRoute, name: str) -> None:
+def _set_up(name: str) -> None:
     with suppress(FileNotFoundError):  # a kernel without IPv6
         for setting, value in HOST_END_IPV6.items():
             _write_sysctl(f"net/ipv6/conf/{name}/{setting}", value)
-    netlink.link("set", index=_index(name), state="up")
+    rtnetlink.set_up(_index(name))
 
 
 def set_mtu(name: str, mtu: int) -> None:
     """Set the MTU of an interface of the host."""
-    from pyroute2.iproute.linux import IPRoute
-
-    with _explained(f"setting the MTU of interface {name}"), IPRoute() as netlink:
-        netlink.link("set", index=_index(name), mtu=mtu)
+    with _explained(f"setting the MTU of interface {name}"):
+        rtnetlink.set_mtu(_index(name), mtu)
 
 
 def find_interface(name: str) -> Interface | None:
@@ -418,13 +383,11 @@ def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> 
     permanent neighbour entry with the MAC of the host end. An interface is left out if it does not exist, or if its
     namespace does not exist or cannot be read.
     """
-    from pyroute2.iproute.linux import IPRoute
-
     found = {}
-    with _explained("reading this host's interfaces"), IPRoute() as netlink:
+    with _explained("reading this host's interfaces"):
         for link in [link for link in all_interfaces() if link.name in namespaces]:
             with suppress(NamespaceError), Namespace(namespaces[link.name], link.name) as namespace:
-                found[link.name] = _leads_to(netlink, link, namespace.fileno()) and (
+                found[link.name] = _leads_to(link, namespace.fileno()) and (
                     not next_hops or namespace.has_next_hops(link.peer_index or 0, link.mac)
                 )
     return found
@@ -432,23 +395,16 @@ def check_attachments(namespaces: Mapping[str, str], next_hops: bool = True) -> 
 
 def delete_interface(name: str) -> bool:
     """Delete an interface of the host; return whether it existed. The other end of a veth is deleted with it."""
-    index = _find(name)
-    if index is None:
-        return False
-    try:
-        delete_link(index)  # the only change of the kernel when a workload is disconnected: without pyroute2
-    except OSError as error:
-        if error.errno != errno.ENODEV:
-            raise NamespaceError(f"deleting interface {name} failed: {error.strerror or error}") from error
-    return True
+    with _explained(f"deleting interface {name}"):
+        return _delete(name)
 
 
-def _delete(netlink: IPRoute, name: str) -> bool:
+def _delete(name: str) -> bool:
     index = _find(name)
     if index is None:
         return False
     with _ignoring(errno.ENODEV):
-        netlink.link("del", index=index)
+        delete_link(index)
     return True
 
 
@@ -474,13 +430,22 @@ def inspect() -> Inspection:
     return found
 
 
-def _leads_to(netlink: IPRoute, link: Interface, namespace: int) -> bool:
+def _leads_to(link: Interface, namespace: int) -> bool:
     """Return whether the other end of the interface `link` of the host is in a namespace.
 
-    `netlink` is a socket of the host, and `namespace` is an open file descriptor of the namespace.
+    `namespace` is an open file descriptor of the namespace.
     """
     id = link.peer_namespace
-    return id is not None and bool(netlink.get_netnsid(fd=namespace)["nsid"] == id)
+    return id is not None and namespace_id(namespace) == id
+
+
+def _enter(namespace: int) -> None:
+    """Move the calling thread into a network namespace, given as an open file descriptor. Raises OSError."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _named(name: str) -> Interface | None:
@@ -502,11 +467,6 @@ def _find(name: str) -> int | None:
         return None
 
 
-def _route(version: int, address: str | None, index: int) -> dict[str, Any]:
-    destination = "default" if address is None else host_net(address)
-    return {"family": FAMILIES[version], "dst": destination, "oif": index, "proto": PROTOCOL_STATIC}
-
-
 def _missing_next_hops(index: int, mac: str) -> set[str]:
     """Return the gateways of an interface's default routes that have no permanent neighbour entry with this MAC.
 
@@ -521,14 +481,13 @@ def _missing_next_hops(index: int, mac: str) -> set[str]:
     return found
 
 
-def _add_neighbours(netlink: IPRoute, index: int, mac: str) -> None:
+def _add_neighbours(index: int, mac: str) -> None:
     """Add or change the neighbour entries of the gateways of an interface's default routes.
 
     Then each gateway has a permanent entry with this MAC.
     """
     for hop in _missing_next_hops(index, mac):
-        family = FAMILIES[version_of(hop)]
-        netlink.neigh("replace", family=family, dst=hop, lladdr=mac, ifindex=index, state=NUD_PERMANENT)
+        rtnetlink.put_neighbour(index, hop, mac)
 
 
 def _read_sysctl(path: str) -> str:
@@ -543,13 +502,11 @@ def _write_sysctl(path: str, value: str) -> None:
 
 @contextmanager
 def _ignoring(*codes: int) -> Iterator[None]:
-    """Suppress NetlinkErrors with one of these errno codes in the body of `with`."""
-    from pyroute2.netlink.exceptions import NetlinkError
-
+    """Suppress OSErrors with one of these errno codes in the body of `with`."""
     try:
         yield
-    except NetlinkError as error:
-        if error.code not in codes:
+    except OSError as error:
+        if error.errno not in codes:
             raise
 
 
@@ -559,12 +516,8 @@ def _explained(doing: str) -> Iterator[None]:
 
     The text of a NamespaceError begins with `doing`, which says what failed.
     """
-    from pyroute2.netlink.exceptions import NetlinkError
-
     try:
         yield
-    except NetlinkError as error:
-        raise NamespaceError(f"{doing} failed: {os.strerror(error.code)}") from error
     except OSError as error:
         raise NamespaceError(f"{doing} failed: {error.strerror or error}") from error
     except CalicoError as error:

@@ -10,8 +10,8 @@ FAULT_LOG=FILE  gets a line for each change
 FAULTY=cni      runs the CNI plugin in place of calicoctl
 SETTLE=SECONDS  how long `datastore migrate` waits for commands that have begun
 
-The seams are the calls of the two libraries that change something, what is sent to etcd's v3 API, and the deletion of
-an interface, so no step of the program can be missed.
+The seams are the calls of the library for etcd's v2 API that change something, what is sent to etcd's v3 API, the
+requests to the kernel that change something, and what is written to sysctls, so no step of the program can be missed.
 """
 
 import base64
@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 
-from calicoctl import slim
+from calicoctl import netlink, slim
 from calicoctl.cli.main import entry
 from calicoctl.datastore import etcd3_http, migration_run
 from calicoctl.datastore.members import ConnectionLost, NotSent
@@ -30,8 +30,6 @@ slim.install()
 
 import etcd  # noqa: E402
 import urllib3.exceptions  # noqa: E402
-from pyroute2.iproute import linux  # noqa: E402
-from pyroute2.netlink.exceptions import NetlinkError  # noqa: E402
 
 MODE, _, NUMBER = os.environ["FAULT"].partition(":")
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
@@ -122,35 +120,18 @@ def changed_keys(path, body):
     return [f"{kind.rpartition('_')[2]} {base64.b64decode(one['key']).decode()}" for kind, one in steps]
 
 
-def faulty_netlink(name):
-    original = getattr(linux.RTNL_API, name)
+def faulty_netlink():
+    original = netlink.do
 
-    async def call(self, command, **options):
-        if command not in ("add", "set", "replace", "del", "delete"):
-            return await original(self, command, **options)
-        hit = count(f"netlink {name} {command}")
-        if hit and MODE == "fail":
-            raise NetlinkError(105)
-        result = await original(self, command, **options)
-        if hit and MODE in SIGNALS:
-            os.kill(os.getpid(), SIGNALS[MODE])
-        return result
-
-    setattr(linux.RTNL_API, name, call)
-
-
-def faulty_deletion():
-    original = netns.delete_link
-
-    def call(index):
-        hit = count("netlink link del")
+    def call(protocol, kind, flags, body):
+        hit = count(f"netlink {kind}")
         if hit and MODE == "fail":
             raise OSError(105, "No buffer space available")
-        original(index)
+        original(protocol, kind, flags, body)
         if hit and MODE in SIGNALS:
             os.kill(os.getpid(), SIGNALS[MODE])
 
-    netns.delete_link = call
+    netlink.do = call
 
 
 def faulty_sysctl():
@@ -171,9 +152,7 @@ faulty_etcd("write")
 faulty_etcd("delete")
 faulty_read()
 faulty_v3()
-for request in ("link", "addr", "route", "neigh"):
-    faulty_netlink(request)
-faulty_deletion()
+faulty_netlink()
 faulty_sysctl()
 migration_run.SETTLE = float(os.environ.get("SETTLE", migration_run.SETTLE))
 if os.environ.get("FAULTY") == "cni":

@@ -8,7 +8,6 @@ import threading
 from types import FrameType
 
 import pytest
-from pyroute2.iproute.linux import IPRoute
 
 from calicoctl.workloads.netns import Namespace
 
@@ -25,7 +24,7 @@ def test_an_interrupt_waits_for_what_is_being_done_in_the_namespace() -> None:
             interrupted.set()
             raise Interrupt
 
-    def work(netlink: IPRoute) -> None:
+    def work() -> None:
         # the process gets it, and the main thread handles it, but late where it was just about to wait
         for _ in range(100):
             os.kill(os.getpid(), signal.SIGUSR1)
