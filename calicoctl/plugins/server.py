@@ -50,8 +50,15 @@ CALL = 5.0
 
 BACKLOG = 128
 
-WITHOUT_BODY = ("Plugin.Activate", "GetCapabilities", "GetDefaultAddressSpaces")
-"""The ends of the paths of the calls that the engine makes with an empty body."""
+WITHOUT_BODY = (
+    *("Plugin.Activate", "GetCapabilities", "GetDefaultAddressSpaces"),
+    *("EndpointOperInfo", "ProgramExternalConnectivity", "RevokeExternalConnectivity", "ReleasePool"),
+)
+"""The ends of the paths of the calls that may have an empty body.
+
+The engine makes the first three with one. It repeats any call with one when this process has ended meanwhile, and the
+answers of the others are the same whatever the body says.
+"""
 
 OTHER = "another process serves Docker networks already"
 

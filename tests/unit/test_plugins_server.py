@@ -41,6 +41,7 @@ def hang(request: dict[str, Any]) -> dict[str, Any]:
 
 ROUTES = {
     "/Plugin.Activate": lambda request: {},
+    "/NetworkDriver.EndpointOperInfo": lambda request: {"Value": {}},
     "/Echo": lambda request: {"got": request},
     "/Refuse": refuse,
     "/Fail": fail,
@@ -102,6 +103,8 @@ def test_the_hook_is_served_unless_its_path_would_be_too_long(monkeypatch: pytes
 def test_calls(path: Path) -> None:
     assert call(path, "/Echo", b'{"a": [1]}') == (200, {"got": {"a": [1]}})
     assert call(path, "/Plugin.Activate", b"") == (200, {})
+    # as the engine repeats it after the process that served has been killed: it would end the start of a container
+    assert call(path, "/NetworkDriver.EndpointOperInfo", b"") == (200, {"Value": {}})
     assert call(path, "/Echo", b" ") == (400, {"Err": "the body of the request is empty, and must be a JSON object"})
     assert call(path, "/Refuse") == (400, {"Err": "no, since it is Tuesday"})
     assert call(path, "/Other") == (400, {"Err": "there is no call /Other"})
