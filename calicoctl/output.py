@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from calicoctl.errors import one_line, printable
 
+if TYPE_CHECKING:
+    from prettytable import PrettyTable
+
 T = TypeVar("T")
+
+PART = 500
+"""The number of rows of a table that are formatted at a time."""
 
 _SHORT = 10
 """Words of up to this many characters, such as an ISO date, are not broken at hyphens if possible."""
@@ -58,20 +65,45 @@ def print_table(
     """
     import shutil
 
-    from prettytable import PrettyTable
-
     lines = [["" if cell is None else printable(str(cell)) for cell in row] for row in [columns, *rows]]
     if sys.stdout.isatty() and not complete:
         lines, left_out = fit(lines, shutil.get_terminal_size().columns, expendable)
         if left_out:
             warn(f"Columns left out because the terminal is too narrow: {', '.join(left_out)}; --no-trunc shows all.")
         widest = None
+    widths = _column_widths(lines, widest)
+    for start in range(0, len(lines), PART):  # the text of a large table is never in memory as a whole
+        table = _table(lines[start : start + PART], widest, has_heading=start == 0)
+        table.min_width.update(zip(table.field_names, widths))
+        text = str(table)
+        if start > 0:
+            text = text.partition("\n")[2]  # without its upper frame
+        if start + PART < len(lines):
+            text = text.rpartition("\n")[0]  # without its lower frame
+        print(text)
+
+
+def _table(lines: list[list[str]], widest: int | None, has_heading: bool = False) -> PrettyTable:
+    """Return a table with these rows, of which the first one may be the heading. `widest`: see print_table."""
+    from prettytable import PrettyTable
+
     table = PrettyTable([str(number) for number in range(len(lines[0]))], header=False)
     table.align = "l"
     table.max_width = widest
-    table.add_row(lines[0], divider=True)
+    table.add_row(lines[0], divider=has_heading)
     table.add_rows(lines[1:])
-    print(table)
+    return table
+
+
+def _column_widths(lines: list[list[str]], widest: int | None) -> list[int]:
+    """Return the widths of a table's columns, in characters of a terminal. `widest`: see print_table."""
+    samples: list[list[str]] = []
+    for column in zip(*lines):
+        parts = {part for cell in column for part in cell.split("\n")}
+        wide = [part for part in parts if not part.isascii()]  # its characters may take no cell of a terminal, or two
+        samples.append([max((part for part in parts if part.isascii()), key=len, default=""), *wide])
+    frame = str(_table([list(row) for row in zip_longest(*samples, fillvalue="")], widest)).partition("\n")[0]
+    return [len(part) - 2 for part in frame[1:-1].split("+")]
 
 
 def fit(lines: list[list[str]], width: int, expendable: Sequence[str] = ()) -> tuple[list[list[str]], list[str]]:

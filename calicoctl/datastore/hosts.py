@@ -99,18 +99,25 @@ class Hosts:
                 summary(name).ipv6 = entry.value or None
             elif setting == "as_num":
                 summary(name).as_num = entry.value or None
-        reports = _Reports(self._store.tree(keys.FELIX_HOSTS))
+        reports = _Reports(self._store, keys.FELIX_HOSTS)
         for name, heartbeat in reports.heartbeats.items():
             summary(name).agent = "starting" if heartbeat.get("first_update") is False else "up"
             time = heartbeat.get("time")
             summary(name).reported = time if isinstance(time, str) else None
-        for entry in self._store.tree(keys.HOSTS):
-            name = entry.key[len(keys.HOSTS) + 1 :].partition("/")[0]
-            id = keys.parse_endpoint(entry.key)
+
+        def registered(entry: Entry) -> tuple[str, str | None, str | None] | None:
+            """Return (host, status of its endpoint, None), or (host, None, its address); None for any other entry."""
+            id = keys.parse_endpoint(entry.key) if entry.problem is None else None
             if id is not None:
-                summary(name).endpoints[reports.status(id)[0]] += 1
-            elif keys.parse_host_bird_ip(entry.key) is not None and summary(name).ipv4 is None:
-                summary(name).ipv4 = entry.value or None
+                return sys.intern(id.host), reports.status(id)[0], None
+            host = keys.parse_host_bird_ip(entry.key) if entry.problem is None else None
+            return None if host is None else (host, None, entry.value)
+
+        for name, status, address in self._store.collect(keys.HOSTS, registered):
+            if status is not None:
+                summary(name).endpoints[status] += 1
+            elif summary(name).ipv4 is None:
+                summary(name).ipv4 = address or None
         default_as_num = self.default_as_num()
         for host in found.values():
             host.as_num = host.as_num or default_as_num
@@ -123,7 +130,7 @@ class Hosts:
         "unknown" if none was reported, or if the agent of the endpoint's host is not up (see HostSummary). The reason
         is None if none was reported.
         """
-        return _Reports(self._store.tree(keys.FELIX_HOSTS if host is None else keys.felix_host(host))).status
+        return _Reports(self._store, keys.FELIX_HOSTS if host is None else keys.felix_host(host)).status
 
     def default_as_num(self) -> str:
         """Return the global AS number; DEFAULT_AS_NUMBER if it is missing or invalid."""
@@ -261,26 +268,38 @@ class Hosts:
 class _Reports:
     """The reports of agents in the store: heartbeats by host, and statuses of endpoints."""
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, store: Store, directory: str) -> None:
+        """Read the reports below `directory`. Raises StoreError."""
         self.heartbeats: dict[str, dict[str, Any]] = {}
-        self._statuses: dict[EndpointId, tuple[Any, Any]] = {}
-        """Endpoint -> its status and reason, as they stand in the store."""
-        for entry in entries:
-            name = entry.key[len(keys.FELIX_HOSTS) + 1 :].partition("/")[0]
-            id = keys.parse_felix_endpoint(entry.key)
-            if id is not None:
-                fields = _fields(entry.value)
-                self._statuses[id] = _once(fields.get("status")), _once(fields.get("reason"))
-            elif entry.key == keys.felix_status(name):
-                self.heartbeats[name] = _fields(entry.value)
+        self._statuses: dict[str, tuple[Any, Any]] = {}
+        """Key of an endpoint's status -> the status and its reason, as they stand in the store."""
+        for key, host, fields in store.collect(directory, _report):
+            if host is None:
+                self._statuses[key] = fields
+            else:
+                self.heartbeats[host] = fields
 
     def status(self, id: EndpointId) -> tuple[str, str | None]:
         """Return (status, reason) of an endpoint; see Hosts.endpoint_statuses."""
         heartbeat = self.heartbeats.get(id.host)
-        state, reason = self._statuses.get(id, (None, None))
+        state, reason = self._statuses.get(keys.felix_endpoint(id), (None, None))
         if heartbeat is None or heartbeat.get("first_update") is False or state not in ENDPOINT_STATES:
             return "unknown", None
         return str(state), reason if isinstance(reason, str) else None
+
+
+def _report(entry: Entry) -> tuple[str, str | None, Any] | None:
+    """Return (key, None, (status, reason)) for the status of an endpoint, (key, host, fields) for a heartbeat.
+
+    Returns None for any other entry, and for one that cannot be read.
+    """
+    if entry.problem is not None:
+        return None
+    host = entry.key[len(keys.FELIX_HOSTS) + 1 :].partition("/")[0]
+    if keys.parse_felix_endpoint(entry.key) is not None:
+        fields = _fields(entry.value)
+        return entry.key, None, (_once(fields.get("status")), _once(fields.get("reason")))
+    return (entry.key, host, _fields(entry.value)) if entry.key == keys.felix_status(host) else None
 
 
 def _once(value: Any) -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calicoctl.output import first_few, fit, print_json, quantity
+from calicoctl import output
+from calicoctl.output import first_few, fit, print_json, print_table, quantity
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 ROW = ["host1", "docker", "web", "8573cd44e783", "192.168.0.1\nfd80::1", "aa:bb:cc:dd:ee:01", "a\nb", "active"]
@@ -55,6 +59,19 @@ def test_no_line_is_wider_and_nothing_is_lost(lines: list[list[str]], width: int
     assert left_out == [] and width_of(fitted) <= width
     for line, before in zip(fitted, lines):
         assert ["".join(cell.split()) for cell in line] == ["".join(cell.split()) for cell in before]
+
+
+CELLS = st.lists(st.text("ab -\t日é", max_size=12), max_size=3).map("\n".join)
+
+
+@given(st.lists(st.tuples(CELLS, CELLS, st.none() | st.integers(0, 10**9)), max_size=9), st.none() | st.integers(3, 9))
+def test_a_table_that_is_formatted_in_parts_is_the_same(rows: list[tuple[object, ...]], widest: int | None) -> None:
+    texts = []
+    for part in (2, 3, 500):
+        with mock.patch.object(output, "PART", part), redirect_stdout(StringIO()) as printed:
+            print_table(["Name", "名前", "Number"], rows, widest)
+        texts.append(printed.getvalue())
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_a_sentence_lists_three_at_most() -> None:
