@@ -171,8 +171,9 @@ def _check(fix: bool, as_json: bool) -> None:
         why_not = audit.repair(finding) if fix else finding.advice
         fixed = fix and why_not is None
         left += not fixed
-        shown.append({**finding.to_dict(), "fixed": fixed})
-        if not as_json:
+        if as_json:
+            shown.append({**finding.to_dict(), "fixed": fixed})
+        else:
             if fixed:
                 ending = "fixed"
             elif fix:

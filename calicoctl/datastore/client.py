@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Callable, cast
+from typing import TYPE_CHECKING, Callable, TypeVar, cast
 
 from calicoctl.addresses import version_of
 from calicoctl.datastore import backends, config, keys
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from netaddr import IPAddress
 
     from calicoctl.datastore.ipam import Ipam
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,24 @@ class DatastoreClient:
         """Yield all entries below `/calico`, except those that cannot be read (see `each_below`)."""
         return each_below(self._store, keys.ROOT)
 
-    def copied(self, directory: str = keys.ROOT) -> tuple[DatastoreClient, list[Entry]]:
-        """Copy all keys below a directory; return a read-only client of the copy, and the entries that have a problem.
+    def collect(self, convert: Callable[[Entry], T | None]) -> list[T]:
+        """Return `convert(entry)` for each entry below `/calico`, without None; see Store.collect.
 
-        The latter stand for keys and directories that could not be read (see `Entry.problem`). For the client of the
-        copy, these do not exist.
+        If the store is atomic, all are of one revision.
         """
-        copy = CopiedStore(self._store, directory)
+        return self._store.collect(keys.ROOT, convert)
+
+    def copied(self, directory: str) -> tuple[DatastoreClient, list[Entry]]:
+        """Copy all keys below a directory. Return what `copy_of` returns for them."""
+        return self.copy_of(self._store.list_for_watch(directory)[0])
+
+    def copy_of(self, entries: Iterable[Entry]) -> tuple[DatastoreClient, list[Entry]]:
+        """Return a read-only client of a store that has only `entries`, and those of them that have a problem.
+
+        The latter stand for keys and directories that could not be read (see `Entry.problem`). For the client, these do
+        not exist.
+        """
+        copy = CopiedStore(entries)
         return DatastoreClient(cast("Store", copy), self.host, self.members), copy.unread
 
     def store_version(self) -> str:

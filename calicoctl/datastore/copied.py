@@ -1,31 +1,27 @@
-"""A read-only copy of a directory of the store, for callers that would otherwise send many requests.
-
-If the store is atomic, the whole copy is of one revision.
-"""
+"""A read-only copy of a part of the store, for callers that would otherwise send many requests."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Callable, TypeVar
 
-from calicoctl.datastore.store import Entry, Store
+from calicoctl.datastore.store import Entry
 
 T = TypeVar("T")
 
 
 class CopiedStore:
-    """A copy of a directory, with the reading methods of `Store`. The methods raise no exceptions.
+    """Entries that were read before, with the reading methods of `Store`. The methods raise no exceptions.
 
     `unread` has an entry for each key or directory that could not be read (see `Entry.problem`). The methods find no
     data at these keys, or below them.
     """
 
-    def __init__(self, store: Store, directory: str) -> None:
-        """Read all keys below `directory`. Raises StoreError."""
-        entries = sorted(store.list_for_watch(directory)[0], key=lambda entry: entry.key)
-        self.unread = [entry for entry in entries if entry.problem is not None]
-        self._entries = [entry for entry in entries if entry.problem is None]
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        ordered = sorted(entries, key=lambda entry: entry.key)
+        self.unread = [entry for entry in ordered if entry.problem is not None]
+        self._entries = [entry for entry in ordered if entry.problem is None]
         self._keys = [entry.key for entry in self._entries]
 
     def get(self, key: str) -> Entry | None:

@@ -41,7 +41,7 @@ PAGE = 1000
 FIRST_PAGE = 128
 """The maximum number of keys in the first request of `collect`, which does not know yet how large the values are."""
 
-PAGE_SIZE = 4 * answers.MiB
+PAGE_SIZE = 2 * answers.MiB
 """The size that each further page of `collect` should have, in characters of the answer's JSON."""
 
 _JSON_OF_A_KEY = 120

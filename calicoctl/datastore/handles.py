@@ -65,9 +65,7 @@ class Handles:
         invalid: list[InvalidValue] = []
         for entry in self._store.tree(keys.ipam_handles()):
             try:
-                if "/" in entry.key[len(keys.ipam_handles()) + 1 :]:
-                    raise InvalidValue(entry.key, "it is in a subdirectory, where no handle can be")
-                counts[keys.last(entry.key)] = counts_of(entry)
+                counts[handle_of(entry)] = counts_of(entry)
             except InvalidValue as error:
                 invalid.append(error)
         return counts, invalid
@@ -150,6 +148,13 @@ def counted(handle: str, entry: Entry | None, counts: Mapping[str, int]) -> Writ
         return Create(key, value) if actual else None
     # written even if unchanged: then a host that has read the handle, and an older state of the block, cannot delete it
     return Update(entry, value) if actual else Delete(entry)
+
+
+def handle_of(entry: Entry) -> str:
+    """Return the handle of an entry below keys.ipam_handles(). Raise InvalidValue if it is in a subdirectory."""
+    if "/" in entry.key[len(keys.ipam_handles()) + 1 :]:
+        raise InvalidValue(entry.key, "it is in a subdirectory, where no handle can be")
+    return keys.last(entry.key)
 
 
 def counts_of(entry: Entry) -> dict[str, int]:

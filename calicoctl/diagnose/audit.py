@@ -9,19 +9,22 @@ workloads of this host, since the repair holds the workload's lock, and locks ar
 
 from __future__ import annotations
 
+import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from calicoctl.addresses import parse_address
 from calicoctl.datastore import keys
+from calicoctl.datastore.handles import counts_of, handle_of
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
+from calicoctl.datastore.store import Entry
 from calicoctl.desired.local_endpoint import usable_addresses
-from calicoctl.errors import CalicoError
+from calicoctl.errors import CalicoError, InvalidValue
 from calicoctl.output import quantity
 from calicoctl.workloads.connected import ORCHESTRATORS
 from calicoctl.workloads.libnetwork import LIBNETWORK
@@ -30,7 +33,9 @@ from calicoctl.workloads.workload import Workload, workload_of
 if TYPE_CHECKING:
     from calicoctl.datastore.blocks import Block, Owner
     from calicoctl.datastore.client import DatastoreClient
-    from calicoctl.datastore.store import Entry
+
+_COPIED = tuple(f"{directory}/" for directory in (*map(keys.ipam_blocks, (4, 6)), keys.IPAM_HOSTS, keys.BGP_HOSTS))
+"""The beginnings of the keys of blocks, affinities and registrations."""
 
 RECHECK_DELAY = 1.0
 """Seconds between the two checks: longer than a command takes from one of its writes to the next."""
@@ -69,13 +74,15 @@ def check(datastore: DatastoreClient) -> tuple[list[Finding], list[Entry]]:
     If there are unread entries, the caller must not repair anything: the repair would release the addresses of
     endpoints that could not be read. Raises CalicoError if the store does not answer.
     """
-    found, unread = _inspect(datastore)
+    facts = _Facts.read(datastore)
+    found, unread = list(_compare(datastore, facts)), facts.unread
+    del facts  # its memory is needed for the next ones
     if found:
         time.sleep(RECHECK_DELAY)
-        again, unread_again = _inspect(datastore)
-        still = {(finding.kind, finding.subject) for finding in again}
+        again = _Facts.read(datastore)
+        still = {(finding.kind, finding.subject) for finding in _compare(datastore, again)}
         found = [finding for finding in found if (finding.kind, finding.subject) in still]
-        unread += [entry for entry in unread_again if entry.key not in {one.key for one in unread}]
+        unread += [entry for entry in again.unread if entry.key not in {one.key for one in unread}]
     return sorted(found, key=_order), unread
 
 
@@ -84,73 +91,141 @@ def _order(finding: Finding) -> tuple[object, ...]:
     return finding.kind, ":" in finding.subject, number, finding.subject, finding.problem
 
 
-def _inspect(datastore: DatastoreClient) -> tuple[list[Finding], list[Entry]]:
-    """Return the inconsistencies that exist now, and the unread entries: see `check`."""
-    copy, unread = datastore.copied()
-    return list(_compare(datastore, copy)), unread
+class _Listing(NamedTuple):
+    """An endpoint that lists `addresses`. Those in `unusable` are no addresses that an endpoint can have."""
+
+    id: EndpointId
+    addresses: tuple[str, ...]
+    unusable: tuple[str, ...]
+
+    @classmethod
+    def of(cls, endpoint: Endpoint) -> _Listing:
+        addresses, usable = tuple(dict.fromkeys(endpoint.addresses)), usable_addresses(endpoint)
+        return cls(endpoint.id, addresses, tuple(address for address in addresses if address not in usable))
 
 
-def _compare(datastore: DatastoreClient, copy: DatastoreClient) -> Iterator[Finding]:
-    """Yield the inconsistencies in `copy`, which is a copy of the store.
+class _Counts(NamedTuple):
+    """The numbers of addresses in a handle: `counts` are pairs (CIDR of a block, number)."""
+
+    handle: str
+    counts: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is compared: of endpoints and handles, which are many, only what is needed; the rest in a copy of the store.
+
+    `invalid` has an error for each invalid endpoint and handle. `unread`: see `check`.
+    """
+
+    endpoints: list[_Listing]
+    handles: dict[str, tuple[tuple[str, int], ...]]
+    invalid: list[InvalidValue]
+    copy: DatastoreClient
+    unread: list[Entry]
+
+    @classmethod
+    def read(cls, datastore: DatastoreClient) -> _Facts:
+        found = datastore.collect(_fact)
+        copy, unread = datastore.copy_of(fact for fact in found if isinstance(fact, Entry))
+        return cls(
+            [fact for fact in found if isinstance(fact, _Listing)],
+            dict(fact for fact in found if isinstance(fact, _Counts)),
+            [fact for fact in found if isinstance(fact, InvalidValue)],
+            copy,
+            unread,
+        )
+
+
+def _fact(entry: Entry) -> _Listing | _Counts | InvalidValue | Entry | None:
+    """Return what is compared of an entry: itself if it is of a block, an affinity or a registration, or not readable.
+
+    Returns None if nothing is compared.
+    """
+    if entry.problem is not None or entry.key.startswith(_COPIED):
+        return entry
+    try:
+        if entry.key.startswith(keys.ipam_handles() + "/"):
+            handle = handle_of(entry)
+            return _Counts(handle, tuple((sys.intern(cidr), count) for cidr, count in counts_of(entry).items()))
+        id = keys.parse_endpoint(entry.key)
+        return None if id is None else _Listing.of(Endpoint.from_json(id, entry.value, entry.key))
+    except InvalidValue as error:
+        return error
+
+
+def _compare(datastore: DatastoreClient, facts: _Facts) -> Iterator[Finding]:
+    """Yield the inconsistencies in `facts`.
 
     The repairs of the findings read and write the store itself, by `datastore`.
     """
-    endpoints, invalid = copy.readable_endpoints()
-    registered = set(copy.hosts.registered())
-    listed: dict[str, list[Endpoint]] = defaultdict(list)
-    for endpoint in endpoints:
-        for address in dict.fromkeys(endpoint.addresses):
-            listed[address].append(endpoint)
-        host = endpoint.id.host
+    invalid = list(facts.invalid)
+    registered = set(facts.copy.hosts.registered())
+    listed: dict[str, list[_Listing]] = defaultdict(list)
+    for listing in facts.endpoints:
+        for address in listing.addresses:
+            listed[address].append(listing)
+        host = listing.id.host
         if host not in registered:
             yield Finding(
                 "endpoint",
-                endpoint.id.endpoint,
+                listing.id.endpoint,
                 f"its host {host} is not registered",
                 f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={host} --remove-endpoints'",
             )
-    sound = not invalid  # else an address may belong to an unreadable one
+    # else an address may belong to an unreadable endpoint
+    sound = all(keys.parse_endpoint(error.key) is None for error in invalid)
     unseen = set(listed)
     unread: set[str] = set()
-    blocks: dict[tuple[int, str], Block] = {}
-    counted: dict[str, Counter[str]] = defaultdict(Counter)
+    affine: dict[tuple[int, str], str] = {}
+    counted: dict[str, dict[str, int]] = defaultdict(dict)
+
+    def inspect(block: Block) -> tuple[str, str, list[tuple[str, str | None]], list[Finding]]:
+        """Return the block's CIDR, the host that it has affinity to, its addresses with their handles, and findings."""
+        cidr = block.cidr
+        holders = [(str(block.address(ordinal)), owner) for ordinal, owner in block.held()]
+        findings = list(_of_block(datastore, block))
+        for address, owner in holders:
+            listing = [one.id for one in listed.get(address, ())]
+            findings += _of_address(datastore, cidr, address, owner, listing, sound, registered)
+        return (
+            cidr,
+            (block.affinity or "").partition(":")[2],
+            [(address, owner.handle) for address, owner in holders],
+            findings,
+        )
+
     for version in (4, 6):
-        valid, unreadable = copy.ipam.blocks(version, lambda block: block)
+        blocks, unreadable = facts.copy.ipam.blocks(version, inspect)
         invalid += unreadable
         unread.update(keys.undashed(keys.last(error.key)) for error in unreadable)
-        for block in valid:
-            blocks[version, block.cidr] = block
-            yield from _of_block(datastore, block)
-            for ordinal, owner in block.held():
-                address = str(block.address(ordinal))
-                unseen.discard(address)
-                if owner.handle is not None:
-                    counted[owner.handle][block.cidr] += 1
-                yield from _of_address(
-                    datastore, block.cidr, address, owner, listed.get(address, []), sound, registered
-                )
-    affinities, misnamed = copy.ipam.affinities()
+        for cidr, host, held, findings in blocks:
+            yield from findings
+            affine[version, cidr] = host
+            unseen.difference_update(address for address, _ in held)
+            for _, handle in held:
+                if handle is not None:
+                    counted[handle][cidr] = counted[handle].get(cidr, 0) + 1
+    affinities, misnamed = facts.copy.ipam.affinities()
     invalid += misnamed
-    for version, cidr in sorted(affinities.keys() | blocks.keys()):
+    for version, cidr in sorted(affinities.keys() | affine.keys()):
         hosts = affinities.get((version, cidr), set())
         if cidr not in unread:
-            yield from _of_affinities(datastore, version, cidr, blocks.get((version, cidr)), hosts, registered)
+            yield from _of_affinities(datastore, version, cidr, affine.get((version, cidr)), hosts, registered)
     for address in sorted(unseen):
         if datastore.ipam.cidr_of(parse_address(address)) not in unread:
-            for endpoint in listed[address]:
-                alone = len(listed[address]) == 1 and address in usable_addresses(endpoint)
-                yield _unassigned(datastore, address, endpoint.id, alone)
-    handles, unsound = copy.ipam.handles.counts()
-    invalid += unsound
-    strange = {keys.last(error.key) for error in unsound}
-    for handle in sorted(handles.keys() | {handle for handle in counted if _is_key(handle)}):
-        says, holds = handles.get(handle, {}), dict(counted[handle])
+            for listing in listed[address]:
+                alone = len(listed[address]) == 1 and address not in listing.unusable
+                yield _unassigned(datastore, address, listing.id, alone)
+    strange = {keys.last(error.key) for error in invalid if error.key.startswith(keys.ipam_handles() + "/")}
+    for handle in sorted(facts.handles.keys() | {handle for handle in counted if _is_key(handle)}):
+        says, holds = dict(facts.handles.get(handle, ())), counted.get(handle, {})
         if handle in strange or not unread.isdisjoint(says) or (says == holds and says):
             continue
-        much, held = sum(says.values()), sum(holds.values())
+        much, little = sum(says.values()), sum(holds.values())
         what = "it counts other blocks' addresses"
-        if much != held:
-            what = f"it counts {quantity(much, 'address', 'addresses')} and holds {held}"
+        if much != little:
+            what = f"it counts {quantity(much, 'address', 'addresses')} and holds {little}"
         yield Finding("handle", handle, what, fix=partial(_recount, datastore, handle, list(holds)))
     for error in invalid:
         yield Finding("unreadable", error.key, error.why, "fix or delete it")
@@ -162,15 +237,15 @@ def _is_key(handle: str) -> bool:
 
 
 def _of_affinities(
-    datastore: DatastoreClient, version: int, cidr: str, block: Block | None, hosts: set[str], registered: set[str]
+    datastore: DatastoreClient, version: int, cidr: str, affine: str | None, hosts: set[str], registered: set[str]
 ) -> Iterator[Finding]:
     """Yield the contradictions between the affinity in a block and the hosts' affinity keys.
 
-    A host announces the blocks for which it has an affinity key. `block` is None if the block `cidr` does not exist.
-    `hosts` are the hosts with an affinity key for this block. `registered` are the names of the registered hosts.
+    A host announces the blocks for which it has an affinity key. `affine` is the host to which the block `cidr` has
+    affinity, empty if it has none; None if the block does not exist. `hosts` are the hosts with an affinity key for
+    this block. `registered` are the names of the registered hosts.
     """
-    affine = "" if block is None else (block.affinity or "").partition(":")[2]
-    for host in sorted(hosts | ({affine} - {""})):
+    for host in sorted(hosts | ({affine} if affine else set())):
         there = datastore.for_host(host)
         repair = partial(_repair_affinity, there, version, cidr)
         if host not in registered:
@@ -181,7 +256,7 @@ def _of_affinities(
                 f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={host}'",
                 partial(_release_affinities, there) if _is_gone(there) else None,
             )
-        elif block is None:
+        elif affine is None:
             yield Finding("block", cidr, f"host {host} has affinity to it, but the block does not exist", fix=repair)
         elif host != affine:
             whose = f"is of host {affine}" if affine else "has no affinity"
@@ -239,32 +314,32 @@ def _of_address(
     block: str,
     address: str,
     owner: Owner,
-    listing: list[Endpoint],
+    listing: list[EndpointId],
     sound: bool,
     registered: set[str],
 ) -> Iterator[Finding]:
     """Yield the contradictions between the owner of an assigned address and the endpoints that list the address.
 
-    `block` is the CIDR of the address's block. `listing` are the endpoints that list the address. `sound` says whether
-    all endpoints in the store could be read; if not, no repair is offered, since an unread endpoint may list the
-    address. `registered` are the names of the registered hosts.
+    `block` is the CIDR of the address's block. `listing` are the ids of the endpoints that list the address. `sound`
+    says whether all endpoints in the store could be read; if not, no repair is offered, since an unread endpoint may
+    list the address. `registered` are the names of the registered hosts.
     """
     release = f"'calicoctl ipam release {address}' releases it"
     if owner.handle is not None and not _is_key(owner.handle):
         yield Finding("address", address, f"it is assigned to '{owner.handle}', which is not a valid handle", release)
         return
-    for endpoint in listing[1:]:
+    for other in listing[1:]:
         yield Finding(
             "address",
             address,
-            f"endpoints {listing[0].id.endpoint} and {endpoint.id.endpoint} both list it",
+            f"endpoints {listing[0].endpoint} and {other.endpoint} both list it",
             "remove one of the two containers from the network",
         )
     host = owner.secondary.get("host")
     whose = f"{owner.handle or 'an owner without a handle'}{f' on host {host}' if isinstance(host, str) else ''}"
     if listing:
-        if owner.handle is not None and not any(_holds(owner, endpoint.id) for endpoint in listing):
-            id = listing[0].id
+        if owner.handle is not None and not any(_holds(owner, id) for id in listing):
+            id = listing[0]
             yield Finding(
                 "address",
                 address,

@@ -126,7 +126,7 @@ def test_a_copy_of_the_store_reads_like_the_store() -> None:
     store = MemoryStore()
     for key in ("/calico/a", "/calico/a/b", "/calico/a/b/c", "/calico/a.b", "/calico/a/d/e", "/calico/é/f", "/calicos"):
         store.create(key, "")
-    copy = CopiedStore(store, "/calico")
+    copy = CopiedStore(store.tree("/calico"))
     for directory in ("/calico", "/calico/a", "/calico/a/b", "/calico/a/d", "/calico/z", "/calico/é"):
         assert copy.tree(directory) == store.tree(directory) and copy.names(directory) == store.names(directory)
         assert copy.names(directory, ["a", "b"]) == store.names(directory, ["a", "b"])
