@@ -150,7 +150,7 @@ def sources(log_dir: str) -> dict[str, Source]:
 
     A function may raise any exception. `log_dir` is the directory of the logs of the agent and of the local etcd.
     """
-    found: dict[str, Source] = {"versions.txt": _versions, "environment.txt": _environment, "checksystem.json": _checks}
+    found: dict[str, Source] = {"versions.txt": _versions, "environment.txt": _environment}
     for name, command in _COMMANDS.items():
         found[name] = lambda command=command: _output(command)  # type: ignore[misc]
     found["settings.txt"] = _settings
@@ -164,6 +164,7 @@ def sources(log_dir: str) -> dict[str, Source]:
     for name in ("conf", "log", "log.1"):
         found[f"bird.{name}"] = lambda name=name: _end_of(Instance(hostname()).directory / name)  # type: ignore[misc]
     found["bird.out"] = lambda: _end_of(Instance(hostname()).output)
+    found["checksystem.json"] = _checks  # last: the libraries that it needs take the memory that others have released
     return found
 
 
