@@ -19,7 +19,7 @@ from typing import Callable, Optional, TypeVar
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.detection import Choice
-from calicoctl.datastore.store import Change, Entry, Fence, FencedStore, Write, write_in_order
+from calicoctl.datastore.store import Change, Entry, Fence, FencedStore, Keep, Write, itself, write_in_order
 from calicoctl.errors import Fenced, Frozen, WatchExpired
 
 T = TypeVar("T")
@@ -175,8 +175,8 @@ class ChosenStore:
     def version(self) -> str:
         return self._store.version()
 
-    def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
-        return self._store.list_for_watch(directory)
+    def list_for_watch(self, directory: str, keep: Keep = itself) -> tuple[list[Entry], int]:
+        return self._store.list_for_watch(directory, keep)
 
     def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
         api = self.choice().api

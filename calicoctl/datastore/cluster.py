@@ -82,8 +82,8 @@ def _ask(settings: EtcdSettings, member: Member, info: MemberInfo) -> None:
     connection = Connection(settings, member)
     try:
         info.version = _version(_page(connection, "/version"))
-        info.healthy = b'"health":"true"' in _page(connection, "/health").replace(b" ", b"")
-        metrics = dict(_METRIC.findall(_page(connection, "/metrics").decode(errors="replace")))
+        info.healthy = '"health":"true"' in _page(connection, "/health").replace(" ", "")
+        metrics = dict(_METRIC.findall(_page(connection, "/metrics")))
         leads = _number(metrics, "etcd_server_is_leader")
         info.leader = None if leads is None else leads == 1
         info.size = _number(metrics, "etcd_mvcc_db_total_size_in_bytes")
@@ -96,11 +96,11 @@ def _ask(settings: EtcdSettings, member: Member, info: MemberInfo) -> None:
         connection.close()
 
 
-def _page(connection: Connection, path: str) -> bytes:
+def _page(connection: Connection, path: str) -> str:
     return connection.fetch("GET", path, seconds=TIMEOUT)[1]
 
 
-def _version(page: bytes) -> str | None:
+def _version(page: str) -> str | None:
     try:
         found = json.loads(page)["etcdserver"]
     except (LookupError, RecursionError, TypeError, ValueError):

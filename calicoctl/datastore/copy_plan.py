@@ -101,18 +101,21 @@ def plan(source: Entries, before: Entries, target: Entries) -> Iterator[list[Wri
     `before` is the `source` of the previous copy to the same target. A key that was deleted and created again since
     then is also deleted and created again in the target. If there was no previous copy, `before` is empty, and the
     commits first delete everything in the target. Keys are created in the order in which they were created in the
-    source. Each commit has fewer than MOST_AT_ONCE writes.
+    source. Each commit has fewer than MOST_AT_ONCE writes. The caller may keep `target` up to date while the commits
+    are yielded.
     """
     stale = [entry for key, entry in target.items() if not _is_same_key(source.get(key), before.get(key))]
     yield from _commits(map(Delete, stale))
     gone = {entry.key for entry in stale}
-    writes: list[Write] = []
-    for key, entry in sorted(source.items(), key=lambda item: (item[1].created, item[0])):
-        if key not in target or key in gone:
-            writes.append(Create(key, entry.value))
-        elif target[key].value != entry.value:
-            writes.append(Update(target[key], entry.value))
-    yield from _commits(writes)
+
+    def writes() -> Iterator[Write]:
+        for entry in sorted(source.values(), key=lambda entry: (entry.created, entry.key)):
+            if entry.key not in target or entry.key in gone:
+                yield Create(entry.key, entry.value)
+            elif target[entry.key].value != entry.value:
+                yield Update(target[entry.key], entry.value)
+
+    yield from _commits(writes())
 
 
 def _is_same_key(now: Entry | None, before: Entry | None) -> bool:

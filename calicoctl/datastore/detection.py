@@ -247,4 +247,4 @@ def _read_ready(member: Connection) -> Shown:
         value, revision = node.get("value"), node.get("modifiedIndex")
         if isinstance(value, str) and isinstance(revision, int):
             return Shown(ready=value, revision=revision)
-    raise member.no_etcd(f"status {status}, {content[:100].decode(errors='replace')}")
+    raise member.no_etcd(f"status {status}, {content[:100]}")

@@ -38,7 +38,7 @@ from calicoctl.datastore.members import (
     why,
 )
 from calicoctl.datastore.settings import TYPE, V2, EtcdSettings, Member
-from calicoctl.datastore.store import Change, Entry, Fence, Write, write_in_order
+from calicoctl.datastore.store import Change, Entry, Fence, Keep, Write, itself, write_in_order
 from calicoctl.errors import (
     CalicoError,
     CompareFailed,
@@ -263,8 +263,8 @@ class Etcd2Store:
     def collect(self, directory: str, convert: Callable[[Entry], T | None], values: bool = True) -> list[T]:
         return self._tree(directory, convert)[0]
 
-    def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
-        return self._tree(directory, lambda entry: entry)
+    def list_for_watch(self, directory: str, keep: Keep = itself) -> tuple[list[Entry], int]:
+        return self._tree(directory, keep)
 
     def _tree(self, directory: str, convert: Callable[[Entry], T | None]) -> tuple[list[T], int]:
         """Return what `collect` returns, and the revision to watch the directory from."""

@@ -27,7 +27,7 @@ from calicoctl.datastore.etcd3_json import base64, below, encoded, number, revis
 from calicoctl.datastore.etcd3_watch import OpenWatch
 from calicoctl.datastore.members import ConnectionLost, Deadline, Members, Unanswered, created, deleted, updated
 from calicoctl.datastore.settings import EtcdSettings
-from calicoctl.datastore.store import MOST_AT_ONCE, Change, Create, Delete, Entry, Fence, Update, Write
+from calicoctl.datastore.store import MOST_AT_ONCE, Change, Create, Delete, Entry, Fence, Keep, Update, Write, itself
 from calicoctl.errors import CompareFailed, Fenced, KeyExists, NoSuchApi, StoreError, StoreUnavailable, WatchExpired
 
 T = TypeVar("T")
@@ -265,10 +265,10 @@ class Etcd3Store:
             average = sum(size for size, _ in page.items) // len(page.items)
             start, limit = page.last + b"\0", max(1, min(PAGE_SIZE // average, 2 * page.limit))
 
-    def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
+    def list_for_watch(self, directory: str, keep: Keep = itself) -> tuple[list[Entry], int]:
         watch = self._opened_early(directory)
         try:
-            entries, reached = self._list(directory, etcd3_json.followed)
+            entries, reached = self._list(directory, lambda kv: keep(etcd3_json.followed(kv)))
         except BaseException:
             self._close_early(directory)
             raise
@@ -718,7 +718,11 @@ def _page_of(
         raise TypeError("something else than what was asked for")
     if problem is not None:
         kvs = [{**kv, "problem": problem} for kv in kvs]
-    return _Page([item(kv) for kv in kvs], last, revision(answer), more, limit)
+    items = []
+    for place, kv in enumerate(kvs):
+        kvs[place] = None  # its memory is needed for the next ones
+        items.append(item(kv))
+    return _Page(items, last, revision(answer), more, limit)
 
 
 def _entry_of(kvs: list[Any], key: str) -> Entry | None:

@@ -125,8 +125,10 @@ class Connection:
 
     def fetch(
         self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float | None = None
-    ) -> tuple[int, bytes]:
+    ) -> tuple[int, str]:
         """Send a request; return the HTTP status and the body of the answer, which must begin within `seconds`.
+
+        Bytes of the body that are not UTF-8 are escaped so that they are not valid in JSON.
 
         Raises NotSent, Unanswered or ConnectionLost (members.py) if there is no answer, and StoreUnavailable if this
         host lacks memory or file descriptors.
@@ -143,7 +145,7 @@ class Connection:
                 answers.bounded_here(LARGEST),
                 closing(self._ask(sock, method, path, body)) as response,
             ):
-                content = response.read()
+                content = response.read().decode(errors="backslashreplace")
         except BaseException:
             sock.close()
             raise
@@ -165,7 +167,7 @@ class Connection:
                 if response.status == 200:
                     return Stream(self, sock, response, bounds)
                 with closing(response):
-                    self._parsed(response.status, response.read())
+                    self._parsed(response.status, response.read().decode(errors="backslashreplace"))
             raise self.no_etcd(f"status {response.status}")
         except BaseException:
             sock.close()
@@ -257,7 +259,7 @@ class Connection:
                 kind = NotSent
             raise kind(f"{self.url} did not answer ({why(error)})", type(error).__name__ in _GARBLED) from error
 
-    def _parsed(self, status: int, content: bytes) -> dict[str, Any]:
+    def _parsed(self, status: int, content: str) -> dict[str, Any]:
         """Return the JSON object in an answer with the HTTP status `status` and the body `content`.
 
         If the answer reports an error, raises Unanswered if a retry may succeed, and ErrorAnswer if it cannot. Raises
@@ -271,7 +273,7 @@ class Connection:
         except (RecursionError, ValueError):
             error = None
         if error is None:
-            text = content[:1000].decode(errors="replace")
+            text = content[:1000]
             if status == 404 and "not found" in text.lower():
                 raise ErrorAnswer(UNIMPLEMENTED, text)
             if status in (500, 502, 503, 504):  # as proxies answer

@@ -101,8 +101,8 @@ def _refuse_used_target(run: Run, state: State) -> None:
     The caller has found no note. So if v3 has data, it is not from an interrupted move, and no interrupted move has
     frozen v2.
     """
-    entries = run.v3.list_for_watch(keys.ROOT)[0]
-    found = sorted(entry.key for entry in entries if copy_plan.is_data(entry))
+    entries = run.v3.list_for_watch(keys.ROOT, lambda entry: entry if copy_plan.is_data(entry) else None)[0]
+    found = sorted(entry.key for entry in entries)
     if state.v3 is not None or found:
         what = f"{keys.READY} is {state.v3_ready}" if state.v3 is not None else f"for example {first_few(found)}"
         raise CalicoError(
@@ -171,7 +171,7 @@ def _copied(run: Run, ready: Entry) -> tuple[Entry, dict[str, Entry]]:
     before: dict[str, Entry] = {}
     for _ in range(ROUNDS):
         ready = _rewritten(run, ready)
-        source = run.data(run.v2)
+        source = run.data(run.v2, before or target)
         copy_plan.check_fits(source)
         done = 0
         for commit in copy_plan.plan(source, before, target):
@@ -183,10 +183,10 @@ def _copied(run: Run, ready: Entry) -> tuple[Entry, dict[str, Entry]]:
                     done += 1
             run.tell(f"Copying: {done} of {len(source)} keys" if done else "Removing an earlier copy")
         run.tell(f"Comparing {len(source)} keys")
-        wrong = difference(run.data(run.v3), source)
+        wrong = difference(run.data(run.v3, target), source)
         if wrong:
             raise CalicoError(f"Another program writes to etcd's v3 API below {keys.ROOT}: {wrong}")
-        before, now_there = source, run.data(run.v2)
+        before, now_there = source, run.data(run.v2, source)
         agents = live_agents(run.v2)  # some may have been started just now
         check_agents(agents)
         if not all(one.is_frozen for one in agents.values()):
@@ -282,7 +282,7 @@ def _followed(run: Run, entries: dict[str, Entry], missing: list[str]) -> Moved:
             f"An old program has set {keys.READY} to true in etcd's v2 API, as a 'calicoctl node' of 2015 does. It "
             "is false again; end that program"
         )
-    late = difference(run.data(run.v2), entries)
+    late = difference(run.data(run.v2, entries), entries)
     if late:
         problems.append(late_clause(late))
     problems.extend(_staying(run))

@@ -21,7 +21,7 @@ from calicoctl.datastore.migration_state import (
     live_agents,
 )
 from calicoctl.datastore.settings import V2
-from calicoctl.datastore.store import Create, Delete, Update, Write
+from calicoctl.datastore.store import Create, Delete, Entry, Update, Write
 from calicoctl.errors import CalicoError, CompareFailed, NoSuchApi
 from calicoctl.output import first_few
 
@@ -70,9 +70,12 @@ def roll_back(run: Run, discard: bool) -> Moved:
 
 def _refuse_loss(run: Run, discard: bool) -> None:
     theirs = keys.OTHER_CALICO + "/"
-    entries = run.v3.list_for_watch(keys.ROOT)[0]  # those that cannot be read are lost as well
-    ours = {entry.key: entry for entry in entries if is_copied(entry) and not entry.key.startswith(theirs)}
-    lost = difference(ours, run.data(run.v2))
+
+    def written(entry: Entry) -> Entry | None:  # those that cannot be read are lost as well
+        return entry if is_copied(entry) and not entry.key.startswith(theirs) else None
+
+    ours = {entry.key: entry for entry in run.v3.list_for_watch(keys.ROOT, written)[0]}
+    lost = difference(ours, run.data(run.v2, ours))
     if lost and not discard:
         raise CalicoError(
             f"What was written to etcd's v3 API since the data has moved would be lost: {lost}. Nothing is "

@@ -10,12 +10,14 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Callable
 
 from calicoctl.clock import now
 from calicoctl.datastore import keys
 from calicoctl.datastore.chosen import FRESH
-from calicoctl.datastore.copy_plan import Difference, copied, difference
+from calicoctl.datastore.copy_plan import Difference, Entries, copied, difference, is_copied
 from calicoctl.datastore.detection import check_ready, foreign
 from calicoctl.datastore.migration_state import (
     COPIED,
@@ -184,9 +186,19 @@ class Run:
 
     # The data
 
-    def data(self, store: Store) -> dict[str, Entry]:
-        """Return the entries of `store`, which is v2 or v3, that a move copies, by key. Raises CalicoError."""
-        return copied(store.list_for_watch(keys.ROOT)[0], "v2" if store is self.v2 else "v3")
+    def data(self, store: Store, known: Entries = MappingProxyType({})) -> dict[str, Entry]:
+        """Return the entries of `store`, which is v2 or v3, that a move copies, by key. Raises CalicoError.
+
+        `known` are entries that were read or written before: what is equal is in memory once.
+        """
+
+        def kept(entry: Entry) -> Entry | None:
+            before = known.get(entry.key)
+            if before is not None and before.value == entry.value:
+                entry = before if before == entry else replace(entry, key=before.key, value=before.value)
+            return entry if is_copied(entry) else None
+
+        return copied(store.list_for_watch(keys.ROOT, kept)[0], "v2" if store is self.v2 else "v3")
 
     def written_late(self, state: State) -> str | None:
         """Return a clause that lists the keys of v2 that v3 does not have with the same value.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Callable, Protocol, TypeVar, Union
+from typing import Callable, Optional, Protocol, TypeVar, Union
 
 from calicoctl.errors import CompareFailed, Conflict, InvalidValue, KeyExists, NotFound
 
@@ -45,6 +45,15 @@ class Entry:
         Any other entry with a `problem` stands for its key alone.
         """
         return self.problem is not None and self.revision == 0
+
+
+Keep = Callable[[Entry], Optional[Entry]]
+"""A function that returns the entry to keep instead of another one, None to keep nothing."""
+
+
+def itself(entry: Entry) -> Entry:
+    """Return the entry itself."""
+    return entry
 
 
 @dataclass(frozen=True)
@@ -232,11 +241,12 @@ class Store(Protocol):
     def version(self) -> str:
         """Return the version of the etcd server."""
 
-    def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
-        """Return all entries below `directory`, and the revision at which to begin a watch.
+    def list_for_watch(self, directory: str, keep: Keep = itself) -> tuple[list[Entry], int]:
+        """Return `keep(entry)` for each entry below `directory`, without None, and where to begin a watch: a revision.
 
         A watch from this revision on yields all changes that the entries do not contain yet, and perhaps some that they
-        contain already. A key or directory that cannot be read is returned as an entry with a `problem`.
+        contain already. A key or directory that cannot be read is an entry with a `problem`. `keep` is called while the
+        answer arrives, so memory is needed only for what it returns. It may be called for an entry more than once.
         """
 
     def watch(self, directory: str, revision: int, seconds: float) -> Watch:

@@ -20,6 +20,7 @@ import pytest
 
 from calicoctl.datastore import migration_run
 from calicoctl.datastore.etcd2 import Etcd2Store
+from calicoctl.datastore.store import Keep
 from tests.system.agent import LOG_DIR, FreeHost
 from tests.system.fabric import FabricHost, fabric
 from tests.system.proxy import proxy_before
@@ -284,9 +285,9 @@ def test_what_a_freeze_of_v3_leaves_of_a_container_is_named(own_etcd: Etcd) -> N
 def test_what_old_programs_write_is_copied_or_reported(bare: FreeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     two, numbers, read = by("etcdv2", bare.etcd), itertools.count(), Etcd2Store.list_for_watch
 
-    def read_after_a_write(store: Etcd2Store, directory: str) -> object:
+    def read_after_a_write(store: Etcd2Store, directory: str, keep: Keep) -> object:
         two.put("/calico/v1/old", str(next(numbers)))
-        return read(store, directory)
+        return read(store, directory, keep)
 
     with monkeypatch.context() as writing:
         writing.setattr(Etcd2Store, "list_for_watch", read_after_a_write)

@@ -13,7 +13,19 @@ from threading import Condition
 from typing import Callable, TypeVar, Union
 
 from calicoctl.datastore.members import Verdict, created, deleted, updated
-from calicoctl.datastore.store import Change, Create, Delete, Entry, Fence, Store, Update, Write, write_in_order
+from calicoctl.datastore.store import (
+    Change,
+    Create,
+    Delete,
+    Entry,
+    Fence,
+    Keep,
+    Store,
+    Update,
+    Write,
+    itself,
+    write_in_order,
+)
 from calicoctl.errors import CompareFailed, Fenced, KeyExists, StoreUnavailable, WatchExpired
 
 T = TypeVar("T")
@@ -220,8 +232,8 @@ class MemoryStore:
     def version(self) -> str:
         return "0.0"
 
-    def list_for_watch(self, directory: str) -> tuple[list[Entry], int]:
-        return self.tree(directory), self.revision + 1
+    def list_for_watch(self, directory: str, keep: Keep = itself) -> tuple[list[Entry], int]:
+        return [kept for kept in map(keep, self.tree(directory)) if kept is not None], self.revision + 1
 
     def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
         def batch() -> list[Change]:

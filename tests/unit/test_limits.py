@@ -188,7 +188,8 @@ def test_what_cannot_be_read_is_not_repaired(
     client.ipam.assign(IPAddress("192.168.0.1"), Owner("docker.w", {"host": HOST, "orchestrator": "docker"}))
     monkeypatch.setattr(DatastoreClient, "from_environment", lambda: client)
     unread = Entry(keys.HOSTS, "", 0, 0, "it is too large")
-    monkeypatch.setattr(memory, "list_for_watch", lambda directory: ([unread, *memory.tree(directory)], 1))
+    read = memory.collect
+    monkeypatch.setattr(memory, "collect", lambda where, convert, *_, **__: [convert(unread), *read(where, convert)])
     before = dict(memory.entries)
     with pytest.raises(CalicoError, match=rf"^Nothing is repaired, .*: {keys.HOSTS} \(it is too large\)\.$"):
         ipam.prepare(["ipam", "check", "--fix"])()
