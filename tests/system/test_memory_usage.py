@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from tests.system.agent import AgentHost
-from tests.system.support import CALICOCTL, Host, run, wait_for
+from tests.system.support import CALICOCTL, Host, b64, run, wait_for
 
 LIMIT = 64 * 1024
 """KiB"""
+
+ENDPOINTS = 9984
+"""With the few that are connected, some 10,000. Their addresses fill 156 blocks."""
 
 AGENT_LIMIT = 70 * 1024
 """KiB"""
@@ -26,8 +31,10 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-def write_endpoint(host: Host, owner: str, orchestrator: str, number: int) -> None:
-    """Write an endpoint of the host `owner` whose id, interface and address follow from its number."""
+def endpoint(owner: str, orchestrator: str, number: int) -> tuple[str, dict]:
+    """Return the key and the record of an endpoint of the host `owner`; its id, interface and address follow from its
+    number.
+    """
     record = {
         "state": "active",
         "name": f"cali{number:011x}",
@@ -39,21 +46,43 @@ def write_endpoint(host: Host, owner: str, orchestrator: str, number: int) -> No
         "ipv6_gateway": None,
     }
     folder = f"/calico/v1/host/{owner}/workload/{orchestrator}/{number:064x}"
-    host.etcd.put(f"{folder}/endpoint/{number:032x}", record)
+    return f"{folder}/endpoint/{number:032x}", record
 
 
-def write_block(host: Host, number: int) -> None:
-    """Write a block of another host of which every address is assigned: block 0 to 1022 of a /16."""
+def fill(host: Host, values: Iterable[tuple[str, dict | str]]) -> None:
+    """Write keys."""
+    if host.etcd.api == "etcdv2":
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda one: host.etcd.put(*one), values))
+        return
+    texts = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in values]
+    puts = [{"request_put": {"key": b64(key), "value": b64(text)}} for key, text in texts]
+    for start in range(0, len(puts), 50):
+        host.etcd.v3("kv/txn", {"success": puts[start : start + 50]})
+
+
+def block(number: int) -> tuple[str, dict]:
+    """Return the key and the value of a block whose addresses are those of 64 endpoints: block 0 to 1022 of a /16."""
     cidr = f"192.168.{number // 4}.{number % 4 * 64}/26"
+    numbers = range(number * 64, number * 64 + 64)
     attributes = [
         {
-            "handle_id": f"docker.{number * 64 + ordinal:064x}",
-            "secondary": {"host": "other", "workload": f"{ordinal:064x}", "endpoint": f"{ordinal:032x}"},
+            "handle_id": f"docker.{n:064x}",
+            "secondary": {"host": f"other{n % 20}", "workload": f"{n:064x}", "endpoint": f"{n:032x}"},
         }
-        for ordinal in range(64)
+        for n in numbers
     ]
-    block = {"cidr": cidr, "affinity": "host:other", "allocations": list(range(64)), "attributes": attributes}
-    host.etcd.put("/calico/ipam/v2/assignment/ipv4/block/" + cidr.replace("/", "-"), block)
+    value = {"cidr": cidr, "affinity": "host:other0", "allocations": list(range(64)), "attributes": attributes}
+    return "/calico/ipam/v2/assignment/ipv4/block/" + cidr.replace("/", "-"), value
+
+
+def of_endpoint(number: int) -> Iterator[tuple[str, dict]]:
+    """Yield the keys, with their values, of an endpoint, of its status and of its handle."""
+    key, record = endpoint(f"other{number % 20}", "docker", number)
+    yield key, record
+    yield key.replace("/calico/v1", "/calico/felix/v1"), {"status": "up"}
+    cidr = f"192.168.{number // 256}.{number // 64 % 4 * 64}/26"
+    yield f"/calico/ipam/v2/handle/docker.{number:064x}", {"block": {cidr: 1}}
 
 
 def peaks(host: Host, tmp: Path, *commands: tuple[str, ...]) -> dict[str, int]:
@@ -70,13 +99,22 @@ def peak(host: Host, tmp: Path, *arguments: str) -> int:
 
 
 def test_no_command_needs_64_mib(host: Host, blue: str, workload: str, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: write_endpoint(host, f"other{n % 20}", "docker", n), range(10_000)))
-    # with the addresses of 10,000 endpoints
-    found = peaks(host, tmp_path, ("diags",), ("datastore", "show"), ("node", "show"))
-    # of a /16, every block but the last is taken and full
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: write_block(host, n), range(1023)))
+    fill(host, chain.from_iterable(map(of_endpoint, range(ENDPOINTS))))
+    fill(host, ((f"/calico/bgp/v1/host/other{n}/ip_addr_v4", f"192.0.2.{n + 10}") for n in range(20)))
+    blocks = [block(number) for number in range(1023)]
+    fill(host, blocks[: ENDPOINTS // 64])
+    fill(host, ((key.replace("assignment", "host/other0"), "") for key, _ in blocks[: ENDPOINTS // 64]))
+    found = peaks(
+        host,
+        tmp_path,
+        ("diags",),
+        ("datastore", "show"),
+        ("node", "show"),
+        ("ipam", "check"),
+        ("endpoint", "show", "--detailed"),
+        ("endpoint", "show", "--detailed", "--output=json"),
+    )
+    fill(host, blocks[ENDPOINTS // 64 :])  # of a /16, every block but the last is taken and full
     found |= peaks(
         host,
         tmp_path,
@@ -91,8 +129,6 @@ def test_no_command_needs_64_mib(host: Host, blue: str, workload: str, tmp_path:
         ("container", "remove", blue),
         ("container", "remove", "workload"),
         ("pool", "show"),
-        ("endpoint", "show", "--detailed"),
-        ("endpoint", "show", "--detailed", "--output=json"),
         ("ipam", "show"),
         ("ipam", "info", "192.168.0.1"),
     )
@@ -107,8 +143,7 @@ def test_an_agent_with_a_thousand_endpoints_needs_70_mib(bare_host: Host) -> Non
     )
     run("ip", "-batch", "-", input=pairs)
     host.profile("web")
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: write_endpoint(host, host.name, "test", n), range(1, 1001)))
+    fill(host, (endpoint(host.name, "test", n) for n in range(1, 1001)))
     host.start_agent()
 
     def programmed() -> bool:
