@@ -125,7 +125,7 @@ from calicoctl.addresses import (
 )
 from calicoctl.commands import bgp
 from calicoctl.commands.pool import readable_pools, warn_of_overlaps
-from calicoctl.datastore import keys, last_api, last_known, slow_members, tokens
+from calicoctl.datastore import keys, last_api, last_known, recent_blocks, slow_members, tokens
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.reserved import HostNetwork, Network
@@ -552,6 +552,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         local_etcd.unannounce(had_local_etcd)
         tokens.forget()
         slow_members.forget()
+        recent_blocks.forget()
     process.remove_directory(datastore.host)
     last_known.forget(datastore.host)
     last_api.forget(datastore.host)

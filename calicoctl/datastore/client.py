@@ -571,10 +571,11 @@ class DatastoreClient:
     def read_for_address(self, version: int, automatic: bool) -> AddressFacts:
         """Return the data that is needed to assign an address of an IP version to a workload.
 
-        `automatic` says that the user has not asked for a specific address. Only then, `affine` is read.
+        `automatic` says that the user has not asked for a specific address. Only then, and if the store is atomic, so
+        that this takes no request of its own, `affine` is read.
         """
         directories = [keys.BGP_HOSTS, keys.pools(version)]
-        if automatic:
+        if automatic and self._store.atomic:
             directories.append(keys.ipam_affinities(self.host, version))
         (mtu,), (hosts, pools, *blocks) = self._store.read([keys.config(config.MTU.name)], directories)
         affine = [keys.last(entry.key) for entry in blocks[0]] if blocks else None

@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Callable, TypeVar
 
-from calicoctl.datastore import keys
+from calicoctl.datastore import keys, recent_blocks
 from calicoctl.datastore.blocks import (
     BLOCK_SIZE,
     Block,
@@ -240,10 +241,11 @@ class Ipam:
         """Assign `count` free addresses to `owner`, or fewer if no more are free. Return them.
 
         The addresses are in `pools`, which are of one IP version. They are taken from these blocks, in this order:
-        blocks with affinity to this host; new blocks, which get affinity to this host; other blocks, unless their
-        affinity is strict. If `reserved` is not None, no address is assigned that is reserved, or that is in a network
-        to which this host is connected; and no new block is created that overlaps such a network. No address of an
-        invalid block is assigned; `passed_over` is called once for each invalid block, with the error.
+        blocks with affinity to this host, the one that was used last before the others; new blocks, which get affinity
+        to this host; other blocks, unless their affinity is strict. If `reserved` is not None, no address is assigned
+        that is reserved, or that is in a network to which this host is connected; and no new block is created that
+        overlaps such a network. No address of an invalid block is assigned; `passed_over` is called once for each
+        invalid block, with the error.
 
         `affine` are the names (last parts of keys) of the blocks with affinity to this host, if the caller has just
         read them; if `affine` is None, they are read. `known`: see `assign`. Raises InvalidValue if the handle is
@@ -254,7 +256,10 @@ class Ipam:
         reserved = reserved or Reserved()
         found: list[IPAddress] = []
         with self._recount_on_failure(owner):
-            for version, first, claim in self._candidates(ranges, reserved.network.networks, affine):
+            recent = None if known is None else self._recent_block(ranges, known)
+            if recent is not None and known is not None:
+                known = replace(known, blocks=[*known.blocks, recent])
+            for version, first, claim in self._candidates(ranges, reserved.network.networks, affine, recent):
                 ordinals = [o for o in range(BLOCK_SIZE) if any(low <= first + o <= high for _, low, high in ranges)]
                 ordinals = [o for o in ordinals if reserved.is_free_for_any(version, first + o)]
                 key = keys.ipam_block(version, block_cidr(version, first))
@@ -486,18 +491,37 @@ class Ipam:
                 pause(attempt)
         raise Conflict(f"etcd key {key} keeps being modified concurrently; retry")
 
+    def _recent_block(self, ranges: list[tuple[int, int, int]], known: KnownHandle) -> Entry | None:
+        """Return the entry of the block in which this host has last assigned an address; see recent_blocks.py.
+
+        Returns None if it is not known, if it has no affinity to this host any more, or if it is in none of `ranges`
+        (see `_candidates`).
+        """
+        version = ranges[0][0] if ranges else 4
+        name = recent_blocks.read(self._host, version)
+        for first in filter(partial(_overlaps, ranges), first_addresses([] if name is None else [name])):
+            key = keys.ipam_block(version, block_cidr(version, first))
+            with suppress(InvalidValue):
+                entry = known.block(key) or self._store.get(key)
+                if entry is not None and Block.from_entry(entry).affinity == f"host:{self._host}":
+                    return entry
+        return None
+
     def _candidates(
-        self, ranges: list[tuple[int, int, int]], networks: Iterable[Network], names: Iterable[str] | None
+        self,
+        ranges: list[tuple[int, int, int]],
+        networks: Iterable[Network],
+        names: Iterable[str] | None,
+        recent: Entry | None,
     ) -> Iterator[tuple[int, int, bool]]:
         """Yield (IP version, first address, `claim`) for the blocks from which to assign, in order of preference.
 
         `claim`: see `_allocate`. `ranges` are the pools, as (IP version, first address, last address). All addresses
-        are numbers. New blocks that overlap `networks` are left out. `names`: see `affine` of `auto_assign`.
+        are numbers. New blocks that overlap `networks` are left out. `names`: see `affine` of `auto_assign`. `recent`
+        is the entry of the block to yield first, None if there is none.
         """
         version = ranges[0][0] if ranges else 4
-
-        def wanted(first: int) -> bool:
-            return any(low <= first + BLOCK_SIZE - 1 and first <= high for _, low, high in ranges)
+        wanted = partial(_overlaps, ranges)
 
         def affine() -> set[int]:
             return set(first_addresses(self._store.names(keys.ipam_affinities(self._host, version))))
@@ -505,12 +529,15 @@ class Ipam:
         def existing() -> set[int]:
             return set(first_addresses(self._store.names(keys.ipam_blocks(version))))
 
+        tried = set(first_addresses([] if recent is None else [keys.last(recent.key)]))
+        for first in tried:
+            yield version, first, True
         ours = affine() if names is None else set(first_addresses(names))
-        for first in sorted(filter(wanted, ours)):
+        for first in sorted(filter(wanted, ours - tried)):
             yield version, first, True
         known = existing()
         # another command of this host may have claimed one concurrently: share it
-        for first in sorted(filter(wanted, (affine() - ours) & known)):
+        for first in sorted(filter(wanted, (affine() - ours - tried) & known)):
             yield version, first, True
         for low, high in _without(ranges, [network for network in networks if network.version == version]):
             for first in range(low, high + 1, BLOCK_SIZE):
@@ -601,6 +628,8 @@ class Ipam:
                 if handle is not None and is_unsafe and self._store.get(handle) != written:
                     self.handles.recount(str(owner.handle))  # another host with the same handle has decreased it
             if taken or free:
+                if block.affinity == f"host:{self._host}":
+                    recent_blocks.remember(self._host, version, keys.last(key))
                 return [address_at(version, first + ordinal) for ordinal in sorted(taken + free)]
             break
         else:
@@ -702,6 +731,11 @@ def _strict_refusal(block: Block, ordinal: int) -> str:
         f"IP {block.address(ordinal)} is in the block {block.cidr} {whose}, which no other host takes addresses from "
         "(strict affinity)"
     )
+
+
+def _overlaps(ranges: list[tuple[int, int, int]], first: int) -> bool:
+    """Return whether the block that begins with the address `first` overlaps any of `ranges` (see `_range`)."""
+    return any(low <= first + BLOCK_SIZE - 1 and first <= high for _, low, high in ranges)
 
 
 def _range(pool: Pool) -> tuple[int, int, int]:

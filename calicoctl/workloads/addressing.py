@@ -124,7 +124,7 @@ class Terms:
 
     `next_hop` is the gateway of the workload's default route. `reserved` are the addresses that workloads on this host
     must not have. The address may be from any of `pools`. `mtu` is the value of the setting MTU, None if it is not set.
-    `affine` are the names of the blocks with affinity to this host; None if a certain address is requested.
+    `affine` are the names of the blocks with affinity to this host, None if they were not read.
     """
 
     next_hop: str

@@ -272,9 +272,9 @@ def test_an_invalid_block_is_passed_over_and_released_once_it_is_mended(host: Ho
     block = "/calico/ipam/v2/assignment/ipv4/block/192.168.0.0-26"
     run("ip", "netns", "add", "other")
     other = "/var/run/netns/other"
-    for words in (("add", blue, "192.168.0.1"), (blue, "ip", "add", "192.168.1.1"), ("add", other, "192.168.2.2")):
+    for words in (("add", other, "192.168.2.2"), ("remove", other), ("add", blue, "192.168.1.1")):
         host.ctl("container", *words)
-    host.ctl("container", "remove", other)
+    host.ctl("container", blue, "ip", "add", "192.168.0.1")  # the block that is tried first
     good = host.etcd.get(block)
     host.etcd.put(block, json.dumps({**json.loads(good), "x": "x" * limits.VALUE}))
     added = host.ctl("container", "add", other, "ipv4")

@@ -19,6 +19,7 @@ from netaddr import IPAddress, IPNetwork
 from calicoctl import limits
 from calicoctl.datastore import handles, ipam
 from calicoctl.datastore.blocks import Block, Owner
+from calicoctl.datastore.handles import KnownHandle
 from calicoctl.datastore.ipam import Ipam
 from calicoctl.datastore.model import Pool
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Reserved
@@ -320,6 +321,35 @@ def test_finding_a_free_block_in_a_large_pool_takes_few_requests() -> None:
     assert len(requests) < 5
 
 
+@pytest.mark.parametrize("modern", [False, True])
+def test_the_block_that_was_used_last_is_asked_first(modern: bool) -> None:
+    """So the number of requests does not grow with the host's full blocks."""
+    store = MemoryStore(modern)
+    ipam, owner, known = Ipam(store, "host1"), Owner("docker.new", {}), KnownHandle(None)
+    first = ipam.auto_assign(2 * 64, POOLS[4], Owner("docker.old", {}))
+    assert ipam.auto_assign(1, POOLS[4], owner, known=known) == [IPAddress("10.0.1.32")]
+    ipam.release([first[0], IPAddress("10.0.1.32")])
+    store.requests = 0
+    assert ipam.auto_assign(1, POOLS[4], owner, known=known) == [IPAddress("10.0.1.32")]
+    assert store.requests == (2 if modern else 3), "one read, and the writes"
+    assert ipam.auto_assign(1, POOLS[4][:1], Owner("docker.c", {}), known=known) == [first[0]], "another pool"
+
+
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize("block", [None, "host:host2", "invalid"])
+def test_a_block_that_was_used_last_and_is_not_the_hosts_any_more_is_not_used(modern: bool, block: str | None) -> None:
+    store = MemoryStore(modern)
+    ipam, known = Ipam(store, "host1"), KnownHandle(None)
+    ipam.assign(IPAddress("10.0.0.70"), Owner(None, {}))
+    key, affinity = "/calico/ipam/v2/assignment/ipv4/block/10.0.0.64-26", "/calico/ipam/v2/host/host1"
+    store.remove_tree(key)
+    store.remove_tree(affinity)
+    if block is not None:
+        store.create(key, Block(4, 0x0A000040, block, [None] * 64).to_json() if ":" in block else "[]")
+    (address,) = ipam.auto_assign(1, POOLS[4], Owner("docker.new", {}), known=known)
+    assert address == IPAddress("10.0.0.0"), "of a block of its own"
+
+
 def test_unknown_fields_of_a_block_are_kept() -> None:
     store = MemoryStore()
     ipam = Ipam(store, "host1")
@@ -516,7 +546,7 @@ def test_what_was_read_of_a_handle_may_be_outdated(modern: bool) -> None:
     store = MemoryStore(modern)
     ipam = Ipam(store, "host1")
     for last, entry in ((1, None), (2, None), (3, store.get("/calico/ipam/v2/handle/h1"))):
-        ipam.assign(IPAddress(f"10.0.0.{last}"), Owner("h1", {}), handles.KnownHandle(entry))
+        ipam.assign(IPAddress(f"10.0.0.{last}"), Owner("h1", {}), KnownHandle(entry))
     assert raw_handles(store) == {"h1": {"10.0.0.0/26": 3}}
 
 

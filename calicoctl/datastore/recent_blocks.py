@@ -1,0 +1,41 @@
+"""Remembers in which of its blocks a host has last assigned an address, so that its next command looks there first.
+
+It is in a file that is left for the next command (see files.py): a JSON object with the host's name and, for each IP
+version, the name of a block (the last part of its key). It is a hint alone: whoever reads it must read the block.
+"""
+
+from __future__ import annotations
+
+import json
+
+from calicoctl import files
+
+_NAME = ".recent-blocks"
+"""The name of the file: see files.leave."""
+
+
+def read(host: str, version: int) -> str | None:
+    """Return the name of the block in which `host` has last assigned an address of an IP version, None if unknown."""
+    name = _read(host).get(str(version))
+    return name if isinstance(name, str) else None
+
+
+def remember(host: str, version: int, name: str) -> None:
+    """Remember the block `name` of `host`. Raises nothing if this is not possible."""
+    known = _read(host)
+    if known.get(str(version)) != name:
+        files.leave(_NAME, json.dumps({**known, "host": host, str(version): name}).encode())
+
+
+def forget() -> None:
+    """Remove the file, if there is one."""
+    files.remove_left(_NAME)
+
+
+def _read(host: str) -> dict[str, object]:
+    """Return the content of the file; nothing if it is of another host, or has any other content."""
+    try:
+        found = json.loads(files.read_left(_NAME) or b"{}")
+    except (RecursionError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.get("host") == host else {}
