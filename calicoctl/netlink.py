@@ -76,6 +76,9 @@ def attribute(kind: int, value: bytes) -> bytes:
     return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
+_LINK_LOCAL = attribute(RTA_DST, socket.inet_pton(socket.AF_INET6, "fe80::"))
+
+
 def attributes(data: bytes) -> dict[int, bytes]:
     """Return the values of the consecutive attributes in `data`, by type.
 
@@ -298,14 +301,17 @@ class Address:
     broadcast: str | None = None
 
 
-def addresses(most: int | None = None) -> Iterator[Address]:
-    """Yield all addresses of all interfaces, including interfaces that are down. Raises OSError.
+def addresses(most: int | None = None, link_local: bool = True) -> Iterator[Address]:
+    """Yield the addresses of all interfaces, including interfaces that are down. Raises OSError.
 
-    OSError is also raised if there are more than `most` addresses (None: no limit); see `dump`.
+    Without `link_local`, IPv6 addresses that are valid on a link only are left out. OSError is also raised if there are
+    more than `most` addresses (None: no limit); see `dump`.
     """
     # struct ifaddrmsg: family (any), length of the network, flags, scope, index
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETADDR, struct.pack("=4BI", 0, 0, 0, 0, 0), most=most):
         family, length, _, scope, index = struct.unpack_from("=4BI", body)
+        if not link_local and family == socket.AF_INET6 and scope == SCOPE_LINK:
+            continue  # every workload's interface has one
         found = attributes(body[8:])
         texts = {
             kind: socket.inet_ntop(family, found[kind])
@@ -331,15 +337,20 @@ class Paths(NamedTuple):
     hops: tuple[tuple[str | None, int], ...]
 
 
-def paths(family: int, type: int, but: Collection[int] = ()) -> Iterator[Paths]:
+def paths(family: int, type: int, but: Collection[int] = (), of_links: bool = True) -> Iterator[Paths]:
     """Yield the routes of a type, such as UNICAST, in all tables, except routes of the protocols in `but`.
 
-    Raises OSError.
+    Without `of_links`, two kinds of routes of the kernel are left out, of which every workload's interface has one:
+    those of type LOCAL to single addresses, and those to the network of IPv6 link-local addresses. Raises OSError.
     """
+    single = 32 if family == socket.AF_INET else 128
     request = struct.pack("=8BI", family, 0, 0, 0, 0, 0, 0, type, 0)
     known: dict[bytes, tuple[tuple[str | None, int], ...]] = {}  # thousands of routes have few next hops
     for body in dump(socket.NETLINK_ROUTE, _RTM_GETROUTE, request, strict=True):
         if body[7] != type or body[5] in but:
+            continue
+        is_of_link = (type == LOCAL and body[1] == single) or _LINK_LOCAL in body
+        if not of_links and body[5] == PROTOCOL_KERNEL and is_of_link:
             continue
         destination, at = b"", 12
         while at + 4 <= len(body):

@@ -94,7 +94,7 @@ def _explained() -> Iterator[None]:
 
 def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
     names = _Names()
-    used = [one for one in netlink.addresses() if one.family == socket.AF_INET or one.scope != netlink.SCOPE_LINK]
+    used = list(netlink.addresses(link_local=False))
     addresses = [
         InterfaceAddress(one.address, one.network, one.length, names[one.index], one.broadcast) for one in used
     ]
@@ -107,7 +107,7 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
     leads_to = _Covering(others)
     for version, family in FAMILIES.items():
         named_by_number = False
-        for path in netlink.paths(family, netlink.UNICAST, but=netlink.OUR_PROTOCOLS):
+        for path in netlink.paths(family, netlink.UNICAST, netlink.OUR_PROTOCOLS, of_links=False):
             (learned if path.protocol == netlink.PROTOCOL_BIRD else hops).update(path.hops)
             if path.protocol not in _NOT_SET_BY_OTHERS and path.destination[:2] not in _NO_NETWORK:
                 inside = bool(path.hops) and all(names[index].startswith(INTERFACE_PREFIX) for _, index in path.hops)
@@ -128,9 +128,8 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
             by_number = set(netlink.next_hops())
             hops |= by_number
             routers.update(index for gateway, index in by_number if gateway is not None)
-        for path in netlink.paths(family, netlink.LOCAL):
-            is_address = path.protocol == netlink.PROTOCOL_KERNEL and path.length == BITS[version]
-            if path.destination and not is_address and path.destination[0] != socket.INADDR_LOOPBACK >> 24:
+        for path in netlink.paths(family, netlink.LOCAL, of_links=False):
+            if path.destination and path.destination[0] != socket.INADDR_LOOPBACK >> 24:
                 local.append((unpack(path.destination), path.length))
     gateways, of_bird = (
         [(gateway, names[index]) for gateway, index in found if gateway is not None] for found in (hops, learned)
