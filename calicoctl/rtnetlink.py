@@ -94,6 +94,16 @@ def delete_neighbour(index: int, address: str) -> None:
     _do(netlink.RTM_DELNEIGH, 0, _neighbour(index, address, 0))
 
 
+def put_proxy(index: int, address: str) -> None:
+    """Add a proxy entry to an interface: the host answers there for this address, if proxy_ndp or proxy_arp is on."""
+    body = _neighbour(index, address, 0, netlink.NTF_PROXY)
+    _do(netlink.RTM_NEWNEIGH, netlink.CREATE | netlink.REPLACE, body)
+
+
+def delete_proxy(index: int, address: str) -> None:
+    _do(netlink.RTM_DELNEIGH, 0, _neighbour(index, address, 0, netlink.NTF_PROXY))
+
+
 def _do(kind: int, flags: int, body: bytes) -> None:
     netlink.do(socket.NETLINK_ROUTE, kind, flags, body)
 
@@ -129,9 +139,9 @@ def _route(version: int, index: int, destination: str | None, scope: int, kind: 
     return body if destination is None else body + attribute(netlink.RTA_DST, pack(destination))
 
 
-def _neighbour(index: int, address: str, state: int) -> bytes:
+def _neighbour(index: int, address: str, state: int, flags: int = 0) -> bytes:
     # struct ndmsg: family, padding, interface, state, flags, type
-    body = struct.pack("=BBHiHBB", FAMILIES[version_of(address)], 0, 0, index, state, 0, 0)
+    body = struct.pack("=BBHiHBB", FAMILIES[version_of(address)], 0, 0, index, state, flags, 0)
     return body + attribute(netlink.NDA_DST, pack(address))
 
 

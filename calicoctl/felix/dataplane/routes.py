@@ -13,9 +13,9 @@ import struct
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from calicoctl import netlink
+from calicoctl import netlink, rtnetlink
 from calicoctl.addresses import FAMILIES, host_net, pack, version_of
 from calicoctl.desired.local_endpoint import LocalEndpoint
 from calicoctl.errors import CalicoError
@@ -43,6 +43,7 @@ class Routes:
     """
 
     def __init__(self, netlink: IPRoute) -> None:
+        """`netlink` deletes routes. It stays open, so that sources.py does not blame another process for that."""
         self._netlink = netlink
         self._have: dict[int, set[Item]] = defaultdict(set)
 
@@ -141,36 +142,35 @@ class Routes:
         from pyroute2.netlink.exceptions import NetlinkError
 
         kind, address = item[:2]
-        family = FAMILIES[version_of(address)]
-        command = "replace" if verb == "add" else "del"
         try:
             if kind == "route" and verb == "add":
-                _add_route(family, address, index)
+                _add_route(address, index)
             elif kind == "route":
-                net = host_net(address)
+                family = FAMILIES[version_of(address)]
                 scope = {"scope": netlink.SCOPE_LINK} if family == socket.AF_INET else {}
-                self._netlink.route("del", family=family, dst=net, oif=index, proto=PROTOCOL, **scope)
+                self._netlink.route("del", family=family, dst=host_net(address), oif=index, proto=PROTOCOL, **scope)
+            elif kind == "neighbour" and verb == "add":
+                rtnetlink.put_neighbour(index, address, item[2])
             elif kind == "neighbour":
-                fields: dict[str, Any] = {"family": family, "dst": address, "ifindex": index}
-                if verb == "add":
-                    fields |= {"lladdr": item[2], "state": netlink.NUD_PERMANENT}
-                self._netlink.neigh(command, **fields)
+                rtnetlink.delete_neighbour(index, address)
+            elif verb == "add":
+                rtnetlink.put_proxy(index, address)
             else:
-                self._netlink.neigh(command, family=family, dst=address, ifindex=index, flags=netlink.NTF_PROXY)
+                rtnetlink.delete_proxy(index, address)
         except (NetlinkError, OSError) as error:
             code = int(error.code if isinstance(error, NetlinkError) else error.errno or 0)
             if code not in ignored:
                 raise CalicoError(f"the kernel refused to {verb} a {kind} for {address}: {os.strerror(code)}") from None
 
 
-def _add_route(family: int, address: str, index: int) -> None:
+def _add_route(address: str, index: int) -> None:
     """Add a route to an address that takes precedence over any other route to it. Raises OSError.
 
-    The other route stays. If the new route exists already, nothing is changed. pyroute2 would replace the other route,
-    or fail. Source: the kernel's uapi/linux/rtnetlink.h, and fib_table_insert() in its net/ipv4/fib_trie.c: without a
-    flag about existing routes, the new route precedes them.
+    The other route stays. If the new route exists already, nothing is changed. Source: the kernel's
+    uapi/linux/rtnetlink.h, and fib_table_insert() in its net/ipv4/fib_trie.c: without a flag about existing routes, the
+    new route precedes them.
     """
-    packed = pack(address)
+    packed, family = pack(address), FAMILIES[version_of(address)]
     scope = netlink.SCOPE_LINK if family == socket.AF_INET else 0
     body = struct.pack("=8BI", family, 8 * len(packed), 0, 0, netlink.TABLE_MAIN, PROTOCOL, scope, netlink.UNICAST, 0)
     body += netlink.attribute(netlink.RTA_DST, packed) + netlink.attribute(netlink.RTA_OIF, struct.pack("=I", index))
