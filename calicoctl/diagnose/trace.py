@@ -104,7 +104,7 @@ class Trace:
 
     @property
     def passes(self) -> bool:
-        """Whether policy lets the packet pass, and no obstacle certainly stops it."""
+        """Whether policy lets the packet pass, and no obstacle certainly stops it, or its answer."""
         return self.allowed and self.stopped_by is None
 
     @property

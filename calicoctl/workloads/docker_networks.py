@@ -44,7 +44,7 @@ class Connection:
 def connections() -> list[Connection]:
     """Return the connections of all containers, to networks of any driver. Raises DockerUnavailable.
 
-    What the engine describes in an unexpected shape is left out.
+    For what the engine describes in an unexpected shape, see `connections_of`.
     """
     return [connection for container in engine.containers() for connection in connections_of(container)]
 
@@ -106,7 +106,8 @@ def _of_calico(found: list[Connection]) -> list[Connection]:
 def connections_of(container: dict[str, Any]) -> list[Connection]:
     """Return the connections of a container, as `engine.containers` or `engine.inspect` describes it.
 
-    What is described in an unexpected shape is left out.
+    An id in an unexpected shape counts as an empty text, and an option as None. If the networks themselves are in an
+    unexpected shape, the result is empty.
     """
     names = container.get("Names") or [container.get("Name") or short_id(container["Id"])]
     settings = container.get("NetworkSettings")
