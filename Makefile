@@ -25,13 +25,16 @@ ON_RELEASES ?= unit system TEST_HERE= ARGS='$(LEFT_OUT_$(release):%=--ignore=tes
 API_trixie = etcdv3
 API_noble = etcdv2
 
+# on which of them each command runs in a process of its own, without the command server
+COLD_trixie = yes
+
 # which files of tests are left out there: what cannot differ between releases, such as memory usage and endurance. A
 # failure at each step of a command, and concurrency, run once through each API; in noble, what always uses v3 does not.
 # podman has no CNI in trixie, and prefers another way in noble.
 LEFT_OUT = memory_usage soak hosts hosts_gone host_identity failure_isolation file_descriptors \
 	commands completion foreign_names limits round_trips old_felix cni_podman compose bad_input docker_network_policy \
 	docker_hosts
-LEFT_OUT_trixie = $(LEFT_OUT) fault_injection concurrency connected container profile ipam
+LEFT_OUT_trixie = $(LEFT_OUT) command_server fault_injection concurrency connected container profile ipam
 LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
 	host_attacks policy host_addresses lifeline vxlan docker_hook cni
 
@@ -45,6 +48,7 @@ help:
 	@echo 'make test-all     the same, other Pythons and releases, and the soak test: what CI runs'
 	@echo 'make unit         unit tests (no root needed once $(VENV) and BIRD exist)'
 	@echo 'make system       system tests; ARGS="-k name" selects, TESTED_API=etcdv2 runs them through etcd'"'s v2 API"
+	@echo '                  and TESTED_COLD=yes without the command server'
 	@echo 'make docs         generate the pages of the commands and the man page'
 	@echo 'make lock         pin the newest versions of the libraries that make install installs, by their hashes'
 	@echo 'make tox          unit tests on Python 3.9 to 3.13; TOXENV=py39 selects'
@@ -111,7 +115,7 @@ test-all: test
 releases:
 	@demo/packages mmdebstrap:mmdebstrap distro-info-data git:git
 	@$(foreach release,$(RELEASES),echo "On $(release):" && \
-		MAKEFLAGS= CI= TESTED_API=$(or $(API_$(release)),etcdv3) tests/release $(release) make $(ON_RELEASES) &&) true
+		MAKEFLAGS= CI= TESTED_API=$(or $(API_$(release)),etcdv3) TESTED_COLD=$(COLD_$(release)) tests/release $(release) make $(ON_RELEASES) &&) true
 
 # interpreters come from the path and from pyenv, if there is one
 PYENV_BINS = $(wildcard $(HOME)/.pyenv/versions/3.*/bin)

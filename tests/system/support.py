@@ -322,7 +322,8 @@ class Host:
         etcd = (
             {"ETCD_ENDPOINTS": self.endpoints} if self.endpoints else {"ETCD_AUTHORITY": f"127.0.0.1:{self.etcd.port}"}
         )
-        return {**kept, "HOSTNAME": self.name, "DATASTORE_TYPE": self.etcd.api, **etcd, **extra}
+        cold = {"CALICO_COLD": "1"} if os.environ.get("TESTED_COLD") else {}
+        return {**kept, "HOSTNAME": self.name, "DATASTORE_TYPE": self.etcd.api, **etcd, **cold, **extra}
 
     def ctl(self, *arguments: str, status: int | None = 0, env: dict[str, str] | None = None, **options) -> Result:
         """Run calicoctl; check its exit status (None: any), and that it printed no traceback."""
