@@ -45,7 +45,11 @@ MOST = 32
 """The maximum number of workers. While all of them are busy, commands run without the server."""
 
 PATIENCE = 0.05
-"""Seconds that a client waits for one of the workers until another worker is forked. Most commands are done by then."""
+"""Seconds in which no worker completes a command until another worker is forked for a client that waits.
+
+Most commands are done by then. While workers complete commands, more of them would not be faster: so many clients at
+once, for example, keep all processors busy.
+"""
 
 BACKLOG = 128
 """How many clients may wait: for the greeting, for client.GREETING seconds at most, or, once greeted, for a worker."""
@@ -79,6 +83,8 @@ class Server:
         """The connection to each worker -> whether it waits for a client."""
         self._starting: set[socket.socket] = set()
         """The connections to the workers that have said nothing yet."""
+        self._progress = 0.0
+        """When a worker was ready for a client last (monotonic)."""
         self._ends = False
         self._outdated = False
         self._path = files.RUN / host / client.SOCKET
@@ -156,7 +162,7 @@ class Server:
             return None
         if len(self._workers) < SPARE and not self._ends:
             return -math.inf
-        return self._queue[0][0] + PATIENCE if self._queue else None
+        return max(self._queue[0][0], self._progress) + PATIENCE if self._queue else None
 
     def _dismiss(self, most: int) -> None:
         """Let waiting workers end until `most` are left."""
@@ -239,6 +245,7 @@ class Server:
         self._starting.discard(worker)
         if said:
             self._workers[worker] = True
+            self._progress = time.monotonic()
         else:
             worker.close()
             del self._workers[worker]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections import deque
 
 import pytest
 
@@ -44,3 +45,17 @@ def test_a_file_that_is_replaced_during_the_imports_makes_the_server_outdated(mo
     monkeypatch.setattr("importlib.import_module", lambda name: steps.append(name))
     command_server.main()
     assert steps == ["fingerprint", *command_server.IMPORTED]
+
+
+def test_another_worker_is_forked_for_a_client_that_waits_once_no_command_has_been_completed_for_some_time() -> None:
+    worker, client = socket.socketpair()
+    with worker, client:
+        server = Server.__new__(Server)
+        server._workers, server._starting, server._ends = {worker: False, client: False}, set(), False
+        server._queue = deque([(100.0, client)])
+        server._progress = 50.0
+        assert server._more_at() == 100.0 + command_server.PATIENCE
+        client.send(b"waiting")
+        server._hear(worker)
+        server._workers[worker] = False
+        assert server._more_at() == server._progress + command_server.PATIENCE
