@@ -48,7 +48,7 @@ class Bounds:
         # weak, since the file refers to these bounds: Python 3.13 complains of an answer that is left to its collector
         self._file: Callable[[], io.BufferedReader | None] = lambda: None
         self.answer: Callable[[], Answer | None] = lambda: None
-        """Returns the last answer that these bounds apply to, as long as another object refers to it."""
+        """Returns the last answer that these bounds apply to; None if there is none, or nothing refers to it now."""
         self.renew(None)
 
     def attach(self, sock: Any) -> io.BufferedReader:
@@ -74,7 +74,8 @@ class Bounds:
         """Wait at most `seconds` until there is a byte to read, or the answer ends; return False if neither happens.
 
         Bytes and time are counted anew. After True, the `seconds` of the last call of `renew` apply again, from now on.
-        After False, no time is left: call `wait` or `renew` before the answer is read on.
+        After False, no time is left: call `wait` or `renew` before the answer is read on. Raises OSError or
+        HTTPException if the answer cannot be read.
         """
         timeout = self._seconds
         self.renew(seconds)
@@ -209,7 +210,7 @@ class _CountedFile(io.RawIOBase):
 
 
 class Lines:
-    """The lines of an answer, which may come one at a time, without an end."""
+    """The lines of an answer that may never end, such as a watch: each can be read as soon as it has arrived."""
 
     def __init__(self, bounds: Bounds, timeout: float) -> None:
         """The answer is the last one that `bounds` apply to. From now on, they apply to each of its lines by itself.
@@ -231,7 +232,7 @@ class Lines:
     def next(self, seconds: float) -> bytes | None:
         """Return the next line without its end, None if none begins within `seconds`.
 
-        Raises OSError or HTTPException if the answer has ended, or if the line does not end in time.
+        Raises OSError or HTTPException if the answer has ended, or if the line is too large or does not end in time.
         """
         if self._answer.isclosed():
             raise ConnectionError("the stream was ended")

@@ -43,8 +43,8 @@ NETWORK_CHANGES = ("create", "connect", "destroy")
 def may_be_there() -> bool:
     """Return False if the Docker Engine certainly does not run: if its Unix socket does not exist.
 
-    The socket is that in DOCKER_HOST or, by default, SOCKET. Return True if it exists, or if DOCKER_HOST names no Unix
-    socket.
+    The socket is that in DOCKER_HOST or, by default, SOCKET. Return True if the socket exists, or if DOCKER_HOST does
+    not begin with `unix://`.
     """
     where = os.environ.get("DOCKER_HOST") or SOCKET
     return not where.startswith("unix://") or os.path.exists(where[len("unix://") :])
@@ -77,7 +77,10 @@ def inspect(name: str) -> dict[str, Any]:
 
 
 def inspect_image(id: str) -> dict[str, Any]:
-    """Return the engine's description of an image. Raises NoSuchImage or DockerUnavailable."""
+    """Return the engine's description of an image. Raises NoSuchImage or DockerUnavailable.
+
+    No fields are checked: the result is a dictionary with any contents. `id` is the image's id or name.
+    """
     with _client(f"about the image {id}") as docker:
         return _checked(docker.inspect_image(id), {})  # type: ignore[no-any-return]
 
@@ -89,16 +92,19 @@ def start(id: str) -> None:
 
 
 def is_to_start(container: dict[str, Any], refusal: re.Pattern[str]) -> bool:
-    """Return whether a container, the result of `inspect`, has not started, and is one that the engine would start.
+    """Return whether a container failed to start because of `refusal`, and has a restart policy that would start it.
 
-    That is so if its last start has failed with an error in which `refusal` is found, and its restart policy says so.
+    `container` is the result of `inspect`. It must not be running, `refusal` must match a part of the error of its last
+    start, and its restart policy must be one that _is_restarted accepts.
     """
     state = container["State"]
     return refusal.search(str(state.get("Error"))) is not None and not state["Running"] and _is_restarted(container)
 
 
 def _is_restarted(container: dict[str, Any]) -> bool:
-    """Return whether a container, the result of `inspect`, is one that the engine starts by itself when it starts.
+    """Return whether the restart policy of a container has the engine start the container when the engine starts.
+
+    `container` is the result of `inspect`. How the container ended, or whether a user stopped it, is not considered.
 
     Source: ShouldRestart in the engine's restartmanager/restartmanager.go.
     """
@@ -133,9 +139,9 @@ def followed_networks(since: int) -> Iterator[tuple[list[dict[str, Any]], Iterat
 def _followed(
     kind: str, changes: Iterable[str], since: int, read: Callable[[Any], list[dict[str, Any]]]
 ) -> Iterator[tuple[list[dict[str, Any]], Iterator[Any]]]:
-    """Yield what `read` returns of docker-py's client, and an iterator over the events `changes` of objects of a kind.
+    """Yield the result of `read`, called with docker-py's client, and an iterator over events, as `followed` does.
 
-    For the iterator, see `followed`.
+    The iterator yields the events `changes` of objects of the type `kind`: "container" or "network".
     """
     with _client("for its events") as docker, answers.bounded(LARGEST_EVENT) as bounds:
         parts = docker.events(since=since, filters={"type": kind, "event": list(changes)}, decode=False)

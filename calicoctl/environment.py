@@ -49,7 +49,8 @@ def complete(environment: MutableMapping[str, str] = os.environ, file_first: boo
     """Add variables of the settings file to `environment`, under the conditions at STORE, DOCKER_TLS and SINGLE.
 
     With `file_first`, the variables in STORE are first removed from `environment` if the file sets any of them, and
-    HOSTNAME if the file sets it. So the result for these is the same from whichever environment a program is started.
+    HOSTNAME if the file sets it. So what the file says about the store and the host's name is used, in whichever
+    environment a program is started.
 
     A variable with an empty value counts as not set. Raises CalicoError if the file is unreadable or invalid, or if it
     sets CALICO_ENV_FILE.

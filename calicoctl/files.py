@@ -1,8 +1,8 @@
-"""Locks files, replaces files atomically, and keeps what one command leaves for the caller's next one.
+"""Locks files, replaces files atomically, and keeps what a command leaves for the next command of the same user.
 
 A lock is a flock(2) on a file, so the kernel releases it when the process ends. What is left for the next command is a
-small file that does not outlive a reboot, and that only the caller can read: in /run/calico for root, and in the
-runtime directory for other users.
+small file that does not outlive a reboot, and that only this user can read: in /run/calico for root, and in the runtime
+directory for other users.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def replace(
     `mode` is the new file's mode, regardless of the umask. `owner` is its user id and its group id; -1 means the
     process's own. The content is first written to another file in the same directory, which is then renamed. Its name
     is `.`, the file's name, and `suffix`; so `suffix` must be unique if several processes may replace the file at once.
-    With `durable`, the content is on disk before the file is renamed, and the new name is when this returns. If OSError
-    is raised, the old file is unchanged, unless it was the folder that could not be written to the disk.
+    With `durable`, the content is on disk before the file is renamed, and the new name is on disk when this function
+    returns. If OSError is raised, the old file is unchanged, unless the error is that the directory could not be
+    written to disk (`durable`).
     """
     new = path.with_name(f".{path.name}{suffix}")
     new.unlink(missing_ok=True)  # left by a process that was killed
@@ -136,9 +137,9 @@ def read_left(name: str) -> bytes | None:
 
 
 def leave(name: str, content: bytes) -> None:
-    """Leave `content` for the caller's next command, in the file `name`. Raises nothing if it cannot be written.
+    """Leave `content` for this user's next command, in the file `name`. Raises nothing if it cannot be written.
 
-    `name` begins with a dot, so that it differs from those of all directories in /run/calico, which are names of hosts.
+    `name` begins with a dot, so that no directory in /run/calico has the same name: these have the names of hosts.
     """
     path = _path_left(name, create=True)
     if path is not None:
@@ -155,10 +156,10 @@ def remove_left(name: str) -> None:
 
 
 def _path_left(name: str, create: bool) -> Path | None:
-    """Return the path of a file that is left for the caller; None if its directory does not exist or is not safe.
+    """Return the path of a file that is left for this user; None if its directory does not exist or is not safe.
 
-    A directory is safe if it belongs to the caller, and nobody else can write to it or, unless the caller is root, read
-    it. If `create` is true, and the caller is root, a missing directory is created.
+    A directory is safe if it belongs to this process's user, and nobody else can write to it or, unless the user is
+    root, read it. If `create` is true, and the user is root, a missing directory is created.
     """
     user = os.geteuid()
     folder = RUN if user == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")

@@ -59,7 +59,10 @@ class StandardError(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def shorten(fd: int) -> None:
-    """Remove the first half of an open file's lines if it has more than LARGEST bytes. Raises OSError."""
+    """If an open file has more than LARGEST bytes, keep only the whole lines in its last LARGEST / 2 bytes.
+
+    `fd` is its descriptor. What is not a regular file is not changed. Raises OSError.
+    """
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_size <= LARGEST:
         return

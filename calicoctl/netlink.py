@@ -122,8 +122,8 @@ def dump(
 
     `protocol` is the netlink family, such as NETLINK_ROUTE. With `strict`, kernels since 4.20 send only answers that
     match the fields of `body`; older kernels ignore this. If there are more than `most` answers (None: no limit),
-    OSError with the code E2BIG is raised after `most` answers were yielded. With `containing`, only answers
-    that contain any of these bytes are yielded.
+    OSError with the code E2BIG is raised after the first `most`. With `containing`, only answers that contain one of
+    these byte strings are yielded; `most` counts the others, too.
     """
     count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
@@ -517,7 +517,7 @@ def _link(index: int) -> bytes:
 
 
 def namespace_id(namespace: int) -> int | None:
-    """Return the id that this process's network namespace uses for another one; None if it has given it none.
+    """Return the id that this process's network namespace uses for another one; None if it has no id for that one.
 
     `namespace` is an open file descriptor of the other namespace. Raises OSError.
     """

@@ -8,7 +8,7 @@ _SYSTEM = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 
 def look_in_system_folders() -> None:
-    """Append the sbin directories to PATH, for this process and its children. Those already in PATH are left out."""
+    """Append those sbin directories to PATH that it does not contain yet, for this process and its children."""
     path = os.environ.get("PATH") or os.defpath
     os.environ["PATH"] = os.pathsep.join(
         [path, *(folder for folder in _SYSTEM if folder not in path.split(os.pathsep))]

@@ -55,9 +55,9 @@ def set_mtu(index: int, mtu: int) -> None:
 
 
 def put_address(index: int, address: str, length: int) -> None:
-    """Add an address, with a prefix length, to an interface, or replace it.
+    """Add an address, with a prefix length, to an interface, or replace the same address.
 
-    An IPv6 address can be used at once: it is not looked for in the network before (duplicate address detection).
+    An IPv6 address can be used at once, without duplicate address detection.
     """
     _do(netlink.RTM_NEWADDR, netlink.CREATE | netlink.REPLACE, _address(index, address, length))
 

@@ -77,7 +77,7 @@ def cni() -> NoReturn:
 
 
 def _try(program: str) -> None:
-    """Have a server run the command line of this process, and end the process. Return if no server fits."""
+    """Have a server run the command line of this process, and end the process. Return if no server serves it."""
     status = run(program, sys.argv[1:])
     if status is not None:
         os._exit(status)
@@ -97,7 +97,10 @@ def _names_own_file(*words: str) -> bool:
 
 
 def _import_site() -> None:
-    """Let this process import libraries, which it cannot if it was started as an installed program is."""
+    """Add the folders of libraries to sys.path, as Python's module `site` does, unless Python has done so at its start.
+
+    An installed program is started without that module (`python -S`), which saves time.
+    """
     if sys.flags.no_site:
         import site
 
@@ -105,7 +108,12 @@ def _import_site() -> None:
 
 
 def run(program: str, arguments: list[str]) -> int | None:
-    """Have a server run `program` with `arguments`; return the exit status, None if no server fits."""
+    """Have a server run `program`, CALICOCTL or CNI, with `arguments`; return the exit status.
+
+    Returns None, and nothing was run, if no server serves this process. No server is asked if the variable COLD is set,
+    if the process is not root's, if a standard stream is closed, or if standard output is not in UTF-8. Otherwise, the
+    handler of SIGNALS is `_end` or, once the command was sent, `_forward`; signals that are ignored stay so.
+    """
     if os.environ.get(COLD) or os.geteuid() != 0:
         return None
     if sys.stdin is None or sys.stdout is None or sys.stderr is None or sys.stdout.encoding != "utf-8":
@@ -129,7 +137,10 @@ def package() -> str:
 
 
 def _greeted(path: str, program: str) -> _socket.socket | None:
-    """Return a connection to the server at `path`, after its greeting; None if it does not greet."""
+    """Send the first message for `program` to the server at `path`; return the connection after the server's greeting.
+
+    Returns None if the server does not greet, or does not listen, or may not be trusted (`_is_ours`).
+    """
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     server.settimeout(GREETING)
     variables = (name + b"=" + value for name, value in os.environb.items())
@@ -148,7 +159,7 @@ def _greeted(path: str, program: str) -> _socket.socket | None:
 
 
 def _is_ours(server: _socket.socket) -> bool:
-    """Return whether root listens, in this process's namespaces: what is sent gives the server rights, and secrets.
+    """Return whether the server is root's, in this process's user and mount namespaces, and so may be sent secrets.
 
     Raises OSError if the server has ended.
     """
@@ -162,7 +173,7 @@ def _is_ours(server: _socket.socket) -> bool:
 def _have_run(server: _socket.socket, arguments: list[str]) -> int:
     """Have a server that has greeted run the command line `arguments`; return the exit status.
 
-    Raises OSError if the command could not be sent.
+    If the connection is then lost, prints LOST, and returns 1. Raises OSError if the command could not be sent.
     """
     assert sys.stdin is not None
     umask = os.umask(0o077)
@@ -188,13 +199,16 @@ def _have_run(server: _socket.socket, arguments: list[str]) -> int:
 
 
 def _end(number: int, frame: object) -> None:
-    """End as an interrupted command does; one that is just sent is interrupted by the end of the connection."""
+    """Handle a signal before the command was sent: end this process as an interrupted command does.
+
+    If the command was sent a moment ago, the end of the connection interrupts it.
+    """
     _tell("Interrupted; no container is left half connected. Repeat the command to complete it.")
     os._exit(128 + number)
 
 
 def _tell(sentence: str) -> None:
-    """Write to standard error. That it cannot be written changes nothing: no command is run again for it."""
+    """Write a sentence to standard error. Errors are ignored: `run` would take them for a command that was not sent."""
     try:
         os.write(2, sentence.encode() + b"\n")
     except OSError:

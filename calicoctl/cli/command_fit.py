@@ -35,7 +35,10 @@ class Hello:
 
 
 def fingerprint() -> int:
-    """Return a number that changes when a file of the program, or the folder of a library, is replaced."""
+    """Return a number that changes when a file of the program, or a folder of libraries, is replaced. Raises OSError.
+
+    Only numbers from the same process can be compared.
+    """
     found = []
     folders = [client.package()]
     for folder in folders:

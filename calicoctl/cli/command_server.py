@@ -64,13 +64,13 @@ IMPORTED = (
 
 
 class Server:
-    """Greets clients that suit, and passes them on to workers: one after another, in the order in which they came."""
+    """Greets clients that suit (see Fit), and passes them on to workers, in the order in which they were greeted."""
 
     def __init__(self, host: str, lifeline: int | None, program: int) -> None:
-        """`lifeline` is a file descriptor at whose end the server ends, if it is not None.
+        """`host` is the name of this host. The server ends when the file descriptor `lifeline` reaches its end.
 
-        `program` was the `fingerprint` before the program was imported. Raises CalicoError for invalid settings, and
-        OSError.
+        If `lifeline` is None, only signals end the server. `program` was the `fingerprint` before the program was
+        imported. Raises CalicoError for invalid settings, and OSError.
         """
         self._lifeline = lifeline
         self._files = program
@@ -92,9 +92,10 @@ class Server:
         self._inode = self._path.stat().st_ino
 
     def run(self) -> bool:
-        """Serve until the end; return whether the program's files have changed. Raises OSError.
+        """Serve until SIGTERM, SIGINT, the end of the lifeline, or a change of the program's files.
 
-        Whoever has been greeted by then is served.
+        Clients that have been greeted by then are still served. Returns whether the files have changed. Raises OSError,
+        and CalicoError if a new worker cannot serve.
         """
         gc.freeze()  # a collection would copy the memory that the workers share
         wake, signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -132,7 +133,10 @@ class Server:
         return self._outdated
 
     def _step(self, sources: list[int | socket.socket]) -> list[int | socket.socket]:
-        """Pass clients on, and wait until workers, or `sources`, are ready; return those of `sources` that are."""
+        """Pass clients on, fork a worker if it is time, and wait; return those of `sources` that can be read.
+
+        The wait ends when one of `sources` or a worker can be read, or when another worker is to be forked.
+        """
         self._pass_on()
         more_at = self._more_at()
         if more_at is not None and more_at <= time.monotonic():
@@ -157,7 +161,7 @@ class Server:
         self._dismiss(SPARE)
 
     def _more_at(self) -> float | None:
-        """Return when another worker is to be forked (monotonic); None if no more are needed, or allowed."""
+        """Return when another worker is to be forked (monotonic; -inf: now); None if no more are needed, or allowed."""
         if self._starting or any(self._workers.values()) or len(self._workers) >= MOST:
             return None
         if len(self._workers) < SPARE and not self._ends:
@@ -165,7 +169,7 @@ class Server:
         return max(self._queue[0][0], self._progress) + PATIENCE if self._queue else None
 
     def _dismiss(self, most: int) -> None:
-        """Let waiting workers end until `most` are left."""
+        """Let all but `most` of the waiting workers end."""
         waiting = [worker for worker, waits in self._workers.items() if waits]
         for worker in waiting[most:]:
             self._workers[worker] = False
@@ -184,7 +188,10 @@ class Server:
                 self._new.add(connection)
 
     def _greet(self, connection: socket.socket) -> None:
-        """Greet a client that suits, and close the connection to one that does not."""
+        """Greet a client, and let it wait for a worker; close the connection if it cannot be served.
+
+        That is so if it does not suit, if all of MOST workers are busy, or if the program's files have changed.
+        """
         self._new.discard(connection)
         with suppress(OSError):  # it has ended
             is_full = len(self._workers) >= MOST and not any(self._workers.values())
@@ -232,9 +239,9 @@ class Server:
             os._exit(status)
 
     def _hear(self, worker: socket.socket) -> None:
-        """Take from a worker that it waits for a client, or that it has ended.
+        """Receive that a worker waits for a client, or that it has ended, and note this.
 
-        Raises CalicoError if it ends before it could serve: the next one would, too.
+        Raises CalicoError if the worker has ended before it could serve, since the next one would, too.
         """
         try:
             said = worker.recv(100)
@@ -255,14 +262,17 @@ class Server:
 
 
 def _bury() -> None:
-    """Take the exit statuses of workers that have ended, so that nothing is left of them."""
+    """Reap the workers that have ended, so that no zombies are left."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
 def main() -> None:
-    """Serve until the end. Raises CalicoError or OSError if that is not possible."""
+    """Serve until `Server.run` returns; then return, or run the new program if the program's files have changed.
+
+    Raises CalicoError or OSError if the server cannot serve.
+    """
     program = fingerprint()  # before the imports: a file that is replaced meanwhile makes it outdated
     environment.complete()
     lifeline = None

@@ -24,14 +24,14 @@ from calicoctl.cli.command_fit import Hello
 from calicoctl.datastore import backends
 
 LONGEST = 1000
-"""How many clients a worker serves. Then the server forks another: whatever a command leaves in memory goes with it."""
+"""How many clients a worker serves. Then it ends, with whatever commands have left in its memory."""
 
 
 class Worker:
     """Serves the clients that the server passes on, one after another."""
 
     def __init__(self, server: socket.socket) -> None:
-        """`server` is the connection to the server, which passes clients on, and is told when one is served."""
+        """`server` is the connection on which the server passes clients on, and hears that the worker waits for one."""
         self._server = server
         self._environment = dict(os.environ)
         self._threshold = gc.get_threshold()
@@ -43,8 +43,8 @@ class Worker:
     def serve(self) -> None:
         """Serve clients; return when the server says so, after LONGEST clients, or after an interrupted command.
 
-        That may have been interrupted between the opening of a file and the note of its descriptor, such as that of a
-        lock, which only the end of the process closes then.
+        An interrupted command may have opened a file, such as a lock, and not stored its descriptor yet. Only the end
+        of the process closes this file.
         """
         signal.signal(signal.SIGIO, self._on_input)
         self._reset()
@@ -118,9 +118,10 @@ class Worker:
         gc.set_threshold(*self._threshold)
 
     def _on_input(self, number: int = 0, frame: FrameType | None = None) -> None:
-        """Take the first signal that the client has received, or its end, which counts as SIGHUP.
+        """Interrupt the command at the first signal that its client receives, or at the client's end, as by SIGHUP.
 
-        The others are ignored: the rollback must not be interrupted.
+        Raises main.Interrupted, at once or a moment later (see main.interrupt). Further signals are ignored: the
+        rollback must not be interrupted.
         """
         if self._client is None or self._interrupted:
             return
@@ -137,8 +138,8 @@ class Worker:
 def answer(connection: socket.socket, status: int) -> None:
     """Send the exit status of its command to a client. Raises OSError if the client has ended.
 
-    Signals of the client that nobody has taken are taken here: for any that is left when the connection is closed, the
-    kernel reports a reset to the client, in place of the status.
+    Then reads the client's signals that have not been read: if one were left when the connection is closed, the kernel
+    would report a reset to the client, in place of the status.
     """
     connection.send(b"%d" % status)
     connection.shutdown(socket.SHUT_RD)
@@ -162,7 +163,7 @@ def _open_streams(errors: str) -> None:
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """Handle a signal for this process itself: the server tells when it is to end.
+    """Ignore a signal to this process itself: the server says when the worker is to end.
 
-    Programs that a command runs do not inherit a handler, unlike SIG_IGN.
+    Programs that a command runs do not inherit this handler, but would inherit SIG_IGN.
     """

@@ -267,4 +267,4 @@ _SOURCES: dict[str, Callable[[Line], Iterable[str]]] = {
     "--vxlan": _fixed(*VXLAN_MODES),
     "--detach": _fixed("true", "false"),
 }
-"""Argument or option -> function (line.words before the value) that returns candidates for the value."""
+"""Argument or option -> function that returns candidates for its value, from the Line before this value."""

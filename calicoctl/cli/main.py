@@ -60,9 +60,9 @@ WITHOUT_SETTINGS = ("completion", "version")
 class Interrupted(KeyboardInterrupt):
     """Raised when a signal (`number`) asks the process to end. Changes are rolled back while it propagates.
 
-    Python discards an exception that is raised in a finalizer, for example. If this one is discarded before `main`
-    catches it, the signal is handled again a moment later. The base class is KeyboardInterrupt since asyncio, which
-    pyroute2 uses, lets a KeyboardInterrupt out of a callback, and only logs an ordinary exception.
+    Python discards an exception that is raised in a finalizer, for example. If this one is discarded, the signal is
+    handled again a moment later, unless whoever caught it has set `handled`. The base class is KeyboardInterrupt since
+    asyncio, which pyroute2 uses, lets a KeyboardInterrupt out of a callback, and only logs an ordinary exception.
     """
 
     def __init__(self, number: int) -> None:
@@ -122,7 +122,7 @@ def entry() -> NoReturn:
 def run(argv: list[str], where: str) -> int:
     """Run the command line `argv` with this process's standard streams; return the exit status.
 
-    `where`, such as "in this process", is told with --debug.
+    `where`, such as "in this process", is printed if `is_debugged`.
     """
     sys.stdout, sys.stderr = _Output.over(sys.stdout), _ErrorOutput.over(sys.stderr)
     if is_debugged(argv):
@@ -149,7 +149,7 @@ def _open_standard_streams() -> None:
 
 
 def is_debugged(argv: list[str]) -> bool:
-    """Return whether the user asks for details of errors: by --debug in the command line `argv`, or by a variable."""
+    """Return whether the user asks for details of errors: by --debug in `argv`, or by the variable CALICO_DEBUG."""
     return "--debug" in argv or os.environ.get("CALICO_DEBUG", "") not in ("", "0")
 
 

@@ -130,10 +130,10 @@ def _show(arguments: dict[str, Any]) -> None:
 
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:
-    """Return the valid endpoints that the options in `arguments` and `endpoint_id` select (see `display_order`).
+    """Return the valid endpoints that the options in `arguments` and `endpoint_id` select, sorted by `display_order`.
 
     `endpoint_id` is an endpoint's id, or the beginning of the id; None selects all endpoints. Prints a warning for each
-    invalid endpoint on that host, of that orchestrator, and with that id.
+    invalid endpoint that --host, --orchestrator and `endpoint_id` select.
     """
     return _selected(_in_order(_read(datastore, arguments, endpoint_id)), arguments, endpoint_id)
 
@@ -141,9 +141,9 @@ def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id
 def _read(
     datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None
 ) -> tuple[list[Endpoint], list[InvalidValue]]:
-    """Read the endpoints on that host, of that orchestrator, and with that id; see _matching.
+    """Read the endpoints that --host and --orchestrator in `arguments`, and `endpoint_id`, select; see _matching.
 
-    Return the valid ones, and an error for each invalid one.
+    Return the valid ones, and an error for each invalid one. The other options are not considered.
     """
     place = arguments["--host"], arguments["--orchestrator"]
     if endpoint_id is None:
@@ -230,9 +230,10 @@ def _only(found: list[Endpoint], id: str) -> Endpoint:
 
 
 def unconnected(host: str, workload: str | None = None) -> list[Unconnected]:
-    """Return the containers that cannot be connected as their labels ask, or the one with the id `workload`.
+    """Return the containers of `host`, which is this host, that cannot be connected as their labels ask.
 
-    Each is an endpoint without an id, with the state `error`, and the reason.
+    If `workload` is not None, only the container with this id is returned. For each container, the result has an
+    endpoint without an id, with the state `error`, and the reason. It is empty if the host's agent does not run.
     """
     from calicoctl.diagnose import host_status  # imports much that most commands about endpoints do not need
 
@@ -428,11 +429,11 @@ def change_profiles(
 ) -> None:
     """Append `profiles` to an endpoint's list, remove them from it, or replace the list, as `arguments` say.
 
-    Prints what was done. Messages call the endpoint `name`. `connection` is the endpoint's connection to a Docker
-    network of this host, if it is one: then the list is that of the container's next endpoints there, too. Raises
-    NotFound, without a change, if a profile to remove is not in the list, or if a profile to append or set does not
-    exist. Raises NotRoot if there is a `connection`, and the process does not run as root, and CalicoError if the list
-    is not known yet.
+    Prints what was done. Messages call the endpoint `name`. `connection` is the connection of a container of this host
+    to a Docker network, if the endpoint belongs to one: then the list is also kept for the container's next endpoints
+    in that network. Raises NotFound, without a change, if a profile to remove is not in the list, or if a profile to
+    append or set does not exist. Raises NotRoot if there is a `connection`, and the process does not run as root, and
+    CalicoError if the list is to be extended or shortened, but not known yet (network_profiles.refuse_pending).
     """
     if connection is not None and os.geteuid() != 0:
         raise NotRoot(

@@ -421,9 +421,10 @@ def _remove_hook() -> None:
 
 
 def _start_plugins(host: str, log_dir: str) -> None:
-    """Start the process for Docker networks, unless it runs, or another one serves them: then a warning is printed.
+    """Start this host's process for Docker networks, unless it runs.
 
-    Raises CalicoError if it cannot be started, or if the running agent would not supervise it.
+    If another process serves them, prints a warning, and stops this host's process, if it runs, instead. Raises
+    CalicoError if it cannot be started, or if the running agent would not supervise it.
     """
     if plugin_process.served_elsewhere():
         warn(
@@ -605,8 +606,8 @@ def _counted(endpoints: dict[str, int]) -> str:
 def _refuse_alive(datastore: DatastoreClient, this_one: bool) -> None:
     """Raise CalicoError if an agent of the host is alive.
 
-    `this_one` says that the client's host is this machine's own. An agent on this machine is then ignored, since the
-    command is about to stop it.
+    The host is that of `datastore`; `this_one` says that it is this machine's own. An agent on this machine is then
+    ignored, since the command is about to stop it.
     """
     host = datastore.host
     pid = process.running(host)

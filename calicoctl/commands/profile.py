@@ -192,9 +192,10 @@ def _remove(names: list[str], no_check: bool) -> None:
 
 
 def _remove_one(datastore: DatastoreClient, profile: str, users: Callable[[], list[Endpoint]] | None) -> None:
-    """Remove a profile, unless `users` returns endpoints that have it, or this host keeps it for a container.
+    """Remove a profile. Raises NotFound if it does not exist, and CalicoError if it is in use.
 
-    `users` may return other endpoints as well. If it is None, nothing is checked.
+    It is in use if one of the endpoints that `users` returns has it, or if this host keeps it for the next start of a
+    container. If `users` is None, this is not checked.
     """
     # a profile may have no keys, and etcd does not list a profile whose name begins with '_'
     if not _has_keys(datastore, profile) and profile not in datastore.profile_names():

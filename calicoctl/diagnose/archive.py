@@ -279,8 +279,8 @@ def _store() -> Iterator[str]:
 def _known_value(entry: Entry) -> Any:
     """Return the value of an entry if it may be included, otherwise `(left out)`.
 
-    A plain text value is included if its key is in _PLAIN; an empty value is always included. Of a JSON object or list
-    whose key matches _JSON_KEYS, only the known fields are included (see _known_fields).
+    A plain text value is included if the last part of its key is in _PLAIN; an empty value is always included. Of a
+    JSON object or list whose key matches _JSON_KEYS, only the known fields are included (see _known_fields).
     """
     if keys.last(entry.key) in _PLAIN or not entry.value:
         return entry.value

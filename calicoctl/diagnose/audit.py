@@ -113,9 +113,10 @@ class _Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is compared: of endpoints and handles, which are many, only what is needed; the rest in a copy of the store.
+    """What is compared. Of endpoints and handles, which are many, only what is needed is kept.
 
-    `invalid` has an error for each invalid endpoint and handle. `unread`: see `check`.
+    `handles` maps a handle to its counts (see _Counts). `copy` is a copy of the blocks, affinities and registrations in
+    the store. `invalid` has an error for each invalid endpoint and handle. `unread`: see `check`.
     """
 
     endpoints: list[_Listing]
@@ -138,9 +139,10 @@ class _Facts:
 
 
 def _fact(entry: Entry) -> _Listing | _Counts | InvalidValue | Entry | None:
-    """Return what is compared of an entry: itself if it is of a block, an affinity or a registration, or not readable.
+    """Return what is compared of an entry, or an error if the value of an endpoint or of a handle is invalid.
 
-    Returns None if nothing is compared.
+    This is the entry itself for blocks, affinities, registrations, and what cannot be read. Returns None if nothing of
+    the entry is compared.
     """
     if entry.problem is not None or entry.key.startswith(_COPIED):
         return entry

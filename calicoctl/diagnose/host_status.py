@@ -1,8 +1,8 @@
 """Reads the status of this host's agent, running or not, and lists its problems, worst first. Prints nothing.
 
 The agent's report (felix/report.py) is a file that every user may read, even while the store is unreachable. The
-report's field `problems` lists the keys with invalid values; its field `troubles` lists the failures that concern the
-whole host. `_issues` converts these and all other problems to Issues.
+report's field `problems` lists the keys that are invalid or not read; its field `troubles` lists the failures that
+concern the whole host. `_issues` converts these and all other problems to Issues.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ _OLDEST = {name: value for name, value in _NOTHING.items() if name not in _LATER
 
 @dataclass(frozen=True)
 class Issue:
-    """A problem of the host's agent. `kind` says what the problem concerns: AGENT, STORE, ENDPOINT, HOST, KEY or BGP.
+    """A problem of the host's agent. `kind` says what it concerns: AGENT, STORE, ENDPOINT, CONTAINER, HOST, KEY or BGP.
 
     `advice` says what the user can do; it is empty if there is no advice. If `fails` is true, `calicoctl status` ends
     with exit status 1 because of this problem.
@@ -354,7 +354,7 @@ def _local_etcd(status: dict[str, Any]) -> Iterator[Issue]:
 
 
 def _keys(status: dict[str, Any]) -> Iterator[Issue]:
-    """Yield an Issue for each key with an invalid value, except keys of endpoints that have an Issue already."""
+    """Yield an Issue for each key in the report's `problems`, except keys of endpoints that have an Issue already."""
     host = status["host"]
     named = {
         keys.endpoint(EndpointId(host, one["orchestrator"], one["workload"], one["endpoint"]))

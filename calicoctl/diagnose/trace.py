@@ -194,10 +194,10 @@ class _Store:
     # From names to places
 
     def places(self, name: str) -> list[Place]:
-        """Return a Place for each address of a place.
+        """Return a Place for each address of what `name` names.
 
-        `name` is a container, a namespace's path, an endpoint id, a host name or an address. Raises CalicoError if
-        there is no such place, if several are possible, or if the place has no address.
+        `name` is a container, a namespace's path, an endpoint id, a host name or an address. Raises CalicoError if it
+        names nothing, if it can mean several things, or if what it names has no address.
         """
         try:
             address = str(parse_address(name))

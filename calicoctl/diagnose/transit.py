@@ -93,8 +93,8 @@ def route(sender: Snapshot, to_host: str, address: str, networks: dict[str, Host
 def _is_near(host: str, other: str, topology: Topology, version: int, networks: dict[str, HostNetwork]) -> bool | None:
     """Return whether two hosts are connected to the same network of an IP version; None if that is unknown.
 
-    It suffices to know the networks of one of the hosts: if one of them contains the other host's address, both hosts
-    are connected to it.
+    It suffices to know the networks of one of the hosts: if one of these networks contains the other host's address,
+    both hosts are connected to it.
     """
     for one, far in ((host, other), (other, host)):
         address, network = topology.address(far, version), networks.get(one)
