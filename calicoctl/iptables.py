@@ -17,10 +17,10 @@ PATIENCE = 15.0
 
 
 def old_felix_chains() -> dict[str, list[str]]:
-    """Return the names of the chains of Felix of 2015, by the iptables command that lists them.
+    """Return the names of the chains of Felix of 2015: a list for each iptables command that shows any.
 
-    Possible commands are those in COMMANDS, and each of them with the suffix `-legacy`. A command is left out if it is
-    not installed, or if it lists no such chain. The chains drop packets of `cali…` interfaces that Felix of 2015 does
+    Possible commands are those in COMMANDS, and each of them with the suffix `-legacy`. The result lacks commands that
+    are not installed, or that show no such chain. The chains drop packets of `cali…` interfaces that Felix of 2015 does
     not know. Raises CalicoError if the chains cannot be listed. Source: frules.py and dispatch.py of Felix, 2015.
     """
     found: dict[str, list[str]] = {}

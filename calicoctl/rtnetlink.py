@@ -67,9 +67,9 @@ def delete_address(index: int, address: str, length: int) -> None:
 
 
 def put_route(version: int, index: int, destination: str | None = None, gateway: str | None = None) -> None:
-    """Add a static route of an IP version through an interface to the main table, or replace the one that is there.
+    """Add a static route of an IP version through an interface to the main table, or replace the one to `destination`.
 
-    The route leads to the address `destination`; to all addresses if it is None. `gateway` is the address of the next
+    The route leads to the address `destination`; to all addresses if that is None. `gateway` is the address of the next
     hop; without it, the destination is on the link.
     """
     scope = netlink.SCOPE_LINK if version == 4 and gateway is None else netlink.SCOPE_GLOBAL

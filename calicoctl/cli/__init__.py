@@ -1,1 +1,1 @@
-"""The command line: entry point, help, suggestions and completion."""
+"""The command line: entry point, command server, help, suggestions and completion."""

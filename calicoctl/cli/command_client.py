@@ -24,7 +24,7 @@ import sys
 from typing import NoReturn
 
 RUN = "/run/calico"
-"""The directory of the sockets, RUN/HOST/SOCKET: files.RUN."""
+"""The directory of the sockets, which are RUN/HOST/SOCKET. The same as files.RUN."""
 
 SOCKET = "commands.sock"
 

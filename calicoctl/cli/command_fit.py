@@ -21,7 +21,8 @@ from calicoctl.errors import CalicoError
 _NAMESPACES = ("mnt", "net", "pid", "user", "uts", "ipc", "cgroup")
 
 _RIGHTS = ("Uid:", "Gid:", "CapPrm:", "CapEff:", "CapBnd:", "NoNewPrivs:", "Seccomp:")
-"""The names of lines in /proc/PID/status. Root's groups give it no rights. Source: proc_pid_status(5)."""
+"""The lines of /proc/PID/status that are compared. Supplementary groups, which give root no rights, are not compared.
+Source: proc_pid_status(5)."""
 
 
 class Hello:

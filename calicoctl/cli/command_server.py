@@ -5,7 +5,8 @@ each runs the commands of clients (command_client.py), one at a time. This proce
 on to workers. It runs no command and has no threads, so it can be forked at any time.
 
 The agent starts it with the name of the host; then it ends when its standard input does, with the agent. systemd starts
-it without. It also ends on SIGTERM. When a file of the program has changed, it replaces itself by the new program.
+it without the name. It also ends on SIGTERM. When a file of the program has changed, it replaces itself by the new
+program.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ once, for example, keep all processors busy.
 """
 
 BACKLOG = 128
-"""How many clients may wait: for the greeting, for client.GREETING seconds at most, or, once greeted, for a worker."""
+"""How many clients may wait at a time: for the greeting (client.GREETING seconds at most) or, then, for a worker."""
 
 IMPORTED = (
     *(f"calicoctl.commands.{name}" for name in sorted(client.COMMANDS)),
@@ -60,7 +61,7 @@ IMPORTED = (
     *("calicoctl.workloads.wiring", "calicoctl.workloads.guard", "calicoctl.plugins.cni"),
     *("docker.api.client", "docker.utils", "pyroute2.iproute.linux"),
 )
-"""Modules that commands import when they need them."""
+"""Modules that commands import when they need them, and that the server imports when it starts."""
 
 
 class Server:
@@ -150,7 +151,7 @@ class Server:
         return [one for one in ready if one in sources]
 
     def _pass_on(self) -> None:
-        """Pass waiting clients on to waiting workers, and end the workers that are too many."""
+        """Pass waiting clients on to waiting workers; then let all but SPARE of the waiting workers end."""
         waiting = [worker for worker, waits in self._workers.items() if waits]
         while self._queue and waiting:
             worker = waiting.pop()

@@ -31,7 +31,7 @@ class Worker:
     """Serves the clients that the server passes on, one after another."""
 
     def __init__(self, server: socket.socket) -> None:
-        """`server` is the connection on which the server passes clients on, and hears that the worker waits for one."""
+        """`server` is the connection to the server, which passes clients on when the worker says that it waits."""
         self._server = server
         self._environment = dict(os.environ)
         self._threshold = gc.get_threshold()
@@ -118,7 +118,7 @@ class Worker:
         gc.set_threshold(*self._threshold)
 
     def _on_input(self, number: int = 0, frame: FrameType | None = None) -> None:
-        """Interrupt the command at the first signal that its client receives, or at the client's end, as by SIGHUP.
+        """Interrupt the command at the first signal that its client receives, or at the client's end (as SIGHUP).
 
         Raises main.Interrupted, at once or a moment later (see main.interrupt). Further signals are ignored: the
         rollback must not be interrupted.

@@ -122,7 +122,7 @@ def entry() -> NoReturn:
 def run(argv: list[str], where: str) -> int:
     """Run the command line `argv` with this process's standard streams; return the exit status.
 
-    `where`, such as "in this process", is printed if `is_debugged`.
+    `where`, such as "in this process", is printed to standard error if the user asks for details (is_debugged).
     """
     sys.stdout, sys.stderr = _Output.over(sys.stdout), _ErrorOutput.over(sys.stderr)
     if is_debugged(argv):

@@ -167,7 +167,10 @@ def _selected(endpoints: list[Endpoint], arguments: dict[str, Any], endpoint_id:
 
 
 def _unconnected_matching(host: str, arguments: dict[str, Any], endpoints: list[Endpoint]) -> list[Unconnected]:
-    """Return the containers of this host that have none of `endpoints`, and that the options select."""
+    """Return those results of `unconnected` that the options in `arguments` select, and that have none of `endpoints`.
+
+    `host` is this host.
+    """
     connected = {endpoint.id.workload for endpoint in endpoints}
     if arguments["--host"] not in (None, host) or arguments["--orchestrator"] not in (None, DOCKER):
         return []
@@ -300,7 +303,7 @@ def show_endpoints(
     """Print endpoints with all their fields, as JSON or as a table, abridged on a terminal (see output.abridges).
 
     The containers in `failed` (see `unconnected`) follow the endpoints. After a table, prints a warning with the reason
-    for each endpoint whose status is `error` or `up` and has a reason, but for MOST_REASONS endpoints at most.
+    for each endpoint that has one, and whose status is `error` or `up`, but for MOST_REASONS endpoints at most.
     """
     hosts = {endpoint.id.host for endpoint in endpoints}
     stored_status_of = datastore.hosts.endpoint_statuses(hosts.pop() if len(hosts) == 1 else None)

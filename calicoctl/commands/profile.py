@@ -158,8 +158,8 @@ def _show(arguments: dict[str, Any]) -> None:
 def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
     """Return a profile for JSON: its name, tags and rules, and which of `endpoints` have it.
 
-    The fields of each of these endpoints are its id, the names of its workload and its state. If the tags are invalid,
-    the field `tags` is None, and a warning is printed; the same holds for the rules.
+    Each of these endpoints has the fields of EndpointId, the name of its workload, and its state. If the tags are
+    invalid, the field `tags` is None, and a warning is printed; the same holds for the rules.
     """
 
     def readable(read: Callable[[], T]) -> T | None:

@@ -139,10 +139,10 @@ class _Facts:
 
 
 def _fact(entry: Entry) -> _Listing | _Counts | InvalidValue | Entry | None:
-    """Return what is compared of an entry, or an error if the value of an endpoint or of a handle is invalid.
+    """Return what is compared of an entry; None if nothing of it is compared.
 
-    This is the entry itself for blocks, affinities, registrations, and what cannot be read. Returns None if nothing of
-    the entry is compared.
+    Of blocks, affinities, registrations, and what cannot be read, this is the entry itself. If an endpoint or a handle
+    is invalid, the result is the error that says so.
     """
     if entry.problem is not None or entry.key.startswith(_COPIED):
         return entry

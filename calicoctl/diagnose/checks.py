@@ -91,7 +91,7 @@ class Check:
 def check(libnetwork: bool = False) -> Iterator[Check]:
     """Run all checks, and yield each result. If a check fails, the others still run.
 
-    If `libnetwork` is true, it is an error if no Docker Engine answers, or if it is older than OLDEST_DOCKER. If
+    If `libnetwork` is true, it is an error if no Docker Engine answers, or if its version is below OLDEST_DOCKER. If
     `libnetwork` is false, it is only a warning if none answers, and every version is accepted.
     """
     yield _root()

@@ -293,7 +293,7 @@ def _sessions(status: dict[str, Any]) -> Iterator[Issue]:
     """Yield the Issues about BGP sessions.
 
     There is one for all sessions that are not up, one for those among them whose passwords find no room in the kernel,
-    and one for each suspicion that the report names.
+    and one for each `suspicion` about their passwords in the report.
     """
     sessions = status["bgp_sessions"]
     down = [session for session in sessions if not session["up"]]

@@ -48,10 +48,10 @@ class Route:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """A reason, other than policy, that may stop a packet on `host` or on the way to it.
+    """A reason, other than policy, that stops or may stop a packet or its answer.
 
-    `problem` is a sentence without its full stop. If `stops` is true, the packet or its answer is certainly dropped; if
-    `stops` is false, it may be dropped.
+    `problem` is a sentence about `host`, which it may call "it", without its full stop. If `stops` is true, the packet
+    or its answer is certainly dropped; if `stops` is false, one of them may be dropped.
     """
 
     host: str
