@@ -1,4 +1,7 @@
-"""Creates the backends of the store, one for each API of etcd, and chooses between them."""
+"""Creates the backends of the store, one for each API of etcd, and chooses between them.
+
+A choice (detection.Choice) says which API is used, and whether its data is frozen, that is, must not be changed.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,15 @@ PATIENCE = 20.0
 """Seconds for which a request is retried while the cluster cannot serve it, for example during a leader election."""
 
 TAKEN_OVER = 1.0
-"""Seconds for which a choice is taken over by other clients in this process without a request. A command of a batch
-begins with such a choice, and should end before this is FRESH seconds old."""
+"""The maximum age, in seconds, of a choice that another client in this process uses without a request of its own. A
+command of `calicoctl batch` begins with such a choice, and should end before the choice is chosen.FRESH seconds old."""
 
 _latest: dict[EtcdSettings, Choice] = {}
 """Cluster -> the last choice in this process of an API whose data is not frozen. All clients share these choices."""
 
 
 def check_choices() -> None:
-    """Have the next client in this process check its choice by a request: long may have passed since the last one."""
+    """Have the next client in this process check the last choice by a request, however recent this choice is."""
     for settings, choice in list(_latest.items()):
         _latest[settings] = replace(choice, at=-math.inf)
 
@@ -43,9 +46,9 @@ def connect(settings: EtcdSettings, patience: float = PATIENCE, shared: bool = F
     """Return the store of the cluster in `settings`. Sends no request.
 
     `patience` is for how many seconds a request is retried: see PATIENCE. If `shared` is true, the store shares its
-    connections, and the order in which it asks the members, with the other such stores that this thread has connected:
-    they are not for another thread. So a process that runs commands one after another connects once, and waits only
-    once for a member that does not answer.
+    connections, and the order in which it asks the members, with the other shared stores of this thread that have the
+    same `settings` and `patience`; no other thread may use it. So a process that runs commands one after another
+    connects once, and waits only once for a member that does not answer.
     """
     backends = Backends(settings, patience)
     if shared:
@@ -81,8 +84,9 @@ class Backends:
         """Return which API to use.
 
         `before` is the caller's previous choice, which is checked again by a request. If it is None, the choice that
-        `latest` returns is used, and checked again only if it is more than TAKEN_OVER seconds old. Raises StoreError if
-        no API may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
+        `latest` returns is used, and checked again only if it is more than TAKEN_OVER seconds old. If that is None,
+        too, the API is the one that DATASTORE_TYPE names (without a request), or is determined by requests. Raises
+        StoreError if no API may be used, and InvalidValue if the key Ready is neither `true` nor `false`.
         """
         began = time.monotonic()
         if before is None:

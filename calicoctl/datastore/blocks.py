@@ -24,7 +24,10 @@ BLOCK_SIZE = 64
 
 @dataclass
 class Owner:
-    """The owner of an address: the id of its handle (None: no handle), and `secondary`, its attributes of any kind."""
+    """The owner of an address: `handle` is the id of its handle, None if it has none.
+
+    `secondary` is its JSON object "secondary": host, workload and others, or whatever another tool has written there.
+    """
 
     handle: str | None
     secondary: dict[str, Any]
@@ -97,9 +100,9 @@ class Block:
         return keys.ipam_block(self.version, self.cidr)
 
     def free(self) -> list[int]:
-        """Return the ordinals (offsets from `first`) of the free addresses, in the order of assignment.
+        """Return the ordinals (offsets from `first`) of the free addresses, in the order in which to assign them.
 
-        The order is that of the block's list "unallocated", if there is one. Free addresses that are not in the list
+        The order is that of the list "unallocated" in `extra`, if there is one. Free addresses that are not in the list
         follow in ascending order. Source: `unallocated` in pycalico/block.py of libcalico 0.8.
         """
         # tools from 2016 on append a released address to this list, so that it is assigned last
@@ -109,7 +112,10 @@ class Block:
         return list(dict.fromkeys([*(ordinal for ordinal in ordinals if ordinal in free), *free]))
 
     def free_list_problem(self) -> str | None:
-        """Return what is wrong with the block's list "unallocated" (see `free`); None if it is correct or missing."""
+        """Return what is wrong with the list "unallocated" in `extra` (see `free`), as a clause.
+
+        Returns None if the list is missing, or has each free address once and nothing else.
+        """
         listed, free = self.extra.get("unallocated"), self.free()
         if listed is None or listed == free:
             return None
@@ -138,7 +144,7 @@ class Block:
         )
 
     def held(self) -> Iterator[tuple[int, Owner]]:
-        """Yield (ordinal, owner) for each assigned address."""
+        """Yield (offset from `first`, owner) for each assigned address."""
         for ordinal in range(BLOCK_SIZE):
             owner = self.owner(ordinal)
             if owner is not None:
@@ -189,7 +195,7 @@ def block_cidr(version: int, first: int) -> str:
 
 
 def place(address: IPAddress) -> tuple[int, int, int]:
-    """Return (IP version, first address of the block as a number, ordinal in the block) of an address."""
+    """Return (IP version, first address of its block as a number, offset in the block) of an address."""
     value = int(address)
     return address.version, value - value % BLOCK_SIZE, value % BLOCK_SIZE
 

@@ -1,10 +1,11 @@
 """The store that commands and agents use: it forwards requests to the backend that was chosen.
 
-While the key Ready is `false`, the data is frozen, since it may be moved from one API of etcd to the other. Writes then
-raise Frozen, except for the statuses that agents report, which are not moved. Ready is read before each write, unless a
-read less than FRESH seconds ago showed that the data is not frozen. If Ready is not `true`, and DATASTORE_TYPE does not
-name an API, the backend is chosen again. A new choice applies to all clients in this process, and ends their watches
-at the other backend.
+There is a backend for each API of etcd; a choice (detection.Choice) says which API is used. While the key Ready is
+`false`, the data is frozen, since it is perhaps being moved from one API to the other. Writes then raise Frozen, except
+for the statuses that agents report, which are not moved. Ready is read before each write, unless a read less than FRESH
+seconds ago showed that the data is not frozen. If Ready is not `true`, and DATASTORE_TYPE does not name an API, the
+backend is chosen again. A new choice applies to all clients in this process, and ends their watches at the other
+backend.
 
 Ready may change between its read and the write, so it is also the fence (see store.Fence) of every write that is
 refused while the data is frozen. If the fence has changed, the backend is chosen again, and the write is made there.
@@ -25,8 +26,8 @@ from calicoctl.errors import Fenced, Frozen, WatchExpired
 T = TypeVar("T")
 
 FRESH = 5.0
-"""Seconds after which Ready is read again before a write. A tool that freezes the data must wait for longer before the
-move."""
+"""Seconds after which Ready is read again before a write. A tool that freezes the data must wait longer than this
+before it moves the data."""
 
 ATTEMPTS = 5
 """The maximum number of attempts of a write while Ready keeps changing, before it fails with Fenced."""
@@ -43,7 +44,7 @@ class ChosenStore:
         latest: Callable[[], Optional[Choice]],
         open: Callable[[str], FencedStore],
     ) -> None:
-        """Sends no request. `open` returns the backend for an API.
+        """Sends no request. `open` returns the backend for an API (settings.V2 or V3).
 
         `choose` returns the API to use. Its argument is the previous choice, which it checks again, or None if there is
         none yet. It raises StoreError or InvalidValue if no API may be used. `latest` returns the last choice of any
@@ -55,7 +56,9 @@ class ChosenStore:
         self._choice: Choice | None = None
 
     def choice(self) -> Choice:
-        """Return the choice in effect. Without one, choose first. Another client's newer choice takes effect here, too.
+        """Return the choice of the API that this store uses. If there is none yet, choose first.
+
+        If another client in this process has chosen the other API since, this store uses that one, too.
 
         Raises StoreError or InvalidValue if no API may be used.
         """
@@ -79,9 +82,10 @@ class ChosenStore:
         return self._open(self.choice().api)
 
     def _write(self, written: Sequence[str], write: Callable[[FencedStore], T]) -> T:
-        """Call `write` with the backend for a write to the keys `written`, and return its result.
+        """Call `write` with the backend for a write to the keys `written`, and return what it returns.
 
-        If Ready has changed, `write` is called again, at most ATTEMPTS times. Raises what `_writable` raises.
+        If `write` raises Fenced, since Ready has changed, the API is chosen again, and `write` is called again: at most
+        ATTEMPTS times in all. Raises what `_writable` and `write` raise.
         """
         for _ in range(ATTEMPTS - 1):
             try:
@@ -91,9 +95,10 @@ class ChosenStore:
         return write(self._writable(*written))
 
     def _writable(self, *written: str) -> FencedStore:
-        """Return the backend for a write to the keys `written`, with its fence.
+        """Return the backend for a write to the keys `written`, after setting its `fence` for this write.
 
-        Raises Frozen if the data is frozen, and one of the keys is not an agent's status.
+        If all of the keys are agents' statuses, the fence is None. If not, raises Frozen if the data is frozen. Raises
+        StoreError or InvalidValue if no API may be used.
         """
         choice = self.choice()
         if choice.frozen is not False or time.monotonic() - choice.at > FRESH:

@@ -1,7 +1,7 @@
 """Access to Calico's data in the store: endpoints, profiles, pools, BGP peers and settings.
 
 For other data, the client has the attributes `ipam` (addresses), `hosts` (registrations of hosts) and `statuses`
-(reports of agents).
+(reports of agents). "This host" is the host on whose behalf the client acts, `DatastoreClient.host`.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class DatastoreClient:
         return self._store.collect(keys.ROOT, convert)
 
     def copied(self, directory: str) -> tuple[DatastoreClient, list[Entry]]:
-        """Copy all keys below a directory. Return what `copy_of` returns for them."""
+        """Read all keys below a directory into memory. Return what `copy_of` returns for their entries."""
         return self.copy_of(self._store.list_for_watch(directory)[0])
 
     def copy_of(self, entries: Iterable[Entry]) -> tuple[DatastoreClient, list[Entry]]:
@@ -147,7 +147,7 @@ class DatastoreClient:
         return self._store.choice() if isinstance(self._store, ChosenStore) else None
 
     def current_choice(self) -> Choice | None:
-        """Do what `choice` does, but first check by a request which API is to be used, and whether it is frozen."""
+        """Do what `choice` does, but first check by a request which API to use, and whether its data is frozen."""
         return self._store.current_choice() if isinstance(self._store, ChosenStore) else None
 
     def for_host(self, host: str) -> DatastoreClient:
@@ -179,9 +179,9 @@ class DatastoreClient:
         """Create or update a pool; return the previous pool, None if the pool was created.
 
         The key of an existing pool and its unknown fields are preserved. For a pool with IP-in-IP, the global setting
-        IpInIpEnabled is set as well. Raises CalicoError if an overlapping pool was added concurrently, NotFound if the
-        pool was deleted concurrently, Conflict if other writers keep changing it, and InvalidValue if the stored pool
-        is invalid.
+        IpInIpEnabled is set to `true` as well. Raises CalicoError if a new pool overlaps with an older one (callers
+        have checked this before, so the older one was added concurrently), NotFound if the pool was deleted
+        concurrently, Conflict if other writers keep changing it, and InvalidValue if the stored pool is invalid.
         """
         version = version_of(pool.cidr)
         if pool.ipip:
@@ -231,9 +231,10 @@ class DatastoreClient:
         return found, invalid
 
     def pool_keys(self, name: str) -> list[str]:
-        """Return the keys of the pools, of both IP versions, whose CIDR is `name` according to the value or to the key.
+        """Return the keys of the pools, of both IP versions, called `name`.
 
-        The pools may be invalid; then, only the key counts.
+        `name` is the CIDR in the value or in the key, or the last part of the key, such as `10.1.0.0-16`. The pools may
+        be invalid; then, only the key counts.
         """
         return self._keys_called(name, [keys.pools(version) for version in (4, 6)], lambda e: Pool.from_json(*e).cidr)
 
@@ -353,7 +354,7 @@ class DatastoreClient:
         return create_missing(self._store, values)
 
     def remove_profile(self, name: str) -> None:
-        """Delete a profile, with all keys below it."""
+        """Delete a profile, with all keys below it. Do nothing if it does not exist."""
         self._store.remove_tree(keys.profile(name))
 
     def tags(self, name: str) -> list[str]:
@@ -365,7 +366,10 @@ class DatastoreClient:
         return [] if entry is None else load_tags(entry.value, entry.key)
 
     def all_tags(self) -> frozenset[str] | None:
-        """Return the tags of all profiles; None if the tags of any profile are invalid."""
+        """Return the tags of all profiles; None if the tags of any profile are invalid.
+
+        Tags that could not be read (see `Entry.problem`) are missing from the result.
+        """
 
         def tags(entry: Entry) -> list[str] | None:
             if keys.last(entry.key) != "tags" or keys.parse_profile(entry.key) is None or entry.problem is not None:
@@ -455,9 +459,10 @@ class DatastoreClient:
         orchestrator: str | None = None,
         wanted: Callable[[Endpoint], bool] = lambda endpoint: True,
     ) -> tuple[list[Endpoint], list[InvalidValue]]:
-        """Return the valid endpoints of `host` (None: all hosts) that are `wanted`, and an error for each invalid one.
+        """Return the valid endpoints of `host` (None: all hosts) for which `wanted` returns true.
 
-        If `orchestrator` is not None, only its endpoints are returned.
+        Also return an error for each invalid endpoint of `host`. If `orchestrator` is not None, both are only about its
+        endpoints. Endpoints that could not be read (see `Entry.problem`) are in neither list.
         """
 
         def read(entry: Entry) -> Endpoint | InvalidValue | None:
@@ -475,9 +480,10 @@ class DatastoreClient:
     def endpoints_beginning(
         self, beginning: str, host: str | None = None, orchestrator: str | None = None
     ) -> tuple[list[Endpoint], list[InvalidValue]]:
-        """Return the valid endpoints whose ids begin with `beginning`, and an error for each invalid one of these.
+        """Return the valid endpoints whose `EndpointId.endpoint` begins with `beginning`.
 
-        `host`, `orchestrator`: see readable_endpoints. No value of another endpoint is read, if the store can do that.
+        Also return an error for each invalid endpoint of which that is true. `host`, `orchestrator`: see
+        readable_endpoints. If the store is atomic, the values of other endpoints are not read.
         """
 
         def matching(entry: Entry) -> Entry | None:
@@ -502,8 +508,9 @@ class DatastoreClient:
     def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
         """Return the ids of the endpoints, on any host, that have the address `address`.
 
-        If one of them owns the address in IPAM, only its id is returned. An invalid endpoint may be included: see
-        `_lists`. Raises InvalidValue if the block of the address is invalid.
+        If one of them owns the address in IPAM, only its id is returned. An invalid endpoint counts as having the
+        address if it owns it in IPAM, or if its JSON text contains it. Raises InvalidValue if the block of the address
+        is invalid.
         """
         text = str(address)
         owner = self.ipam.owner(address)
@@ -556,8 +563,9 @@ class DatastoreClient:
         """Return the entry of a workload's handle, and the entries of its endpoints on this host, valid or not.
 
         `places` are pairs (orchestrator, workload id) under which the workload may be stored. The endpoints of the
-        first pair that has any are returned. An atomic store reads everything in one request. In another store, the
-        handle is not read if there are no endpoints, and `is_new` says that the handle probably does not exist.
+        first pair that has any are returned. `is_new` says that the handle probably does not exist. An atomic store
+        reads everything in one request. From another store, the handle is not read if `is_new` is true and there are
+        no endpoints.
         """
         directories = [keys.endpoints(self.host, *place) for place in places]
         if self._store.atomic:
@@ -571,8 +579,8 @@ class DatastoreClient:
     def read_for_address(self, version: int, automatic: bool) -> AddressFacts:
         """Return the data that is needed to assign an address of an IP version to a workload.
 
-        `automatic` says that the user has not asked for a specific address. Only then, and if the store is atomic, so
-        that this takes no request of its own, `affine` is read.
+        `automatic` says that the user has not asked for a specific address. `affine` of the result is only read if
+        `automatic` is true and the store is atomic, which needs no further request for it.
         """
         directories = [keys.BGP_HOSTS, keys.pools(version)]
         if automatic and self._store.atomic:
@@ -582,10 +590,10 @@ class DatastoreClient:
         return AddressFacts(hosts, pools, None if mtu is None else mtu.value, affine)
 
     def read_for_interface(self, id: EndpointId) -> tuple[Endpoint | None, dict[int, list[Entry]], str | None]:
-        """Return what is needed to create the interface of an endpoint, in one read.
+        """Return what is needed to create the interface of an endpoint, by one `Store.read`.
 
-        That are the endpoint, None if it does not exist or is invalid; IP version -> the entries of its pools; and the
-        setting MTU, None if it is not set.
+        These are the endpoint, None if it does not exist or is invalid; a dict of IP version -> the entries of the
+        pools of that version; and the setting MTU, None if it is not set.
         """
         (entry, mtu), pools = self._store.read(
             [keys.endpoint(id), keys.config(config.MTU.name)], [keys.pools(version) for version in (4, 6)]
@@ -618,8 +626,8 @@ class DatastoreClient:
     def knows_interface(self, name: str) -> bool:
         """Return whether the interface `name` of this host may belong to an endpoint.
 
-        That is so if an endpoint of this host has it, if an address was assigned for it, or if any endpoint of this
-        host is invalid.
+        That is so if an endpoint of this host has this interface, if an address on this host is assigned to an endpoint
+        that would have it (perhaps not in the store yet), or if any endpoint of this host is invalid.
         """
         if any(self.readable_endpoints(self.host, wanted=lambda one: name in (one.name, one.id.interface))):
             return True
@@ -655,7 +663,7 @@ class DatastoreClient:
         set_value(self._store, keys.endpoint(id), None)
 
     def remove_workloads(self, ids: Iterable[EndpointId]) -> None:
-        """Delete all endpoints of the workloads that the endpoints `ids` belong to, as `remove_endpoint` does.
+        """Delete all endpoints of the workloads that the endpoints `ids` belong to, even if invalid or changed since.
 
         The ids must be those of endpoints that were read from the store. One request is made for each workload.
         """
@@ -699,7 +707,10 @@ def _readable(id: EndpointId, entry: Entry | None) -> Endpoint | None:
 
 
 def _endpoints_directory(host: str | None, orchestrator: str | None) -> str:
-    """Return the directory of the endpoints of a host (None: all hosts), and of an orchestrator if there is a host."""
+    """Return the directory that contains the endpoints of an orchestrator (None: all) on a host.
+
+    If `host` is None, the directory contains the endpoints of all hosts and orchestrators.
+    """
     if host is None:
         return keys.HOSTS
     return f"{keys.host(host)}/workload" if orchestrator is None else keys.workloads(host, orchestrator)

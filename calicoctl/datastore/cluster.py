@@ -1,4 +1,4 @@
-"""Reads the version, the health and the database size of each member of the cluster. Changes nothing.
+"""Reads the version, the health and the database size of each member, and whether etcd has users. Changes nothing.
 
 Reads the pages /version, /health and /metrics of each member, for which etcd requires no permissions. If a member does
 not answer, the other members are still asked.
@@ -28,10 +28,11 @@ _METRIC = re.compile(r"^(etcd_\w+) ([0-9.e+]+)$", re.MULTILINE)
 
 @dataclass
 class MemberInfo:
-    """A member of the cluster. A field is None if it is not known.
+    """A member of the cluster. A field is None if it is not known; `healthy` is false then.
 
-    `size` is the size of the member's database, `in_use` is the part of it that holds data, and `quota` is the maximum
-    size, all in bytes. `error` says why the member is not healthy, or why one of its pages could not be read.
+    `leader` says whether the member is the leader. `size` is the size of its database, `in_use` is the part of it that
+    holds data, and `quota` is the maximum size, all in bytes. `error` says why the member is not healthy, or why one of
+    its pages could not be read; None if neither is so.
     """
 
     url: str

@@ -43,7 +43,8 @@ IPIP = Setting("IpInIpEnabled", ("true", "false"), "false")
 MTU = Setting("MTU", smallest=1280, largest=65535)
 """The MTU of workloads' interfaces. The default is the MTU of the underlay minus the overlay's header."""
 CHECK_SENDERS = Setting("CheckSenders", ("mac", "interface", "off"), "mac")
-"""How agents check packets that come from other hosts' addresses: see docs/agent.md."""
+"""Whether agents check packets from addresses of other hosts and their endpoints for MAC and interface ("mac"), for
+the interface alone ("interface"), or for neither ("off"). See docs/agent.md."""
 HOST_SERVICES = Setting("EndpointToHostServices", ("allow", "drop"), "allow")
 """Whether endpoints may send DHCP, DNS and some ICMPv6 to their host, regardless of their profiles."""
 MAX_CONNECTIONS = Setting("MaxConnections", default="16384", smallest=256, largest=1048576)

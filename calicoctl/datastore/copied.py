@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class CopiedStore:
-    """Entries that were read before, with the reading methods of `Store`. The methods raise no exceptions.
+    """Entries that were read before, with the reading methods of `Store`. These raise only what `convert` raises.
 
     `unread` has an entry for each key or directory that could not be read (see `Entry.problem`). The methods find no
     data at these keys, or below them.

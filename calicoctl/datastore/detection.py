@@ -69,8 +69,9 @@ class Choice:
 def decide(v3: Shown, v2: Shown, where: str) -> Choice:
     """Return which API holds Calico's data, given the states of both.
 
-    `where` are the servers' URLs, for messages. Raises StoreError if it is unclear which API holds the data, or if that
-    API must not be used. Raises InvalidValue if a value of Ready is neither `true` nor `false`.
+    `where` are the servers' URLs, for messages. Raises StoreError if neither API is served, if it is unclear which API
+    holds the data, or if that API must not be used. Raises InvalidValue if a value of Ready is neither `true` nor
+    `false`.
     """
     check_ready(v3.ready, v2.ready)
     if not (v3.served or v2.served):
@@ -118,7 +119,7 @@ def _chosen(v3: Shown, v2: Shown) -> Choice:
 
 
 def foreign(where: str) -> StoreError:
-    """Return the error for an etcd whose v3 API holds data of Calico 3."""
+    """Return the error for an etcd, with the URLs `where`, whose v3 API holds data of Calico 3."""
     return StoreError(
         f"etcd at {where} has the data of another Calico in its v3 API ({keys.OTHER_CALICO}/), and both would assign "
         "the same addresses: use another etcd"
@@ -126,9 +127,9 @@ def foreign(where: str) -> StoreError:
 
 
 def detect(settings: EtcdSettings, v3: Etcd3Store, patience: float) -> Choice:
-    """Query both APIs, v3 through the backend `v3`, and return the API to use. Raises StoreError or InvalidValue.
+    """Query both APIs, v3 through the backend `v3`, and return the API to use.
 
-    `patience`: see backends.PATIENCE.
+    `patience`: see backends.PATIENCE. Raises what `decide` raises, and StoreUnavailable if no member answers.
     """
     question = _Question(settings, patience)
     question.start()
@@ -183,7 +184,8 @@ class _Question(threading.Thread):
     def answer(self) -> Shown:
         """Wait until the query is answered; return the state of the v2 API, or raise the exception of the query.
 
-        If the member that has answered does not serve the v2 API, other members may still do.
+        If the member that has answered does not serve the v2 API, the result's `served` is false, although other
+        members may serve it.
         """
         self.join()
         assert self._shown is not None
@@ -211,7 +213,7 @@ class _Question(threading.Thread):
 
 
 def _read_ready_of_one(member: Connection) -> Shown:
-    """Do what `_read_ready` does, but return that the API is not served, and raise no NotServed."""
+    """Do what `_read_ready` does; if the member does not serve the API, return this instead of raising NotServed."""
     try:
         return _read_ready(member)
     except NotServed:

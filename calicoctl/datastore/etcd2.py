@@ -211,7 +211,10 @@ class Etcd2Store:
             self.put(key, value, ttl)
 
     def _write(self, key: str, send: Callable[[_Connection], Entry], verdict: Verdict) -> Entry:
-        """Send a conditional write of a key until its outcome is known. See Members.write."""
+        """Send a conditional write of a key until its outcome is known; return its entry. See Members.write.
+
+        Before each attempt, the fence is checked: see _check_fence.
+        """
 
         def attempt(connection: _Connection, doubtful: bool) -> Entry:
             self._check_fence(connection, doubtful)
@@ -220,7 +223,10 @@ class Etcd2Store:
         return self._members.write(attempt, lambda: self.get(key), verdict)
 
     def _write_blindly(self, key: str, send: Callable[[etcd.Client, str], object]) -> None:
-        """Send an idempotent write of a key, repeatedly until it is answered. See _Connection.request."""
+        """Send an idempotent write of a key, repeatedly until it is answered. See _Connection.request.
+
+        Before each attempt, the fence is checked: see _check_fence.
+        """
 
         def attempt(connection: _Connection, doubtful: bool) -> None:
             self._check_fence(connection, doubtful)
@@ -229,9 +235,10 @@ class Etcd2Store:
         self._members.resend(attempt)
 
     def _check_fence(self, connection: _Connection, doubtful: bool) -> None:
-        """Raise Fenced if the fence has changed.
+        """Raise Fenced if the key of the fence (see store.Fence) has changed.
 
-        This is only asked if the write may have been sent before (`doubtful`), or after the fence's `until`.
+        The key is only read if the write may have been sent before (`doubtful`), or after the fence's `until`.
+        Otherwise, or without a fence, does nothing.
         """
         import etcd
 
@@ -289,8 +296,8 @@ class Etcd2Store:
     def _await_changes(self, watch: OpenWatch, directory: str, seconds: float) -> list[Change]:
         """Wait for at most `seconds` for a change below `directory`. Returns a list of at most one change.
 
-        Raises WatchExpired if changes may have been missed, and StoreUnavailable if no member answers for
-        WATCH_PATIENCE.
+        Raises WatchExpired if changes may have been missed, and StoreUnavailable if no member can be reached, or if
+        none answers for WATCH_PATIENCE.
         """
         import etcd
 
@@ -325,7 +332,7 @@ class Etcd2Store:
         return self._members.retry(lambda connection: connection.request(key, send, directory))
 
     def _ask(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
-        """Send a request about a key once. See _Connection.request."""
+        """Send a request about a key, without retries. See Members.ask and _Connection.request."""
         return self._members.ask(lambda connection: connection.request(key, send))
 
 

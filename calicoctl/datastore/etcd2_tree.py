@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEEPEST = 10
-"""The number of parts of Calico's deepest key. A directory at this depth or below is not read in parts."""
+"""The number of slashes in Calico's deepest key. If the answer about a directory at this depth or below is too large,
+its subdirectories are not requested separately."""
 
 _scan_string: Any = json.decoder.scanstring  # type: ignore[attr-defined]
 """The C function of the module json that finds the end of a JSON string."""
@@ -40,11 +41,12 @@ CHUNK = 2**16
 
 
 def read(client: etcd.Client, directory: str, convert: Callable[[Entry], T | None]) -> tuple[list[T], int]:
-    """Return `convert(entry)` for each entry below a directory, without None, and the revision at the first answer.
+    """Return `convert(entry)` for each entry below a directory, without None, and the store's revision.
 
-    For a subdirectory that is too large to be read, `convert` gets an Entry with a `problem`. `convert` may be called
-    for an entry more than once. Raises python-etcd's exceptions (EtcdKeyNotFound if there is no such directory) and
-    urllib3's, and KeyError, RecursionError, TypeError or ValueError for an answer that is not etcd's.
+    The revision is that of the first answer. For a subdirectory that is too large to be read, `convert` gets an Entry
+    with a `problem`. `convert` may be called for an entry more than once. Raises python-etcd's exceptions
+    (EtcdKeyNotFound if there is no such directory) and urllib3's, and KeyError, RecursionError, TypeError or ValueError
+    for an answer that is not etcd's.
     """
     import etcd
     import urllib3.exceptions
@@ -181,9 +183,9 @@ def innermost(parts: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def _string_end(text: str, position: int) -> int | None:
-    """Return where the JSON string ends that begins at `position`, after its quote; None if it is not whole.
+    """Return the index after the JSON string in `text` whose content begins at `position`; None if it is cut off.
 
-    Raises ValueError if it is no JSON string, whatever may follow.
+    Raises ValueError if it is no JSON string, whatever may follow `text`.
     """
     try:
         return int(_scan_string(text, position, True)[1])

@@ -53,7 +53,7 @@ class Progress:
 
     `searched` is the last revision that the last request knew of: the `X-Etcd-Index` of its answer or, if that
     contained a change, the revision of the change. `at` is the time when it was received (monotonic, seconds). `wait`
-    is the result of `_wait` for the last request that ended without a change.
+    is for how many seconds the last request that ended without a change was to wait (see `_wait`).
     """
 
     revision: int
@@ -81,8 +81,8 @@ class OpenWatch:
         """Wait for a change below `path`, which is URL-quoted, at the member of `client`.
 
         Waits for at most `longest` seconds, but for SHORTEST if `longest` is less. Returns a list of at most one
-        change. An answer must begin within `timeout` seconds. After an exception, the watch can go on, also at another
-        member.
+        change; an empty list may be returned before that time. An answer must begin within `timeout` seconds. After an
+        exception, the watch can go on, also at another member.
 
         Raises WatchExpired if the store's revision is lower than before, since the store was replaced or restored.
         Raises python-etcd's exceptions for errors of etcd or of the connection, and LookupError, RecursionError,
@@ -127,7 +127,10 @@ class OpenWatch:
         return changes
 
     def _receive(self, request: _Request, longest: float) -> list[Change]:
-        """Wait for a change that a request asks for, and advance `progress`. If there is none, close the stream."""
+        """Wait for a change in the answer to `request`, advance `progress`, and return a list of at most one change.
+
+        If no change comes in time (see OpenWatch.changes), the stream is closed.
+        """
         progress = self.progress
         event = request.next(max(SHORTEST, min(request.wait, longest)))
         if event is None:
@@ -151,7 +154,7 @@ class _Request:
     """A request for changes whose answer has begun.
 
     `first` is the revision from which the answer contains changes. `reached` is the store's revision, as far as it is
-    known, since the time `at` (monotonic, seconds). `wait` is the result of `_wait`.
+    known, since the time `at` (monotonic, seconds). `wait` is for how many seconds to wait for a change (see `_wait`).
     """
 
     def __init__(
@@ -189,7 +192,7 @@ class _Request:
         self.has_reached(reached, progress)
 
     def has_reached(self, reached: int, progress: Progress) -> None:
-        """Note that the store's revision is now `reached`. `progress` is that of the watch, from before."""
+        """Note that the store's revision is now `reached`. `progress` is what the watch had reached before."""
         self.reached = reached
         self.at = time.monotonic()
         self.wait = _wait(progress, reached, self.at)
@@ -202,7 +205,7 @@ class _Request:
         return None if line is None else _parse(json.loads(line))
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection, unless the next request can use it."""
         self._answer.close()
 
 

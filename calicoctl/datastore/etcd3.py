@@ -160,7 +160,7 @@ class Etcd3Store:
     """Implements `Store` on etcd's v3 API. Not thread-safe.
 
     All keys that an object writes with the same time to live are attached to one lease. Each such write renews the
-    lease; only `put` and `put_all` leave that out if it was renewed less than half of the time to live ago.
+    lease; only `put` and `put_all` do not renew it if it was renewed less than half of the time to live ago.
     """
 
     atomic = True
@@ -241,10 +241,11 @@ class Etcd3Store:
     def _collect_once(
         self, directory: str, convert: Callable[[Entry], T | None], values: bool, first: int, reading: _Reading
     ) -> list[T]:
-        """Do what `collect` does, once, with `first` keys in the first page. All pages are read at its revision.
+        """Do what `collect` does, once, with `first` keys in the first page.
 
-        The other pages have PAGE_SIZE, as far as the page before tells, but at most twice as many keys as that. Raises
-        _Compacted if the revision is compacted before all pages are read.
+        All pages are read at the revision of the first one. Each of the others should have PAGE_SIZE, going by the
+        average size of a key in the page before, but at most twice as many keys as that page. `reading` limits the time
+        and the number of keys. Raises _Compacted if the revision is compacted before all pages are read.
         """
 
         def sized(kv: Any) -> tuple[int, T | None]:
@@ -366,7 +367,10 @@ class Etcd3Store:
         self._write_blindly([{"request_delete_range": keys} for keys in ranges], directory)
 
     def _write_blindly(self, operations: list[dict[str, Any]], key: str) -> None:
-        """Apply idempotent operations, in one transaction whose only condition is the fence. `key` is for messages."""
+        """Apply idempotent operations, in one transaction whose only condition is the fence. `key` is for messages.
+
+        Raises Fenced if the key of the fence has changed.
+        """
         fence = self.fence
 
         def parse(answer: dict[str, Any]) -> None:
@@ -488,8 +492,8 @@ class Etcd3Store:
         """Call `poll(connection, end)` for one member after another until it succeeds; return its result.
 
         `poll` fails if the member does not answer or has no quorum. `end` is the time at which it must return
-        (monotonic). Raises WatchExpired if a connection was lost, and StoreUnavailable if no member answers for
-        WATCH_PATIENCE.
+        (monotonic). Raises WatchExpired if a connection was lost, and StoreUnavailable if no member can be reached, or
+        if none answers for WATCH_PATIENCE.
         """
         deadline: Deadline | None = None
         while True:
@@ -504,7 +508,7 @@ class Etcd3Store:
     # Requests
 
     def _ask(self, path: str, request: dict[str, Any], key: str, parse: Callable[[dict[str, Any]], T]) -> T:
-        """Send an idempotent request about a key, repeatedly until it is answered; return `parse(answer)`."""
+        """Send an idempotent request, repeatedly until it is answered; return `parse(answer)`. `key`: for messages."""
 
         def send(connection: Connection) -> T:
             with _translated(connection, key):
@@ -709,8 +713,9 @@ def _page_of(
 ) -> _Page[T]:
     """Convert the answer to a read of the range from `start` to `end` to a page.
 
-    `item` converts the JSON object of each key. If `problem` is not None, it is first added to that object. Raises
-    TypeError if the answer is not about this range.
+    `item` converts the JSON object of each key. If `problem` is not None, it is first added to that object, as the
+    field "problem". `answer` is not usable afterwards: the objects are removed, to save memory. Raises TypeError if the
+    answer is not about this range.
     """
     kvs, more = answer.get("kvs", []), bool(answer.get("more"))
     last = etcd3_json.raw(kvs[-1]["key"]) if kvs else b""

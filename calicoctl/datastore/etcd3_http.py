@@ -180,10 +180,11 @@ class Connection:
             self._kept = None
 
     def with_token(self, send: Callable[[], T]) -> T:
-        """Call `send`, which sends a request with the attribute `token`; return the result.
+        """Call `send`, which sends a request with the attribute `token`; return what `send` returns.
 
-        If `send` raises an ErrorAnswer that is about the token, set `token` to another one (see Authorize), and call
-        `send` again. If the refused token was a new one, raise the ErrorAnswer. Raises what `send` and Authorize raise.
+        If `token` is None, it is set first (see Authorize). If `send` raises an ErrorAnswer that is about the token,
+        set `token` to another one, and call `send` again. If the refused token was a new one, raise the ErrorAnswer.
+        Raises what `send` and Authorize raise.
         """
         if self._authorize is None:
             return send()

@@ -73,7 +73,7 @@ def read(kv: Any) -> Entry:
 
 
 def followed(kv: Any) -> Entry:
-    """Convert the JSON object of a key to an Entry, for a watch.
+    """Convert the JSON object of a key to an Entry, which has a `problem` if the key could not be read.
 
     If the JSON object has a field "problem" (see Etcd3Store._list), the Entry has this `problem`. If it has no such
     field, the Entry has a `problem` if the key or the value is not UTF-8. An Entry with a `problem` has an empty value.
