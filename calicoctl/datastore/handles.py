@@ -35,7 +35,7 @@ class KnownHandle:
     is_assumed: bool = False
 
     def block(self, key: str) -> Entry | None:
-        """Return the entry of the block with this key, None if it was not read."""
+        """Return the entry of the block with this key, None if it is not in `blocks`."""
         return next((entry for entry in self.blocks if entry.key == key), None)
 
 
@@ -80,7 +80,8 @@ class Handles:
         """Correct the counts of a handle. Return the corrected entry, None if the handle does not exist (any more).
 
         The handle's addresses are counted in each block that the handle names, and in the blocks `others` (CIDRs); but
-        the count of an invalid block does not change. A handle without addresses is deleted.
+        the count of an invalid block does not change. A handle without addresses is deleted, and a missing handle with
+        addresses is created.
 
         Raises Conflict if other writers keep changing the handle or a block, and InvalidValue if the handle is invalid.
         """
@@ -151,7 +152,7 @@ def counted(handle: str, entry: Entry | None, counts: Mapping[str, int]) -> Writ
 
 
 def handle_of(entry: Entry) -> str:
-    """Return the handle of an entry below keys.ipam_handles(). Raise InvalidValue if it is in a subdirectory."""
+    """Return the name of the handle whose entry this is. Raise InvalidValue if its key is in a subdirectory."""
     if "/" in entry.key[len(keys.ipam_handles()) + 1 :]:
         raise InvalidValue(entry.key, "it is in a subdirectory, where no handle can be")
     return keys.last(entry.key)

@@ -50,9 +50,9 @@ class HostSummary:
     """A summary of the data about one host in the store.
 
     `ipv4` and `ipv6` are the registered addresses as they are stored, None if they are missing or empty. `as_num` is
-    the host's own AS number or, if it has none, the global AS number. `agent` is "up", "starting" (until the first
-    snapshot is in the kernel), or "down" if there is no heartbeat. `reported` is the time (ISO 8601) in the heartbeat,
-    None if there is no heartbeat, or no time in it.
+    the host's own AS number or, if it has none, the global AS number. `agent` is "up", "starting" (until it has
+    programmed the kernel for the first time), or "down" if there is no heartbeat. `reported` is the time (ISO 8601) in
+    the heartbeat, None if there is no heartbeat, or no time in it.
 
     `endpoints` maps each of ENDPOINT_STATES to the number of endpoints with that status. Endpoints without a reported
     status count as "unknown", and so do all endpoints of the host while `agent` is not "up".
@@ -106,7 +106,7 @@ class Hosts:
             summary(name).reported = time if isinstance(time, str) else None
 
         def registered(entry: Entry) -> tuple[str, str | None, str | None] | None:
-            """Return (host, status of its endpoint, None), or (host, None, its address); None for any other entry."""
+            """Return (host, status, None) for an endpoint, (host, None, IPv4 address) for a host; None for the rest."""
             id = keys.parse_endpoint(entry.key) if entry.problem is None else None
             if id is not None:
                 return sys.intern(id.host), reports.status(id)[0], None
@@ -201,7 +201,8 @@ class Hosts:
         """Create the global settings and default pools that are missing; then write this host's keys.
 
         A default pool is missing if there is no pool of its IP version. If an address is None, an empty value is
-        written. If `as_num` is None, the host's own AS number is deleted. Raises Frozen if the store is frozen.
+        written. If `as_num` is None, the host's own AS number is deleted. Raises Frozen while the data must not be
+        changed, since it may be moved between etcd's APIs.
         """
         for setting in config.WRITTEN:
             create_if_missing(self._store, keys.config(setting.name), str(setting.default))
@@ -236,8 +237,9 @@ class Hosts:
     def next_hop(self, version: int, entries: Iterable[Entry] | None = None) -> str:
         """Return this host's registered address of an IP version, which is the next hop of its workloads.
 
-        `entries`: see `addresses`. Raises CalicoError if this host is not registered for that IP version, and
-        InvalidValue if the registered address is invalid.
+        `entries` are the entries below keys.BGP_HOSTS, if the caller has just read them; if it is None, the address is
+        read. Raises CalicoError if this host is not registered for that IP version, and InvalidValue if the registered
+        address is invalid.
         """
         from calicoctl.addresses import parse_address
 
@@ -303,7 +305,7 @@ def _report(entry: Entry) -> tuple[str, str | None, Any] | None:
 
 
 def _once(value: Any) -> Any:
-    """Return a value, as the same object for equal texts, since thousands of endpoints have the same status."""
+    """Return `value`, interned if it is a text, since thousands of endpoints have the same status."""
     return sys.intern(value) if isinstance(value, str) else value
 
 

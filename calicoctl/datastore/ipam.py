@@ -94,8 +94,8 @@ class Ipam:
         """Read all blocks of an IP version, in a few requests.
 
         Return `convert(block)` for each valid block, without None, and an error for each invalid block. Only what
-        `convert` returns is kept, since all blocks together may be large. Only those blocks are parsed whose name (the
-        last part of the key) is `wanted`.
+        `convert` returns is kept, since all blocks together may be large. `wanted` is called with each block's name
+        (the last part of its key). If it returns false, the block is ignored, even if it is invalid.
         """
         directory = keys.ipam_blocks(version)
 
@@ -166,7 +166,8 @@ class Ipam:
     def is_elsewhere(self, handle: str) -> bool:
         """Return whether a handle has addresses, and all of them are on other hosts.
 
-        Unlike `held_by`, this changes nothing, so no lock need be held. Raises InvalidValue like `held_by`.
+        Unlike `held_by`, this changes nothing, so no lock need be held. Raises InvalidValue if the handle or one of
+        its blocks is invalid.
         """
         entry = self.handles.read(handle)
         blocks, invalid = read_blocks(self._store, {} if entry is None else counts_of(entry))
@@ -176,11 +177,12 @@ class Ipam:
         return bool(owners) and not any(map(self._is_here, owners))
 
     def holding(self, handle: str, entry: Entry | None, partly: bool = False) -> Holding | None:
-        """Do what `held_by` does, but return a Holding.
+        """Return the addresses of `handle` on this host, and correct the handle's counts, as `held_by` does.
 
-        `entry` is the handle's entry, which the caller has just read; None if there is no such handle. If `partly` is
-        true, InvalidValue is not raised for an invalid block: its error is in `Holding.invalid`. If there is such a
-        block, a Holding is returned even if no valid block has addresses of the handle on this host.
+        `entry` is the handle's entry, which the caller has just read; None if there is no such handle. Then the result
+        is None, as it is if all the handle's addresses are on other hosts. For the lock and the errors, see `held_by`.
+        If `partly` is true, InvalidValue is not raised for an invalid block: its error is in `Holding.invalid`. If
+        there is such a block, a Holding is returned even if no valid block has addresses of the handle on this host.
         """
         if entry is None:
             return None
@@ -206,7 +208,11 @@ class Ipam:
         return bool(owner.secondary.get("host", self._host) == self._host)
 
     def repair_free_list(self, version: int, cidr: str) -> None:
-        """Correct a block's list "unallocated" (see Block.free); raise NotFound if the block does not exist."""
+        """Correct "unallocated", a block's list of its free addresses (see Block.free), if it is wrong.
+
+        Raises NotFound if the block does not exist, InvalidValue if it is invalid, and Conflict if other writers keep
+        changing it.
+        """
         key = keys.ipam_block(version, cidr)
 
         def text_of(old: str) -> str | None:
@@ -219,9 +225,10 @@ class Ipam:
         """Assign `address` to `owner`, unless it is already assigned to `owner`.
 
         `known` is the owner's handle, if the caller has just read it, or assumes that it does not exist; None means
-        that it is read. Raises HandleExists, and assigns nothing, if it is assumed not to exist, and does; AddressTaken
-        if the address has another owner; CalicoError if its block has strict affinity, and the affinity is not to this
-        host; InvalidValue if the block or the handle is invalid; and Conflict if other writers keep changing the block.
+        that it is read. Raises HandleExists, and assigns nothing, if it is assumed not to exist, but exists, and the
+        store is not atomic; AddressTaken if the address has another owner; CalicoError if its block has strict
+        affinity, and the affinity is not to this host; InvalidValue if the block or the handle is invalid; and Conflict
+        if other writers keep changing the block.
         """
         version, first, ordinal = place(address)
         with self._recount_on_failure(owner):
@@ -248,8 +255,10 @@ class Ipam:
         invalid block, with the error.
 
         `affine` are the names (last parts of keys) of the blocks with affinity to this host, if the caller has just
-        read them; if `affine` is None, they are read. `known`: see `assign`. Raises InvalidValue if the handle is
-        invalid, HandleExists as `assign` does, and Conflict if other writers keep changing a block.
+        read them; if `affine` is None, they are read. `known` is the owner's handle, if the caller has just read it, or
+        assumes that it does not exist; None means that it is read. Raises InvalidValue if the handle is invalid;
+        HandleExists, and assigns nothing, if it is assumed not to exist, but exists, and the store is not atomic; and
+        Conflict if other writers keep changing a block.
         """
         ranges = [_range(pool) for pool in pools]
         invalid: set[str] = set()
@@ -282,8 +291,9 @@ class Ipam:
     def transfer(self, address: IPAddress, holders: str, owner: Owner) -> None:
         """Assign `address` to `owner` instead of its present owner, whose handle must begin with the text `holders`.
 
-        Does nothing if `owner` has the address already. Raises AddressTaken if it is free, or if its owner has another
-        handle; InvalidValue if the block or a handle is invalid; and Conflict if other writers keep changing the block.
+        Does nothing if `owner` has the address already. Raises AddressTaken if the address is free, or if its owner's
+        handle begins otherwise; InvalidValue if the block or a handle is invalid; and Conflict if other writers keep
+        changing the block.
         """
         version, first, ordinal = place(address)
         cidr = block_cidr(version, first)
@@ -339,8 +349,8 @@ class Ipam:
     def release_held(self, holding: Holding, addresses: Collection[IPAddress]) -> None:
         """Release those of `addresses` that are in `holding`. If the handle has no other addresses, it is deleted.
 
-        The caller must hold the workload's lock. Raises InvalidValue, and Conflict if other writers keep changing a
-        block or the handle.
+        The caller must hold the workload's lock. Raises InvalidValue if a block or the handle is invalid, and Conflict
+        if other writers keep changing a block or the handle.
         """
         writes: list[Write] = []
         counts: dict[str, int] = {}
@@ -363,7 +373,8 @@ class Ipam:
     def release_by_handle(self, handle: str) -> list[IPAddress]:
         """Release all addresses of `handle` on this host; return them.
 
-        If the handle has no addresses on other hosts, it is deleted. The caller must hold the workload's lock.
+        If the handle has no addresses on other hosts, it is deleted. The caller must hold the workload's lock. Raises
+        InvalidValue if a block or the handle is invalid, and Conflict if other writers keep changing one of them.
         """
         held = list(self.held_by(handle) or ())
         self.release(held, {handle})
@@ -371,10 +382,10 @@ class Ipam:
         return held
 
     def set_workload_name(self, handle: str, addresses: Iterable[IPAddress], name: str) -> None:
-        """Set the attribute "workload_name" in the blocks that contain `addresses`.
+        """Set the attribute "workload_name" to `name` in the blocks that contain `addresses`.
 
         It is set for all addresses that `handle` has on this host in these blocks. Raises NotFound if one of the blocks
-        does not exist.
+        does not exist, InvalidValue if one is invalid, and Conflict if other writers keep changing one.
         """
         for version, first in {place(address)[:2] for address in addresses}:
             key = keys.ipam_block(version, block_cidr(version, first))
@@ -389,7 +400,8 @@ class Ipam:
         """Return (orchestrator, workload id) of each workload with addresses on this host.
 
         Orchestrator, workload id and name are attributes of the addresses. An address is ignored if its handle is not
-        `ORCHESTRATOR.ID`. If `name` is not None, only workloads with that name are returned.
+        `ORCHESTRATOR.ID`, or if its block is invalid. If `name` is not None, only workloads with that name are
+        returned.
         """
 
         def workload(owner: Owner) -> tuple[str, str] | None:
@@ -403,7 +415,8 @@ class Ipam:
     def interfaces(self) -> set[str]:
         """Return the names of the interfaces of all endpoints that have addresses on this host.
 
-        The names come from the attributes of the addresses, so the endpoints need not be in the store.
+        The names come from the attributes of the addresses, so the endpoints need not be in the store. Invalid blocks
+        are skipped.
         """
 
         def interface(owner: Owner) -> str:
@@ -412,7 +425,7 @@ class Ipam:
         return self._of_owners(interface)
 
     def _of_owners(self, convert: Callable[[Owner], H | None]) -> set[H]:
-        """Return `convert(owner)`, without None, for the owners of addresses in valid blocks that are on this host.
+        """Return `convert(owner)`, without None, for the owners of this host's addresses; skip invalid blocks.
 
         Owners without the attribute "host" are left out.
         """
@@ -458,7 +471,8 @@ class Ipam:
         """Release this host's affinities to blocks, and delete their keys; return whether there were any.
 
         A block with affinity to this host is deleted if all its addresses are free. If one is assigned, the block stays
-        without affinity.
+        without affinity. Raises InvalidValue if a block with a key of this host's affinity is invalid, and Conflict if
+        other writers keep changing a block.
         """
         found = False
         for version in (4, 6):
@@ -494,8 +508,9 @@ class Ipam:
     def _recent_block(self, ranges: list[tuple[int, int, int]], known: KnownHandle) -> Entry | None:
         """Return the entry of the block in which this host has last assigned an address; see recent_blocks.py.
 
-        Returns None if it is not known, if it has no affinity to this host any more, or if it is in none of `ranges`
-        (see `_candidates`).
+        `ranges` are the pools: see `_range`. `known` is the handle for which an address is wanted: if it contains the
+        block's entry, that is not read again. Returns None if no such block is known, if the block is invalid or has no
+        affinity to this host any more, or if it overlaps none of `ranges`.
         """
         version = ranges[0][0] if ranges else 4
         name = recent_blocks.read(self._host, version)
@@ -516,9 +531,11 @@ class Ipam:
     ) -> Iterator[tuple[int, int, bool]]:
         """Yield (IP version, first address, `claim`) for the blocks from which to assign, in order of preference.
 
-        `claim`: see `_allocate`. `ranges` are the pools, as (IP version, first address, last address). All addresses
-        are numbers. New blocks that overlap `networks` are left out. `names`: see `affine` of `auto_assign`. `recent`
-        is the entry of the block to yield first, None if there is none.
+        `claim` says whether the block should be created if it is missing, and used only if it has affinity to this
+        host. `ranges` are the pools, as (IP version, first address, last address). All addresses are numbers. New
+        blocks that overlap `networks` are not yielded. `names` are the names (last parts of keys) of the blocks with
+        affinity to this host, None to read them. `recent` is the entry of the block to yield first, None if there is
+        none.
         """
         version = ranges[0][0] if ranges else 4
         wanted = partial(_overlaps, ranges)
@@ -568,11 +585,13 @@ class Ipam:
         skipped, which means that the result is empty.
 
         A block without affinity to this host is skipped if `claim` is true, or if its affinity is strict. If `exact` is
-        true, it is not skipped, but if its affinity is strict, CalicoError is raised. If `exact` is true, addresses
-        that `owner` already has are returned as well.
+        true, it is not skipped, but if its affinity is strict, CalicoError is raised. If `claim` is true, the key of
+        this host's affinity to such a block is deleted, since it is wrong. If `exact` is true, addresses that `owner`
+        already has are returned as well.
 
-        `known`: see `assign`. Raises InvalidValue if the block or the handle is invalid, HandleExists as `assign` does,
-        and Conflict if other writers keep changing the block.
+        `known` is the owner's handle, as the caller has just read or assumes it; None means that it is read. Raises
+        InvalidValue if the block or the handle is invalid; HandleExists, and assigns nothing, if the handle is assumed
+        not to exist, but exists, and the store is not atomic; and Conflict if other writers keep changing the block.
         """
         cidr = block_cidr(version, first)
         key = keys.ipam_block(version, cidr)
@@ -639,10 +658,11 @@ class Ipam:
         return []
 
     def _write_with_count(self, write: Write, count_write: Write | None, is_assumed: bool) -> Entry | None:
-        """Commit the write of a block, and before it that of a handle's count, if there is one; return its entry.
+        """Commit the write of a block and, before it, `count_write`, the write of a handle, if it is not None.
 
-        `is_assumed` says that the handle is assumed not to exist. Raises HandleExists if it does, and what `commit`
-        raises.
+        Returns the entry of the handle or, if `count_write` is None, of the block. `is_assumed` says that the handle
+        was not read, but is assumed not to exist. If it exists, HandleExists is raised in a store that is not atomic.
+        Raises what `commit` raises, too.
         """
         if is_assumed and isinstance(count_write, Create) and not self._store.atomic:
             try:
@@ -677,7 +697,8 @@ class Ipam:
     ) -> tuple[set[int], set[str]]:
         """Release the addresses with these ordinals in the block that begins with the address `first` (a number).
 
-        Return the released ordinals, and the handles whose counts may be too high now. `holders`: see `release`.
+        If `holders` is not None, only the addresses of these handles are released; its element None stands for
+        addresses without a handle. Return the released ordinals, and the handles whose counts may be too high now.
         """
         key = keys.ipam_block(version, block_cidr(version, first))
         released: set[int] = set()
@@ -747,10 +768,10 @@ def _range(pool: Pool) -> tuple[int, int, int]:
 
 
 def _without(ranges: list[tuple[int, int, int]], networks: list[Network]) -> Iterator[tuple[int, int]]:
-    """Yield the parts of `ranges` that are outside of `networks`, as (first address, last address).
+    """Yield the parts of `ranges` that are outside of `networks`, as (first address, last address), both numbers.
 
-    Each part begins at a block's first address, even if its range begins later. A block that overlaps one of `networks`
-    is left out as a whole.
+    All are of one IP version. Each part begins at a block's first address, even if its range begins later. A block that
+    overlaps one of `networks` is left out as a whole.
     """
     for _, low, high in ranges:
         at = low - low % BLOCK_SIZE

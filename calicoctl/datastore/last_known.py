@@ -47,7 +47,7 @@ def forget(host: str) -> None:
 
 
 def connect(name: str, port: int, seconds: float) -> socket.socket:
-    """Return a socket that is connected to the member `name`. The connection must be made within `seconds`.
+    """Return a socket that is connected to the member `name`. Each of its addresses is tried for at most `seconds`.
 
     The socket keeps `seconds` as its timeout. If the name cannot be resolved, its last known addresses are tried.
     Raises OSError if no connection can be made, and UnicodeError for an invalid name.

@@ -22,7 +22,7 @@ from calicoctl.datastore.store import Entry
 from calicoctl.errors import CompareFailed, Fenced, KeyExists, NoSuchApi, StoreUnavailable
 
 SLOW = 1.0
-"""Seconds after which a request that fails has kept its caller waiting."""
+"""Seconds. A member at which a request fails after a longer time has kept its caller waiting: see slow_members.py."""
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -169,10 +169,11 @@ class Members(Generic[C]):
     def write(self, send: Callable[[C, bool], Entry], read: Callable[[], Entry | None], verdict: Verdict) -> Entry:
         """Send a conditional write until its outcome is known; return the written entry.
 
-        The second argument of `send`: see `resend`. `send` raises KeyExists, CompareFailed or Fenced if a condition of
-        the write is not met. After an attempt without an answer, `verdict` decides whether the write was applied, from
-        the entry that `read` returns. Raises KeyExists, CompareFailed or Fenced if a condition of the write was not
-        met, or if it stays unknown whether the write was applied; and what `retry` raises.
+        The second argument of `send` says whether an earlier attempt may have been applied. `send` raises KeyExists,
+        CompareFailed or Fenced if a condition of the write is not met. After an attempt without an answer, `verdict`
+        decides whether the write was applied, from the entry that `read` returns. Raises KeyExists, CompareFailed or
+        Fenced if a condition of the write was not met, or if it stays unknown whether the write was applied; and what
+        `retry` raises.
         """
         deadline = Deadline(self._patience)
         doubtful = False

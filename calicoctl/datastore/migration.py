@@ -55,7 +55,7 @@ from calicoctl.errors import CalicoError, CompareFailed, NoSuchApi
 from calicoctl.output import first_few
 
 MOST_PARTS = 20
-"""The maximum number of directories right below keys.ROOT of which a key is tried before the freeze."""
+"""The maximum number of directories right below keys.ROOT where write access is checked before the freeze."""
 
 ROUNDS = 10
 """The maximum number of times that the data is copied while old programs, which ignore the freeze, keep writing."""
@@ -65,7 +65,7 @@ def move(run: Run) -> Moved:
     """Move the data to v3, or continue an interrupted move.
 
     If the way back to v2 was interrupted, v3 is taken into use again instead. If v3 is in use already, nothing is
-    changed, and the result's `problems` say what v2 has and v3 lacks.
+    changed, and the result's `problems` say what v2 has and v3 lacks, and which agents stay in v2.
 
     Raises CalicoError if the move fails. Then v2 is in use again, unless another process has taken over or etcd
     cannot be reached.
@@ -294,7 +294,7 @@ def _followed(run: Run, entries: dict[str, Entry], missing: list[str]) -> Moved:
 
 
 def _staying(run: Run) -> list[str]:
-    """Return a problem, as a clause, if v2 has agents that cannot follow the data; else an empty list."""
+    """Return a list with one problem, a clause, if v2 has agents that cannot follow the data; else an empty list."""
     try:
         agents = live_agents(run.v2)
     except NoSuchApi:

@@ -148,7 +148,7 @@ def finish(run: Run, discard: bool) -> Moved:
 
 
 def _live_state(run: Run) -> State:
-    """Return what Run.checked_state returns. Raise CalicoError if v3 is not in use, or has data of Calico 3."""
+    """Read how far a move has come. Raise CalicoError if v3 is not in use or has data of Calico 3, among others."""
     state = run.checked_state()
     run.refuse_other_calico()
     if state.v3_ready != "true":

@@ -83,7 +83,10 @@ class Run:
             return State(None, ready, note, copied)
 
     def checked_state(self) -> State:
-        """Do what `state` does, but raise CalicoError if the values of Ready do not tell which data is right."""
+        """Read how far a move has come; raise CalicoError if the values of Ready do not tell which data is right.
+
+        Raises NoSuchApi as `state` does.
+        """
         state = self.state()
         check_ready(state.v3_ready, state.v2_ready)
         if state.v3_ready == state.v2_ready == "true":
@@ -153,10 +156,10 @@ class Run:
             raise taken_over() from None
 
     def take_back_v3(self, state: State) -> None:
-        """Take v3 into use again, and restore keys.COPIED_REVISION from the note: that is, undo the beginning of the
-        way back.
+        """Undo the beginning of the way back: take v3 into use again, and restore keys.COPIED_REVISION.
 
-        `state` has just been read. Raises StoreError if v2 is in use already, or if another process has taken over.
+        `state` has just been read, and its note has the value to restore. Raises StoreError if v2 is in use already, or
+        if another process has taken over.
         """
         if state.v2 is None or state.v2_ready != "false" or state.note is None or not self.is_own(state.note):
             raise taken_over()
@@ -189,7 +192,7 @@ class Run:
     def data(self, store: Store, known: Entries = MappingProxyType({})) -> dict[str, Entry]:
         """Return the entries of `store`, which is v2 or v3, that a move copies, by key. Raises CalicoError.
 
-        `known` are entries that were read or written before: what is equal is in memory once.
+        `known` are entries that were read or written before: what is equal to them shares their memory.
         """
 
         def kept(entry: Entry) -> Entry | None:

@@ -19,10 +19,10 @@ DELETING = (
 )
 
 COPYING, ROLLING_BACK, FINISHING = "copying", "rolling back", "finishing"
-"""What a note says."""
+"""What the value of the key keys.UNUSED_COPY, "the note" of a move, says is being done."""
 
 COPIED = "copied"
-"""The field of the note that keeps the value of keys.COPIED_REVISION on the way back."""
+"""The field of the note that keeps the value of keys.COPIED_REVISION while the data moves back to v2."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class State:
 
     @property
     def step(self) -> str | None:
-        """The direction of a move that is running or was interrupted: COPYING (to v3) or ROLLING_BACK (to v2).
+        """The direction of a move that has frozen the data, and is running or was interrupted.
 
-        None if no move is running or was interrupted.
+        COPYING (to v3) or ROLLING_BACK (to v2). None if there is no such move.
         """
         if self.v2_ready != "false" or self.v3_ready == "true" or self.note is None or self.is_finishing:
             return None
@@ -85,7 +85,10 @@ class State:
 
     @property
     def left(self) -> str | None:
-        """What becomes of the data in v2 while v3 is in use, as a sentence. None if v2 has no data."""
+        """What becomes of the data in v2 while v3 is in use, as a sentence.
+
+        None if v2 has no data, and none is being deleted.
+        """
         if self.is_finishing:
             return DELETING
         return None if self.v2 is None else LEFT
@@ -114,7 +117,7 @@ class State:
 
 @dataclass(frozen=True)
 class Moved:
-    """The result of a move, of the way back, or of the end of v2.
+    """The result of moving the data to v3, of moving it back to v2, or of deleting it in v2.
 
     `text` is a sentence that says what was done. `problems` are clauses, one for each problem that is left to the user.
     """
@@ -157,7 +160,7 @@ class Agent:
 
 
 def live_agents(store: Store) -> dict[str, Agent]:
-    """Return host -> live agent, for the agents that report to this store. An agent is live if its status expires."""
+    """Return host -> live agent, for the agents that report to this store: their statuses have a time to live."""
     hosts = {keys.felix_status(host): host for host in store.names(keys.FELIX_HOSTS)}
     found = read_all(store, list(hosts))
     return {

@@ -21,7 +21,7 @@ def read(host: str, version: int) -> str | None:
 
 
 def remember(host: str, version: int, name: str) -> None:
-    """Remember the block `name` of `host`. Raises nothing if this is not possible."""
+    """Record that `host` has last assigned an address of an IP version in the block `name`, if possible."""
     known = _read(host)
     if known.get(str(version)) != name:
         files.leave(_NAME, json.dumps({**known, "host": host, str(version): name}).encode())
@@ -33,7 +33,7 @@ def forget() -> None:
 
 
 def _read(host: str) -> dict[str, object]:
-    """Return the content of the file; nothing if it is of another host, or has any other content."""
+    """Return the content of the file; an empty dictionary if it is missing, of another host, or invalid."""
     try:
         found = json.loads(files.read_left(_NAME) or b"{}")
     except (RecursionError, ValueError):

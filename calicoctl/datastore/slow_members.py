@@ -21,7 +21,7 @@ REMEMBERED = 60.0
 
 
 def last(members: Iterable[Member]) -> list[Member]:
-    """Return `members`, those that are remembered after the others, and in the same order otherwise."""
+    """Return `members` with the remembered ones moved to the end; otherwise, the order is unchanged."""
     slow = _read()
     return sorted(members, key=lambda member: _text(member) in slow)
 
@@ -37,7 +37,7 @@ def forget() -> None:
 
 
 def _read() -> dict[str, float]:
-    """Return the members that are remembered, with their times. A file with any other content counts as none."""
+    """Return the members that are remembered, with their times. They are none if the file is missing or invalid."""
     try:
         found = json.loads(files.read_left(_NAME) or b"{}")
         now = time.monotonic()

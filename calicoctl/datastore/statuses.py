@@ -59,7 +59,7 @@ class Statuses:
 
     @property
     def hang_together(self) -> bool:
-        """Whether the statuses that an agent writes with the same `ttl` share a lease; see Store."""
+        """Whether the statuses that an agent writes with the same `ttl` share a lease, and so expire together."""
         return self._store.leases
 
     def of_host(self) -> Entry | None:
@@ -114,7 +114,10 @@ class Statuses:
             set_value(self._store, keys.felix_endpoint(id), None)
 
     def report_endpoints(self, statuses: Mapping[EndpointId, str], ttl: int) -> None:
-        """Write the statuses of at most store.MOST_AT_ONCE endpoints of this host; see `report_endpoint`."""
+        """Write the statuses (JSON texts) of at most store.MOST_AT_ONCE endpoints of this host.
+
+        `ttl`: see `report_endpoint`.
+        """
         values = {keys.felix_endpoint(id): status for id, status in statuses.items()}
         self._store.put_all(values, ttl if self._store.leases else None)
 

@@ -48,7 +48,7 @@ class Entry:
 
 
 Keep = Callable[[Entry], Optional[Entry]]
-"""A function that returns the entry to keep instead of another one, None to keep nothing."""
+"""A function that is called with an entry, and returns the entry to keep in its place, None to keep nothing."""
 
 
 def itself(entry: Entry) -> Entry:
@@ -161,12 +161,12 @@ class Store(Protocol):
     def collect(self, directory: str, convert: Callable[[Entry], T | None], values: bool = True) -> list[T]:
         """Return `convert(entry)` for each entry below `directory`, without None, in any order.
 
-        Unlike `tree`, it holds only what `convert` returns, and few entries at a time, so it is for directories that
-        may be large. A key or directory that cannot be read is an entry with a `problem`. If `values` is false, the
-        entries may have an empty `value`, since a store may read the keys alone.
+        Unlike `tree`, this keeps in memory only what `convert` returns, and few entries at a time, so it is for
+        directories that may be large. A key or directory that cannot be read is an entry with a `problem`. If `values`
+        is false, the entries may have an empty `value`, since a store may read the keys alone.
 
-        A read that fails is repeated from the beginning, so `convert` must have no side effects. It may raise
-        CalicoError.
+        A read that fails is repeated from the beginning, so `convert` must have no side effects. If `convert` raises a
+        CalicoError, `collect` raises it.
         """
 
     def read(
@@ -189,15 +189,16 @@ class Store(Protocol):
         """Return whether there is any key below `directory`."""
 
     def create(self, key: str, value: str, ttl: int | None = None) -> Entry:
-        """Write `key`, which must not exist; raise KeyExists if it does.
+        """Create `key`, and return its entry; raise KeyExists if the key exists.
 
         With `ttl`, the key expires after that many seconds unless it is updated. Without `ttl`, it never expires.
         """
 
     def update(self, entry: Entry, value: str, ttl: int | None = None) -> Entry:
-        """Write a new value over `entry`; raise CompareFailed if the key was changed or deleted since `entry` was read.
+        """Write a new value over `entry`, and return the new entry.
 
-        With `ttl`, the key expires that many seconds from now. Without `ttl`, it never expires.
+        Raises CompareFailed if the key was changed or deleted since `entry` was read. With `ttl`, the key expires that
+        many seconds from now. Without `ttl`, it never expires.
         """
 
     def delete(self, entry: Entry) -> None:
@@ -228,8 +229,8 @@ class Store(Protocol):
     def put(self, key: str, value: str, ttl: int | None = None) -> None:
         """Write `key` blindly, whatever its value is.
 
-        `ttl`: see `update`. In a store with leases, the lease is not always renewed, so the key may expire after only
-        half of `ttl`.
+        With `ttl`, the key expires that many seconds from now. Without `ttl`, it never expires. In a store with leases,
+        the lease is not always renewed, so the key may expire after only half of `ttl`.
         """
 
     def put_all(self, values: Mapping[str, str], ttl: int | None = None) -> None:
@@ -402,7 +403,7 @@ def modify(
 
 
 def pause(attempt: int) -> None:
-    """Sleep for a random time after a conflict with another writer: the longer, the higher `attempt` is."""
+    """Sleep for at most 0.2 s after a conflict with another writer: at random, the longer, the higher `attempt` is."""
     time.sleep(random.uniform(0, min(0.2, 0.004 * (attempt + 1))))
 
 

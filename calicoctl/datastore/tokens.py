@@ -35,7 +35,10 @@ _tokens: dict[EtcdSettings, str | None] = {}
 
 
 def authorize(settings: EtcdSettings) -> Authorize | None:
-    """Return a function that returns a token of the user in `settings`: see Authorize. None if no user is set."""
+    """Return a function that finds the token to send for the user in `settings`, and logs in if need be.
+
+    etcd3_http.Authorize describes its arguments and its result. None is returned if no user is set.
+    """
     if settings.username is None:
         return None
 

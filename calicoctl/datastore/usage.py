@@ -32,9 +32,9 @@ Counts = dict[Optional[str], tuple[int, int]]
 
 
 def counter(pools: Iterable[Pool]) -> Callable[[Block], Counts]:
-    """Return a function that counts the addresses of a block by pool, without the pools that have none of them.
+    """Return a function that counts the used and the borrowed addresses of a block by pool.
 
-    `pools` are all pools of one IP version.
+    Its result lacks the pools of which no address in the block is used. `pools` are all pools of one IP version.
     """
     from netaddr.ip import IPNetwork
 
