@@ -119,7 +119,7 @@ def _run(host: str, options: Options) -> None:
 
 
 def _pending(event: Any) -> list[Any]:
-    """Return the waiting changes of the store if the event is a StorePending, and a list of the event itself if not."""
+    """Return a list of the event alone; if it is a StorePending, take and return the changes that wait instead."""
     return event.take() if isinstance(event, events.StorePending) else [event]
 
 
@@ -150,7 +150,7 @@ class Agent:
 
         The argument of `datastore`, if any, is how many seconds to wait for the store. The drivers put their events
         into `queue`. `ready` is called once, when the first snapshot is in the kernel and BIRD is settled (see
-        BgpManager.is_settled).
+        BgpManager.is_settled). Raises CalicoError if `datastore` does, or if the port of the metrics cannot be bound.
         """
         client = datastore()
         self._datastore = datastore
@@ -233,7 +233,7 @@ class Agent:
                     self._handle(event)
 
     def step(self) -> bool:
-        """Wait for events, and run one round of the loop. Return False if the agent must end.
+        """Wait until events arrive or work is due, then run one round of the loop. Return False if the agent must end.
 
         Raises CalicoError if a thread that the agent needs has died.
         """
@@ -412,10 +412,10 @@ class Agent:
     # Applying
 
     def _reconcile(self) -> None:
-        """Process what is due, then drive the kernel to the snapshot.
+        """Do the tick (see TICK) and read the host's network if these are due, then drive the kernel to the snapshot.
 
-        While the snapshot must not be applied (see _may_apply), call the managers' `restore` instead. After an
-        exception, which may be an internal error, the managers resync with the kernel, and the agent goes on.
+        While the snapshot must not be applied (see _may_apply), call the managers' `restore` instead. Raises nothing:
+        after an exception, which may be an internal error, the managers resync with the kernel.
         """
         try:
             if time.monotonic() >= self._tick_at:
@@ -442,6 +442,10 @@ class Agent:
 
     def _apply(self) -> None:
         """Drive the kernel to the snapshot, in five steps.
+
+        The steps are: 1. make addresses that are new to an endpoint pending; 2. program policy; 3. program routes, and
+        whatever else makes the host forward; 4. have open connections checked, to end those that policy denies now;
+        5. publish the statuses of endpoints. At the agent's start, step 4 comes before step 3.
 
         Steps 2 to 5 are skipped if no manager has anything to apply, and while the PolicyManager waits after a failure.
         If step 2 fails, only step 5 follows.
@@ -486,7 +490,10 @@ class Agent:
             self._on_first_update()
 
     def _publish_macs(self) -> None:
-        """Have this host's MACs written to the store if the stored MACs differ and this host is registered."""
+        """Have the source MACs of this host's packets to other hosts written to the store.
+
+        Do nothing if the store has the same MACs already, or if this host is not registered.
+        """
         macs = frozenset().union(*self._snapshot.network.macs.values())
         topology = self._snapshot.topology
         if self._snapshot.host in topology.hosts() and topology.macs.get(self._snapshot.host) != macs:

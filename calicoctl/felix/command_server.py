@@ -1,7 +1,8 @@
 """Starts this host's command server (cli/command_server.py), and starts it again whenever it has ended.
 
-It is a process of its own, so neither can harm the other. It ends with the agent: its standard input is a pipe whose
-other end only the agent has. Without it, commands run by themselves.
+Many commands of root run in the command server; without it, each runs in a process of its own. The command server is
+another process than the agent, so neither can harm the other. It ends with the agent: its standard input is a pipe
+whose other end only the agent has.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ log = logging.getLogger("calico.felix")
 def supervise(host: str) -> None:
     """Have a thread keep a host's command server running. Returns at once.
 
-    Does nothing in a process that cannot gain rights, such as that of calico-node.service: what it starts has fewer
-    rights than those who call commands, so it could not run their commands. There, calico-commands.service is started.
+    Does nothing in a process that cannot gain rights (NoNewPrivileges), such as that of calico-node.service: a command
+    server that it starts would have fewer rights than those who call commands, so it could not run their commands.
+    Beside that unit, systemd runs the command server as calico-commands.service.
     """
     if "NoNewPrivs:\t1" not in Path("/proc/self/status").read_text():
         threading.Thread(target=_supervise, args=(host,), name="command server", daemon=True).start()
@@ -47,7 +49,10 @@ def _supervise(host: str) -> None:
 
 
 def _run(host: str) -> str:
-    """Run the server until it ends; return its last error, an empty text if it has none. Raises OSError."""
+    """Run the command server until it ends. Raises OSError if it cannot be started.
+
+    Returns the last line that it has written to standard error, at most 300 characters; an empty text if there is none.
+    """
     command = [sys.executable, "-m", "calicoctl.cli.command_server", f"--commands-of={host}"]
     with subprocess.Popen(
         command,

@@ -1,7 +1,7 @@
-"""Starts, adopts and supervises a daemon, which is a process that outlives the agent: the local etcd, or BIRD.
+"""Starts, adopts and supervises a daemon, which is a process that outlives the agent.
 
-The caller provides the command line and the configuration of the daemon. `supervise` restarts the local etcd when it
-has ended. For BIRD, bgp/manager.py does that.
+The daemons are the local etcd, BIRD, and the process for Docker networks. The caller provides the command line and the
+configuration of the daemon. `supervise` restarts the daemon when it has ended; for BIRD, bgp/manager.py does that.
 
 The next agent, and every command, find the daemon by its pid file. A pid file may be stale, so a process counts as the
 daemon only if `marker` is among its arguments: an argument that no other process has, such as the daemon's data folder.
@@ -116,7 +116,7 @@ class Daemon:
         """Start the daemon if it does not run, and wait until it is ready. Return False if it was running before.
 
         The arguments are those of `launch`. If this method fails or is interrupted after it has started the daemon, the
-        daemon is ended.
+        daemon is ended. Raises CalicoError if the daemon cannot be started, NotServing if it does not become ready.
         """
         try:
             started = self.launch(command, adopt)
@@ -131,6 +131,9 @@ class Daemon:
 
         `command` returns the command line; its first word is looked up in PATH. `adopt` is called with the daemon's
         process id if the daemon was running before. Both are called while the lock is held.
+
+        Does not wait until the daemon is ready. Raises CalicoError if the daemon cannot be started, or if another
+        process holds the lock for longer than LOCK_PATIENCE; what `command` or `adopt` raises is raised unchanged.
         """
         try:
             with self._locked():
@@ -204,8 +207,8 @@ class Daemon:
     def supervise(self, launch: Callable[[], object]) -> None:
         """Start a thread that calls `launch` now, and again whenever the daemon has ended.
 
-        `launch` must start the daemon if it does not run. If `launch` raises an exception, the thread pauses, and then
-        calls `launch` again. The thread ends with this process.
+        `launch` must start the daemon if it does not run. If `launch` raises an exception, the thread logs it, pauses,
+        and then calls `launch` again. The thread ends with this process, but the daemon does not.
         """
         threading.Thread(
             target=self._supervise, args=(launch,), name=f"supervising {self.process.name}", daemon=True

@@ -135,7 +135,7 @@ class GatewaysChanged:
 
 @dataclass(frozen=True)
 class ServersChanged:
-    """The servers that this host depends on have become known, or have changed."""
+    """The servers that this host depends on (etcd's members, DNS servers) have become known, or have changed."""
 
     servers: Servers
 
@@ -170,7 +170,10 @@ class Container:
 
     @property
     def may_ask(self) -> bool:
-        """Whether it may ask to be connected: it runs, and has the label or, with --net=none, perhaps variables."""
+        """Whether it may ask to be connected: it runs, and has the label or was started with --net=none.
+
+        A container with --net=none may have environment variables that ask for a connection. The list has no variables.
+        """
         return self.runs and (self.labelled or self.network_mode == "none")
 
 
@@ -183,7 +186,7 @@ class EngineListed:
 
 @dataclass(frozen=True)
 class EngineUnavailable:
-    """The Docker Engine has become unavailable."""
+    """The Docker Engine has become unavailable, for the reason `why`."""
 
     why: str
 
@@ -220,9 +223,9 @@ class Failure:
 
 @dataclass(frozen=True)
 class LabelsFailed:
-    """A container cannot be connected as its labels ask; `why` is a sentence. If it is None, that is no longer so.
+    """A container cannot be connected as its labels ask, for the reason `why`. If `why` is None, that is over.
 
-    `id` and `name` are those of the container; the name is empty if it has no meaning.
+    `id` and `name` are those of the container; the name is empty if `why` is None.
     """
 
     id: str

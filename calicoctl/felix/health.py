@@ -77,7 +77,7 @@ class Ability:
 
     @property
     def works(self) -> bool | None:
-        """False if the access fails for any user. Otherwise, True if all users have tried it, else None."""
+        """False if the access fails for any part of the agent; else None until all parts have tried it, then True."""
         return False if self._failing else None if self._untried else True
 
     @property
@@ -85,7 +85,10 @@ class Ability:
         return next(iter(self._failing.values()), None)
 
     def succeeded(self, user: str) -> bool:
-        """Note that the access has worked for a user. Return True if it now works for all users, and did not before."""
+        """Note that the access has worked for `user`, a part of the agent (see Ability).
+
+        Return True if it now works for all users, and did not before.
+        """
         before = self.works
         self._untried.discard(user)
         self._failing.pop(user, None)
@@ -95,9 +98,10 @@ class Ability:
         return True
 
     def failed(self, user: str, why: str, since: str) -> bool:
-        """Note that the access fails for a user, for the reason `why`, since the time `since` (ISO 8601).
+        """Note that the access fails for `user`, a part of the agent (see Ability), for the reason `why`.
 
-        Return False if it was failing for any user before, else True.
+        `since` is the time since when it fails (ISO 8601). Return False if it was failing for any user before, else
+        True.
         """
         before = self.works
         self._untried.discard(user)
@@ -216,7 +220,7 @@ class Health:
             self.error(failure.why)
 
     def record_labels(self, event: LabelsFailed) -> None:
-        """Note that a container cannot be connected as its labels ask, or that this has ended. A change is logged."""
+        """Store and log that a container cannot be connected as its labels ask; or remove that if it has ended."""
         before = self.labels_failed.get(event.id)
         if event.why is None:
             self.labels_failed.pop(event.id, None)

@@ -36,13 +36,17 @@ INTERVAL = 10.0
 """Seconds between two heartbeats."""
 
 FROZEN_INTERVAL = 2.0
-"""Seconds between two heartbeats while the data is frozen: they find out whether it has moved."""
+"""Seconds between two heartbeats while the data is frozen, because it is being moved to the other API of etcd: each
+heartbeat finds out whether it has moved.
+"""
 
 TIME_TO_LIVE = 30
 """Seconds after which a status expires."""
 
 EXPIRY_PATIENCE = 30.0
-"""Seconds to wait for a status to expire. Felix of 2015 renews its status every 30 s, with a time to live of 90 s."""
+"""Seconds to wait until a status expires, or is renewed by a live agent. Felix of 2015 renews its status every 30 s,
+with a time to live of 90 s.
+"""
 
 LEASE_PATIENCE = TIME_TO_LIVE + 5.0
 """Seconds after which a status on a store with leases has expired, unless its agent is alive. etcd needs up to a second
@@ -121,7 +125,7 @@ class Identity:
 
 
 def _is_claimed(status: Entry) -> bool:
-    """Return whether `claim` has written a host's status: it has no uptime, since no agent has written it."""
+    """Return whether `claim` has written a host's status: its `uptime` is 0 then, since no agent has written it."""
     with suppress(ValueError):
         value = json.loads(status.value)
         return isinstance(value, dict) and value.get("uptime") == 0.0
@@ -218,7 +222,8 @@ class Heartbeat:
         """Determine whether this agent may write the status again, after the agent `writer` has written it.
 
         It may if `claim` has written the status for this machine since then, or if the status has expired and the
-        machine of `writer` is unknown. `_replaced_by` is then set to None.
+        machine of `writer` is unknown. `_replaced_by` is then set to None. If the status has another identity than this
+        agent's, `_replaced_by` is set to that identity. Raises StoreError.
         """
         entry = self._datastore.statuses.of_host()
         if entry is not None and Identity.of(entry) != self._own:

@@ -168,11 +168,12 @@ class LocalEtcd:
     def resolve_port(self, stay: bool = False) -> None:
         """Determine the port, and so `url`.
 
-        If etcd runs, the port is the one that it uses. Raises CalicoError if the settings fix another port.
+        If etcd runs, the port is the one that it uses. If etcd does not run, the port is the one that the settings name
+        (2379 if they name none) or, if another program uses that one, a free port.
 
-        If etcd does not run, the port is replaced by a free one if another program uses it. Raises CalicoError if it
-        must be replaced, but is fixed or `stay` is True, or if no port is free. `stay` says that the port must not
-        change, since a running agent would not find etcd at another port.
+        Raises CalicoError if this would change a port that is fixed: the environment names it, or a line of the
+        settings file that calicoctl did not write. While etcd does not run, also raises CalicoError if no port is free,
+        or if the port would change although `stay` is True: a running agent would not find etcd at another port.
         """
         pid = self.running()
         if pid is not None:
@@ -187,7 +188,10 @@ class LocalEtcd:
             self._port = _free_port(_PORTS)
 
     def _adopt(self, pid: int) -> None:
-        """Set the port to that of the running etcd `pid`. Raise CalicoError if the settings fix another port."""
+        """Set the port to that of the running etcd `pid`.
+
+        Raise CalicoError if the port would change, but is fixed (see `resolve_port`).
+        """
         ports = _ports(pid)
         if ports and ports[0] != self._port:
             if not self._may_move:
@@ -208,8 +212,8 @@ class LocalEtcd:
     def start(self, stay: bool = False) -> bool:
         """Start etcd if it does not run, and wait until it serves. Return whether it was started. Raises CalicoError.
 
-        If the port is not fixed, the environment variables of this process are set to name this etcd. For `stay`, see
-        `resolve_port`.
+        If the port is not fixed, the environment variables of this process are set to name this etcd. For `stay`, and
+        which port is fixed, see `resolve_port`.
         """
         self._make_data_folder()
         started = self._daemon.start(partial(self._command, stay), self._adopt)

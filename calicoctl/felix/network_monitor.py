@@ -1,6 +1,6 @@
 """Updates the snapshot when this host's own network changes: addresses, MACs, gateways, networks, and servers.
 
-Does not change the kernel.
+The servers are the members of etcd and the DNS servers that this host uses. This module does not change the kernel.
 """
 
 from __future__ import annotations

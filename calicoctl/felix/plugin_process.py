@@ -1,7 +1,8 @@
-"""The process that serves Docker networks (plugins/), as `calicoctl node --libnetwork` starts it, and the agent again.
+"""Starts and supervises the process that serves Docker networks (plugins/), with `calicoctl node --libnetwork`.
 
-It outlives the agent: containers must be able to start and stop while no agent runs. Where systemd starts it instead,
-as calico-docker.service, this module starts none.
+That command starts the process, and the agent starts it again when it has ended. The process outlives the agent:
+containers must be able to start and stop while no agent runs. Where systemd starts one instead, as
+calico-docker.service, this module starts none.
 """
 
 from __future__ import annotations
@@ -30,22 +31,23 @@ START_PATIENCE = 30.0
 """Seconds to wait until the process serves."""
 
 POLL = 5.0
-"""Seconds between two looks whether another process still serves Docker networks.
+"""Seconds between two checks whether another process still serves Docker networks.
 
-The end of a listener is no event: the file of its socket may stay, and to connect would have systemd start its process.
+No event says that a listener has ended: its socket's file may stay, and a connection would make systemd start its
+process.
 """
 
 SETTINGS = (*STORE, "DOCKER_HOST", *DOCKER_TLS)
-"""The variables of which the process must have the agent's values."""
+"""The environment variables that must have the same values in the process as in the agent."""
 
 
 def running(host: str) -> int | None:
-    """Return the id of a host's process, or None if it does not run, or if systemd has started it."""
+    """Return the process id of a host's process, or None if it does not run, or if systemd has started it."""
     return _process(host).pid()
 
 
 def stop(host: str) -> int | None:
-    """End a host's process, unless systemd has started it. Return its id, None if it does not run.
+    """End a host's process, unless systemd has started it. Return its process id, None if there was none to end.
 
     Raises CalicoError if it does not end.
     """
@@ -64,14 +66,15 @@ def is_of_other_version(host: str) -> bool:
 
 
 def served_elsewhere() -> bool:
-    """Return whether Docker's calls reach another process than this module starts, in particular one of systemd's."""
+    """Return whether Docker's calls reach another process than the one that this module starts, such as systemd's."""
     return proc.is_listened_at(SOCKET)
 
 
 def has_other_settings(host: str) -> bool:
-    """Return whether a host's process runs, and uses another store or Docker Engine than this process.
+    """Return whether a host's process runs, and uses another store or Docker Engine than the process that calls this.
 
-    What its environment does not set, it reads from the settings file.
+    Variables that the environment of the host's process does not set are taken from the settings file. Returns False if
+    its environment or the settings file cannot be read.
     """
     pid = running(host)
     try:
@@ -83,7 +86,7 @@ def has_other_settings(host: str) -> bool:
 
 
 def await_replacement(host: str) -> None:
-    """Wait until the agent, which was just restarted, has ended a process of another version.
+    """If a host's process is of another version, wait until the agent, which was just restarted, has ended it.
 
     Returns after START_PATIENCE in any case.
     """
@@ -97,10 +100,10 @@ def _process(host: str) -> Process:
 
 
 class PluginProcess:
-    """The process of a host, in the background."""
+    """Starts and supervises a host's process, which runs in the background."""
 
     def __init__(self, host: str, log_dir: str) -> None:
-        """`log_dir` is the folder of its log."""
+        """`log_dir` is the folder of the process's log."""
         self._host = host
         self._daemon = Daemon(
             _process(host),
@@ -122,8 +125,9 @@ class PluginProcess:
     def supervise(self) -> None:
         """Have a thread start the process if it does not run, and again whenever it ends. Returns at once.
 
-        A process that uses another store or Docker Engine is replaced: the settings file was changed. While systemd's
-        process serves Docker networks, none is started.
+        A process of another version, or one that uses another store or Docker Engine than the agent, since the settings
+        file was changed, is replaced. While systemd's process serves Docker networks, no other is started, and one that
+        runs is ended. The thread ends with the agent; the process does not.
         """
         self._daemon.supervise(self._launch)
 

@@ -268,7 +268,7 @@ def leave(status: int) -> None:
 def log_to(directory: str | None) -> None:
     """Log to the file felix.log in `directory`, with rotation, or to standard error if `directory` is None.
 
-    Raises OSError if the file cannot be opened.
+    Exceptions that end a thread are logged, too. Raises OSError if the file cannot be opened.
     """
     handler: logging.Handler = logging.StreamHandler()
     text = "%(levelname)s: %(message)s"

@@ -76,8 +76,8 @@ def _remove_from_kernel(host: str, warn: Callable[[str], None]) -> None:
 def _needed_by_engine(warn: Callable[[str], None]) -> set[str]:
     """Return which of IPV4_FORWARDING and IPV6_FORWARDING (paths of sysctls) a Docker Engine on this host needs.
 
-    Return none if no engine runs. If an engine does not answer, return both, and call `warn` with a sentence about
-    that.
+    Return an empty set if no engine runs. If an engine does not answer, return both, and call `warn` with a sentence
+    about that.
     """
     settings = {sysctls.IPV4_FORWARDING: False, sysctls.IPV6_FORWARDING: True}
     try:

@@ -345,9 +345,9 @@ class StoreReporter(threading.Thread):
         return written
 
     def end(self) -> None:
-        """Have the thread write the remaining statuses, remove the heartbeat, and end.
+        """Have the thread write the remaining statuses, remove the host's status, and end.
 
-        Wait until the thread has ended, for END_PATIENCE at most.
+        Wait until the thread has ended, for END_PATIENCE at most. Raises nothing.
         """
         self._alive = False
         self._wake.set()

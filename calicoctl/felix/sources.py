@@ -73,8 +73,8 @@ LONGEST_PAUSE = 5.0
 """The limit of the backoff between two attempts to reach the store, in seconds."""
 
 SPREAD_PER_HOST = 0.05
-"""Seconds per host in the store: the re-reads of all hosts are spread over the sum. It is about the time that etcd and
-an agent need for one read of some thousand endpoints.
+"""Seconds per host in the store: the re-reads of the store by all hosts are spread over the sum. It is about the time
+that etcd and an agent need for one read of some thousand endpoints.
 """
 
 LONGEST_SPREAD = 4.0

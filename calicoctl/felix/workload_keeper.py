@@ -1,12 +1,13 @@
 """Keeps this host's workloads connected: decides from events which workload is reconciled, and when.
 
 Events of the Docker Engine, of mounts, and of the agent only put a workload into the work queue (workqueue.py). Then
-`upkeep.reconcile` determines what must be done for the workload, while it holds the workload's lock. A container that
-was started and is not connected is connected then as its labels ask (labelling.py). Actions and failures are reported
-to the agent's loop.
+`upkeep.reconcile` determines what must be done for the workload, and does it, while it holds the workload's lock. After
+that, a container that was started and is not connected is connected as its labels ask (labelling.py). Actions and
+failures are reported to the agent's loop.
 
 One thread, the keeper's thread, owns the queue and all state of this module. Worker threads reconcile, since they wait
-for the store and for the Docker Engine. Namespaces have workers of their own, so a slow engine does not delay them.
+for the store and for the Docker Engine. Each orchestrator has workers of its own, so a slow engine delays only its
+containers.
 """
 
 from __future__ import annotations
@@ -119,8 +120,8 @@ class RetryLabels:
     """Containers that could not be connected as their labels ask may succeed now.
 
     `changed` are endpoints that have changed, of all hosts: containers that ask for one of their addresses may succeed,
-    and a container that has one of them was connected by a command. If it is None, all containers may succeed, for
-    example since a pool or a profile has changed.
+    and a container that has one of these endpoints was connected by a command. If `changed` is None, all containers may
+    succeed, for example since a pool or a profile has changed.
     """
 
     changed: frozenset[EndpointId] | None
@@ -136,9 +137,9 @@ class Compared:
     `keys` are the workloads that do not match, and must be reconciled. `connected` are the endpoints of running
     containers that match the list; `_compare_places` leaves it empty. `refused` are the listed containers that have
     endpoints on this host, although nobody has connected them here (see connected.py); it is None in the result of
-    `_compare_places`, and after a failure. `unconnected` are the ids of the listed containers that run, are not
-    connected, and may ask to be: True if by the label, False if perhaps by variables. `error` is the exception that
-    ended the comparison, None if there was none.
+    `_compare_places`, and after a failure. `unconnected` maps the ids of the listed containers that run, are not
+    connected, and may ask to be, to whether they have the label; those without it may have environment variables that
+    ask for it. `error` is the exception that ended the comparison, None if there was none.
     """
 
     keys: list[Key]
@@ -155,9 +156,9 @@ class WorkItem:
     `removed` says whether the engine has reported the removal of the container. If it has, there is no grace period.
     `labels` says whether the container, if it is not connected, is to be connected as its labels ask.
 
-    The workload's state is not known yet; reconciling determines it. If it is MISSING, the grace period counts from
-    `missing_since`; if it is GONE, from `gone_since` (NEVER: it is over already). Both are times of the keeper's clock.
-    `grace_time` is the duration of the grace period in seconds.
+    The workload's state (WorkloadState) is not known yet; reconciling determines it. If it is MISSING, the grace period
+    counts from `missing_since`; if it is GONE, from `gone_since` (NEVER: the period is over already). Both are times of
+    the keeper's clock. `grace_time` is the duration of the grace period in seconds.
     """
 
     key: Key
@@ -189,7 +190,7 @@ class WorkResult:
 
 @dataclass(frozen=True)
 class StartedAgain:
-    """The attempt to start a container (`id`) whose start had failed, since it could not be connected, has ended."""
+    """A worker has attempted, perhaps without success, to start a container (`id`) as `_start_again` does."""
 
     id: str
 
@@ -213,11 +214,11 @@ class _Tracked:
     labels: bool = False
     """Whether the container is to be connected as its labels ask, since it was started."""
     labels_failed: bool = False
-    """Whether it was reported that this fails."""
+    """Whether it was reported that the container cannot be connected as its labels ask."""
     labels_pause: float = 0.0
-    """For how many seconds was waited after the last failure to do so; 0 if a retry may succeed soon."""
+    """The pause in seconds after the last failure to connect it as its labels ask; 0 if a retry may succeed soon."""
     labels_holder: EndpointId | None = None
-    """The endpoint that has an address for which the labels ask; None if this is not why it fails."""
+    """The endpoint that has an address for which the labels ask; None if this is not why connecting it has failed."""
     failure: str | None = None
     """The failure that was reported last; "" for a first failure that is not reported yet; None if there is none."""
 
@@ -234,14 +235,17 @@ class Refused:
         self._text: str | None = None
 
     def replace(self, orchestrator: str, keys: Collection[Key]) -> None:
-        """Replace the refused workloads of an orchestrator by `keys`. Emit the Failure if its text has changed."""
+        """Replace the refused workloads of an orchestrator by `keys`.
+
+        Emit one Failure about all refused workloads if its text has changed.
+        """
         self.keys = {key for key in self.keys if key[0] != orchestrator} | {*keys}
         self.remove(())
 
     def remove(self, keys: Collection[Key]) -> None:
-        """Remove `keys`, workloads that somebody has connected meanwhile. Emit the Failure if its text has changed.
+        """Remove `keys`, workloads that somebody has connected meanwhile, from the refused ones.
 
-        Its text (`why`) is None if no refused workloads are left.
+        Emit one Failure about all refused workloads if its text has changed; its `why` is None if none are left.
         """
         self.keys.difference_update(keys)
         text = None
@@ -275,7 +279,8 @@ class WorkloadKeeper:
     ) -> None:
         """`datastore` creates a client of the store, once for each thread.
 
-        `report` is called with each Action, Failure and ThreadDied, by several threads. `clock` returns seconds.
+        `report` is called with each Action, Failure, LabelsFailed and ThreadDied, by several threads. `clock` returns
+        seconds.
         """
         self.inbox: events.Events[Any] = SimpleQueue()
         self.grace_time: float = GRACE_TIME
@@ -326,7 +331,7 @@ class WorkloadKeeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Start no more work. Wait until the work in progress has ended, for END_PATIENCE at most."""
+        """Start no more work. Wait until the work in progress has ended, for END_PATIENCE at most. Raises nothing."""
         self._alive = False
         self.inbox.put(None)
         if self._thread.is_alive():
@@ -337,7 +342,7 @@ class WorkloadKeeper:
         self.inbox.put(EndpointChanged(workload_of(id), deleted))
 
     def retry_labels(self, changed: frozenset[EndpointId] | None) -> None:
-        """Retry to connect containers as their labels ask. For `changed`, see RetryLabels."""
+        """Have the keeper retry to connect containers as their labels ask. For `changed`, see RetryLabels."""
         self.inbox.put(RetryLabels(changed))
 
     def set_ready(self, ready: bool) -> None:
@@ -457,7 +462,8 @@ class WorkloadKeeper:
     def _add(self, key: Key, at: float, last: bool | None = None) -> None:
         """Schedule a workload to be reconciled at the time `at`, even during its backoff after a failure.
 
-        Unmanaged workloads are ignored. For `last`, see WorkQueue.add; the default is the result of `_is_last`.
+        Workloads that are not managed (see upkeep.is_managed) are ignored. For `last`, see WorkQueue.add; the default
+        is the result of `_is_last`.
         """
         if upkeep.is_managed(*key):
             self._queue.add(key, at, self._is_last(key) if last is None else last)
@@ -465,14 +471,17 @@ class WorkloadKeeper:
     def _add_after_backoff(self, key: Key, at: float, last: bool) -> None:
         """Schedule a workload to be reconciled at the time `at`, or at the end of its backoff if that is later.
 
-        This is for workloads about which there is no new event. Unmanaged workloads are ignored. For `last`, see
-        WorkQueue.add.
+        This is for workloads about which there is no new event. Workloads that are not managed (see upkeep.is_managed)
+        are ignored. For `last`, see WorkQueue.add.
         """
         if upkeep.is_managed(*key):
             self._queue.add_after_backoff(key, at, last)
 
     def _look_at_labels(self, key: Key) -> bool:
-        """Have a container connected as its labels ask when it is reconciled next. Return whether it may ask for it."""
+        """Have a container connected as its labels ask when it is reconciled next, and return True.
+
+        If it is not managed (see upkeep.is_managed), or is known not to ask for a connection, return False instead.
+        """
         if not upkeep.is_managed(*key) or key[1] in self._unlabelled:
             return False
         self._track(key).labels = True
@@ -513,9 +522,10 @@ class WorkloadKeeper:
         """Compare workloads with the store, and enqueue those that do not match.
 
         These are workloads that hold more or fewer addresses in IPAM than their endpoints list, and namespaces and
-        containers attached through CNI with an endpoint that is inactive or not attached. Those that have an endpoint,
-        but that nobody has connected here, are reported as refused, and enqueued if their endpoint is active. If the
-        scan succeeds, it is not repeated until the next resync. Raises StoreUnavailable.
+        containers attached through CNI with an endpoint that is inactive, or misattached (see upkeep.misattached).
+        Namespaces and such containers that have an endpoint, but that nobody has connected here (see connected.py), are
+        reported as refused, and enqueued if their endpoint is active. If the scan succeeds, it is not repeated until
+        the next resync. Raises StoreUnavailable.
         """
         now = self._clock()
         totals = self._datastore.ipam.handles.totals()
@@ -744,7 +754,10 @@ def _learn_once(
 
 
 def _reconcile(clock: Callable[[], float], item: WorkItem, datastore: DatastoreClient) -> WorkResult:
-    """Reconcile a workload. `clock` is the keeper's clock. Raises nothing: see WorkResult.error."""
+    """Reconcile a workload. If `item.labels` is True, then connect the container as its labels ask.
+
+    `clock` is the keeper's clock. Raises nothing: see WorkResult.error.
+    """
     found: WorkloadState | None = None
     kept_since: float | None = None
 
@@ -825,7 +838,10 @@ def _compare_states(
 
 
 def _start_again(report: Callable[[Any], None], id: str, datastore: DatastoreClient) -> StartedAgain:
-    """Start a container whose start had failed, since it could not be connected. Raises nothing."""
+    """Start a container whose start had failed, since it could not be connected: see starting.start_again.
+
+    `report` is called with what was done, if anything. A failure is only logged. Raises nothing.
+    """
     try:
         action = starting.start_again(datastore, id)
         if action is not None:
@@ -838,9 +854,10 @@ def _start_again(report: Callable[[Any], None], id: str, datastore: DatastoreCli
 
 
 def _forget_disconnected(host: str, containers: Collection[str], known: Collection[str]) -> None:
-    """Forget which containers commands have disconnected if they no longer exist. `containers` is the engine's list.
+    """Remove the files about containers that commands have disconnected (connected.py) if the containers are gone.
 
-    `known` are connected containers. If the engine lists none of ours, it may not have loaded its data yet.
+    `containers` is the engine's list, `known` are the connected containers. If the list has none of `known`, and none
+    of those with such a file, nothing is removed: the engine may not have loaded its data yet. Raises CalicoError.
     """
     noted = connected.disconnected(host)
     if any(id in containers for id in (*noted, *known)):

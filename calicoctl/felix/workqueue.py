@@ -184,5 +184,5 @@ class WorkerPool(Generic[R]):
             worker.start()
 
     def submit(self, group: str, task: Callable[[R], Any]) -> None:
-        """Put a task into a group's queue. A worker of the group runs it after the tasks that were submitted before."""
+        """Put a task into a group's queue. A worker calls it, with its resource, after the tasks submitted before."""
         self._tasks[group].put(task)

@@ -85,26 +85,36 @@ class Control:
     def command(self, command: str) -> list[tuple[str, str]]:
         """Send a command. Return the lines of the answer, each as (code, text).
 
-        An error that BIRD reports is returned in the same form, not raised.
+        An error that BIRD reports is returned in the same form, not raised. Raises CalicoError if BIRD does not answer
+        within PATIENCE, or closes the connection.
         """
         deadline = time.monotonic() + PATIENCE
         self._send(command)
         return self._answer(deadline)
 
     def check(self, file: Path) -> None:
-        """Have BIRD check a configuration file without using it. Raise Refused if the file has an error."""
+        """Have BIRD check a configuration file without using it.
+
+        Raise Refused if the file has an error, and CalicoError if BIRD gives no answer, or an unexpected one.
+        """
         self._configure(f'configure check "{file}"', (_CONFIGURATION_OK,))
 
     def configure(self) -> None:
-        """Have BIRD reload its configuration file. Raise Refused if the file has an error."""
+        """Have BIRD reload its configuration file; BIRD may not have finished when this returns.
+
+        Raise Refused if the file has an error, and CalicoError if BIRD gives no answer, or an unexpected one.
+        """
         self._configure("configure", (_RECONFIGURED, _IN_PROGRESS, _QUEUED))
 
     def sessions(self) -> list[Session]:
-        """Return all BGP sessions, in the order of the configuration."""
+        """Return all BGP sessions, in the order of the configuration. Raises CalicoError if BIRD does not answer."""
         return list(parse_sessions(self.command("show protocols all")))
 
     def rescan(self) -> None:
-        """Have BIRD read the kernel's routes, and add its own routes that are missing in the kernel."""
+        """Have BIRD read the kernel's routes, and add its own routes that are missing in the kernel.
+
+        BIRD may not have finished when this returns. Raises CalicoError if BIRD does not answer.
+        """
         # a protocol `kernel` with the option `learn` schedules a scan when it is reloaded
         # Source: krt_reload_routes in BIRD's sysdep/unix/krt.c
         for version in BITS:

@@ -206,8 +206,9 @@ def text(config: Config, passwords: Passwords, directory: Path, turns: bool = Tr
 def has_turns(text: str) -> bool:
     """Return whether the sessions of the mesh in a rendered configuration have the times FIRST_CALL and SECOND_CALL.
 
-    In configurations of earlier versions, they have not. A BIRD that runs with such a configuration does not get the
-    times before its next start, since the change would reset its sessions.
+    Also return True if there is no such session. In configurations of earlier versions, the sessions do not have the
+    times. A BIRD that runs with such a configuration does not get the times before its next start, since the change
+    would reset its sessions.
     """
     return f"protocol bgp {MESH}" not in text or re.search(r"^  neighbor \S+ as \d+; connect", text, re.M) is not None
 

@@ -182,7 +182,8 @@ class Instance:
     def configure(self, text: str) -> None:
         """Have the running BIRD use the configuration `text`.
 
-        Raise Refused if BIRD refuses it. BIRD keeps the previous configuration then.
+        Raise Refused if BIRD refuses it. BIRD keeps the previous configuration then. Raise CalicoError if BIRD does not
+        answer, and OSError if the configuration cannot be written.
         """
         new = self._write(text)
         with bird.control(self._control, may_change=True) as control:
@@ -191,17 +192,20 @@ class Instance:
             control.configure()
 
     def sessions(self) -> list[bird.Session]:
-        """Return BIRD's BGP sessions."""
+        """Return BIRD's BGP sessions. Raise CalicoError if BIRD does not answer."""
         with bird.control(self._control) as control:
             return control.sessions()
 
     def wake(self) -> None:
-        """Have BIRD process its pending work: see wakeups.py."""
+        """Have BIRD process its pending work: see wakeups.py. Raise CalicoError if BIRD does not answer."""
         with bird.control(self._control, may_change=True):
             pass
 
     def rescan(self) -> None:
-        """Have BIRD read the kernel's routes, and add its own routes that are missing in the kernel."""
+        """Have BIRD read the kernel's routes, and add its own routes that are missing in the kernel.
+
+        Raise CalicoError if BIRD does not answer.
+        """
         with bird.control(self._control, may_change=True) as control:
             control.rescan()
 

@@ -154,7 +154,7 @@ class BgpManager(Manager):
 
 @dataclass
 class _Beside:
-    """The search for a foreign BIRD that runs beside ours.
+    """The search for a foreign BIRD (see instance.py) that runs beside ours.
 
     `error` is a sentence about the foreign BIRD that the last search found; None if it found none.
     """
@@ -228,7 +228,7 @@ class BgpThread(threading.Thread):
         self._wakeups.request()
 
     def rescan(self) -> None:
-        """Request a rescan (rescans.py). Does not wait for the thread."""
+        """Request that BIRD compare the kernel's routes with its own (rescans.py). Does not wait for the thread."""
         if self._rescans.request():
             self._wakeups.request()
 
