@@ -194,8 +194,9 @@ class Agent:
     def run(self) -> None:
         """Start the threads, and reconcile until SIGTERM, SIGINT or SIGHUP is received.
 
-        Raises CalicoError if a thread that the agent needs has died. Exceptions of the managers' first resync are
-        raised unchanged.
+        Then have the threads that change workloads, the host or the store end, and remove this host's status from the
+        store; what is in the kernel stays. Raises CalicoError if a thread that the agent needs has died. Exceptions of
+        the managers' first resync are raised unchanged.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)

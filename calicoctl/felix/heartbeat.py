@@ -247,7 +247,8 @@ def claim(
 
     `own_agent_writes` says whether the host's agent is running on this machine. If it is, a status that names neither a
     machine nor a boot counts as that agent's. If `force` is True, a status of another agent is overwritten. `notify` is
-    called with a sentence before each wait.
+    called with a sentence before each wait. If `force` is False, and another agent's status does not name another
+    machine, waits until it has expired, since that agent may have ended.
 
     Returns the written entry. Returns None if the host's agent on this machine writes the status. Raises StoreError. If
     another agent writes the status and `force` is False, raises CalicoError, and changes nothing. If `force` is True,

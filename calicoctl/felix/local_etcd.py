@@ -366,7 +366,7 @@ def _is_free(port: int) -> bool:
 
 
 def _free_port(ports: range) -> int:
-    """Return the first free port. Raise CalicoError if none is free."""
+    """Return the first of `ports` that is free on 127.0.0.1. Raise CalicoError if none is free."""
     for port in ports:
         if _is_free(port):
             return port

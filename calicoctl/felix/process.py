@@ -150,6 +150,8 @@ def without_bgp(found: Mapping[str, object] | None) -> str | None:
 def only_one(host: str) -> Iterator[str | None]:
     """Hold the locks of the host's agent inside `with`, and write the id of this process to the pid file.
 
+    The pid file is removed at the end of `with`, but stays if the body raises an exception.
+
     Yields the process id of the previous agent if that agent was killed or has crashed since the machine was booted,
     else None. Raises CalicoError if an agent runs already for this host name or in this network namespace, if `node
     remove` holds a lock for longer than START_PATIENCE, or if a file cannot be written. An OSError in the body of

@@ -147,7 +147,7 @@ class EndpointStatuses:
         self._set: dict[EndpointId, Status | None] = {}
 
     def set(self, id: EndpointId, status: Status | None) -> None:
-        """Set an endpoint's status, None for an endpoint that was deleted."""
+        """Set the status of an endpoint for the next `publish`; None for an endpoint that was deleted."""
         self._set[id] = status
 
     def publish(self) -> None:

@@ -190,7 +190,10 @@ class WorkResult:
 
 @dataclass(frozen=True)
 class StartedAgain:
-    """A worker has attempted, perhaps without success, to start a container (`id`) as `_start_again` does."""
+    """A worker has tried, perhaps without success, to start the container `id`.
+
+    The container's start had failed before, since it could not be connected.
+    """
 
     id: str
 
@@ -700,12 +703,12 @@ class WorkloadKeeper:
     def _backoff(self, key: Key, tracked: _Tracked, error: Exception, seconds: float) -> None:
         """Schedule a retry of a workload after `error`, and report the error.
 
-        The pause is INTERVAL, but grows up to LABELS_PAUSE for a container that cannot be connected as its labels ask.
+        The pause is INTERVAL, or `seconds` if that is longer. For a container that cannot be connected as its labels
+        ask, it grows up to LABELS_PAUSE. `seconds` is how long the failed attempt took.
 
         An error is not reported again if it was the last one reported for the workload, nor if it is a
         DockerUnavailable while the engine is known to be unavailable. The first error of a workload is not reported if
-        the attempt took less than LOCK_PAUSE: the retry comes soon, and may succeed. `seconds` is how long the failed
-        attempt took.
+        the attempt took less than LOCK_PAUSE: the pause is only LOCK_PAUSE then, and the retry may succeed.
         """
         pause = max(INTERVAL, seconds)
         if isinstance(error, DockerUnavailable) and self._queue.is_paused(DOCKER):  # which has been logged

@@ -362,7 +362,7 @@ class BgpThread(threading.Thread):
             self._start_at, self._pause = now, FIRST_PAUSE
 
     def _after_pause(self) -> float:
-        """Return the time (monotonic) at which the current pause ends, and double the next pause."""
+        """Return the time (monotonic) at which a pause that begins now ends, and double the next pause."""
         pause, self._pause = self._pause, min(LONGEST_PAUSE, self._pause * 2)
         return time.monotonic() + pause
 
