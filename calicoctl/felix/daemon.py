@@ -132,8 +132,8 @@ class Daemon:
         `command` returns the command line; its first word is looked up in PATH. `adopt` is called with the daemon's
         process id if the daemon was running before. Both are called while the lock is held.
 
-        Does not wait until the daemon is ready. Raises CalicoError if the daemon cannot be started, or if another
-        process holds the lock for longer than LOCK_PATIENCE; what `command` or `adopt` raises is raised unchanged.
+        Does not wait until the daemon is ready. Raises CalicoError if the daemon cannot be started, if another process
+        holds the lock for longer than LOCK_PATIENCE, or if `command` or `adopt` raises it.
         """
         try:
             with self._locked():
