@@ -137,7 +137,7 @@ def _lock(patience: float) -> None:
 
 
 def _refuse_until_locked(passed: Mapping[str, socket.socket], why: str, ended: threading.Event) -> None:
-    """Answer each call at the sockets `passed` with the error `why`, until the file LOCK can be locked.
+    """Answer each call at the sockets `passed` with the error `why`, until this process has locked the file LOCK.
 
     Ends this process when `ended` is set.
     """

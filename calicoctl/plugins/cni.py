@@ -79,10 +79,11 @@ class CniError(CalicoError):
 class Request:
     """What the runtime asks for: the operation, the container, and the network's configuration.
 
-    `id` is the container's id, `path` that of its network namespace, and `interface` the name that the interface has,
-    or is to have, inside the container. They are empty for an operation that does not need them; `path` may also be
-    empty in a DEL. `arguments` are the pairs in CNI_ARGS. `config` is the JSON object on standard input, and `network`
-    the name in it.
+    `command` is the operation, and `version` the version of the specification that the configuration asks for. `id` is
+    the container's id, `path` that of its network namespace, and `interface` the name that the interface has, or is to
+    have, inside the container. These three are empty for an operation that does not need them; `path` may also be empty
+    in a DEL. `arguments` are the pairs in CNI_ARGS, for an ADD. `config` is the JSON object on standard input, and
+    `network` the name in it.
     """
 
     command: str
@@ -194,7 +195,7 @@ def _config(stdin: IO[bytes], command: str) -> dict[str, Any]:
 
 
 def _request(command: str, variables: Mapping[str, str], config: Mapping[str, Any]) -> Request:
-    """Check the variables and the configuration of an operation. Raises CniError."""
+    """Return the request for an operation, from its variables and configuration. Raises CniError if one is invalid."""
     version = config.get("cniVersion", "0.1.0")
     if version not in VERSIONS:
         raise CniError(INCOMPATIBLE, f"cniVersion {version!r} is not supported", f"supported: {', '.join(VERSIONS)}")
@@ -322,7 +323,7 @@ def result(request: Request, attachment: Attachment, host_mac: str, dns: Mapping
 
 
 def _refuse_others(request: Request) -> None:
-    """Raise CniError for what the runtime asks of the plugin, and the plugin cannot do."""
+    """Raise CniError if the configuration asks for something that the plugin cannot do."""
     if request.config.get("prevResult") is not None:
         raise CniError(INVALID_CONFIG, f"'calico' must be the first of the plugins of network {request.network}")
     for key, value in request.config.items():
@@ -365,9 +366,9 @@ def _texts(request: Request, key: str) -> list[str] | None:
 
 
 def _address_requests(request: Request) -> list[AddressRequest]:
-    """Return the requests for addresses: those that the user asks for, and one for each other item of `pool`.
+    """Return a request for each address that the user asks for, and one for any address of each item of `pool`.
 
-    Raises CniError.
+    Left out are the items of `pool` of the IP versions of the addresses that the user asks for. Raises CniError.
     """
     from calicoctl.addresses import parse_address
     from calicoctl.workloads.addressing import AddressRequest
@@ -442,7 +443,7 @@ def _dns(request: Request) -> Mapping[str, Any]:
 
 
 def _del(request: Request) -> None:
-    """Detach a container. Succeeds if it is not attached so, or if its namespace no longer exists.
+    """Detach a container. Succeeds if it is not attached as `request` says, or if its namespace no longer exists.
 
     An attachment to another network, or with another interface, stays: the one that the runtime means was refused.
     """
@@ -548,7 +549,10 @@ def _status(request: Request) -> None:
 
 @contextmanager
 def _coded(code: int, what: str = "") -> Iterator[None]:
-    """Convert a CalicoError from the body of `with` into a CniError with this code; its text begins with `what`."""
+    """Convert a CalicoError from the body of `with` into a CniError with this code; its text begins with `what`.
+
+    A CniError is raised unchanged.
+    """
     try:
         yield
     except CniError:

@@ -40,24 +40,27 @@ if TYPE_CHECKING:
 log = logging.getLogger("calico.plugins")
 
 INTERVAL = 60.0
-"""Seconds between two looks, if nothing has happened."""
+"""Seconds between two calls of Collection.look, if nothing has happened that may leave something."""
 
 GRACE = 15.0
 """Seconds for which something must be unknown to the engine before it is removed; a call takes fewer."""
 
 REQUEST_GRACE = 60.0
-"""The same for an address that was requested, and has no endpoint yet."""
+"""GRACE, in seconds, for an address that was requested, and has no endpoint yet."""
 
 PAUSE = 5.0
-"""Seconds between a look that has failed and the next one."""
+"""Seconds between a call of Collection.look that has failed and the next one."""
 
 SHORTEST = 1.0
-"""The minimum number of seconds between two looks: a look at what is left is a dozen requests."""
+"""The minimum number of seconds between two calls of Collection.look: each makes a dozen requests."""
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that may be left: `text` names it, and `remove` removes it after `grace` seconds."""
+    """Something that may be left. `text` names it, and `remove` removes it.
+
+    `remove` is to be called when every search in the last `grace` seconds has found it.
+    """
 
     text: str
     remove: Callable[[], object]
@@ -65,7 +68,7 @@ class Leftover:
 
 
 class Collection:
-    """Looks for what is left, in a thread of its own."""
+    """Searches for what is left, and removes it, in a thread of its own."""
 
     def __init__(self, stores: Stores, known: Networks, events: EngineEvents, driver: NetworkDriver) -> None:
         self._stores = stores
@@ -73,11 +76,11 @@ class Collection:
         self._events = events
         self._driver = driver
         self._since: dict[str, float] = {}
-        """Text of a Leftover -> the time (monotonic) since which every look has found it."""
+        """Text of a Leftover -> the time (monotonic) since which every call of `look` has found it."""
         self._foreign: set[str] = set()
         """Handles whose addresses are on other hosts."""
         self._refused = True
-        """Whether containers may not have started since the store was away."""
+        """Whether starts of containers may have failed because the store, or this process, was away."""
         self._said: dict[str, str] = {}
         """What a warning is about -> the warning that was logged last."""
 
@@ -111,13 +114,18 @@ class Collection:
         return True
 
     def _warn(self, subject: str, text: str) -> None:
-        """Log a warning, unless it was the last one about this subject."""
+        """Log a warning, unless the last one about this subject had the same text."""
         if self._said.get(subject) != text:
             log.warning("%s", text)
             self._said[subject] = text
 
     def look(self) -> None:
-        """Remove what is left; note since when what may be left is there. Raises CalicoError."""
+        """Search for what may be left, and remove what has been found for its `grace` seconds. Raises CalicoError.
+
+        Also stores what the engine says of its networks and their containers, and starts containers that were refused
+        (restarting.py). A removal that fails is logged, and raises nothing. Does nothing while another machine's agent
+        has this host's name.
+        """
         # before the engine is asked, so that what is made meanwhile counts as known
         with self._stores.client() as datastore:
             if is_of_another_machine(datastore):
@@ -165,9 +173,10 @@ class Collection:
             self._refused = self._stores.failed
 
     def _is_engine_of(self, known: Set[str], listed: Set[str]) -> bool:
-        """Return whether the engine that has listed the networks `listed` is the one that the networks `known` are of.
+        """Return whether the engine, which has the networks `listed`, is the one that has made the networks `known`.
 
-        DOCKER_HOST may name another one. Both are ids. Raises CalicoError.
+        DOCKER_HOST may name another engine. Both sets are ids. It is the one if the sets have an element in common:
+        then its id is stored. Otherwise, it is the one if it has the stored id. Raises CalicoError.
         """
         id = str(engine.info().get("ID") or "")
         if not known.isdisjoint(listed):
@@ -186,7 +195,11 @@ class Collection:
             self._warn(leftover.text, f"{leftover.text} is left, and cannot be removed: {error}")
 
     def _stored(self, datastore: DatastoreClient) -> Iterator[tuple[str, Leftover]]:
-        """Yield (endpoint id, leftover) for what exists of this host's endpoints. The id of a request is empty."""
+        """Yield (endpoint id, Leftover) for what exists of this host's endpoints that have no interface in a container.
+
+        The id is empty for an address that was requested and has no endpoint yet, and for a veth pair without an
+        endpoint.
+        """
         ids = {id.endpoint for id in datastore.endpoint_ids() if libnetwork.is_ours(id)}
         interfaces = {libnetwork.endpoint_id(datastore.host, id).interface for id in ids}
         ids |= {id for id in locks.interrupted(datastore.host, LIBNETWORK) if libnetwork.is_id(id)}

@@ -38,7 +38,7 @@ PEER_PREFIX = "tmp"
 
 @dataclass(frozen=True)
 class Attached:
-    """The interface of an endpoint: `peer` is its end for the container.
+    """The veth pair of an endpoint: `peer` is the name of the end that the engine moves into the container.
 
     `next_hops` are the gateways by IP version, and `pools` the CIDRs of all pools of these IP versions.
     """

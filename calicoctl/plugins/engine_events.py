@@ -66,7 +66,10 @@ class EngineEvents:
                 self.on_event(event)
 
     def on_event(self, event: Any) -> None:
-        """Take in an event: a JSON value of any shape."""
+        """Process an event of a network with Calico's driver; ignore any other JSON value.
+
+        For a new network, its name is stored. For a container that was connected to a network, `ask` is called later.
+        """
         actor = event.get("Actor") if isinstance(event, dict) else None
         facts = actor.get("Attributes") if isinstance(actor, dict) else None
         if not isinstance(actor, dict) or not isinstance(facts, dict) or facts.get("type") != DRIVER:
@@ -101,7 +104,7 @@ class EngineEvents:
                     self.connect(container, endpoints_of[container])
 
     def learn(self, listed: Mapping[str, Any]) -> None:
-        """Take in a network as the engine lists it, if it is one of ours."""
+        """Store a network as the engine lists it, and its name; do nothing if its driver is not Calico's."""
         if listed["Driver"] != DRIVER or not is_id(listed["Id"]):
             return
         if self._networks.get(listed["Id"]) is None:  # its file was lost before this process started
@@ -113,7 +116,10 @@ class EngineEvents:
         self.name(listed["Id"], listed["Name"])
 
     def name(self, id: str, name: str) -> None:
-        """Set the name of a network, if it is one of ours, and create its profile, if that is missing."""
+        """Set the name of a network, if Networks has it, and create its profile (networks.ensure_profile).
+
+        `id` is the network's id. A failure is logged.
+        """
         try:
             network = self._networks.rename(id, name)
             if network is not None and not network.has_profile and network.profiles is None:
@@ -122,7 +128,10 @@ class EngineEvents:
             log.warning("network %s: %s", name, error)
 
     def connect(self, container: str, endpoint: Mapping[str, Any]) -> None:
-        """Store which container an endpoint belongs to. `endpoint` is an item of `Containers` of engine.network."""
+        """Store which container an endpoint belongs to. `endpoint` is a value in `Containers` of engine.network.
+
+        `container` is the container's id. A failure is logged.
+        """
         id, name = endpoint["EndpointID"], endpoint["Name"]
         if not is_id(id):
             return

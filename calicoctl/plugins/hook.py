@@ -19,7 +19,7 @@ SOCKET = "hook.sock"
 """The name of the socket, in /run/calico/HOST."""
 
 SECONDS = oci_hook.SECONDS + oci_hook.KILL_AFTER
-"""The maximum number of seconds that a call takes. The hook waits for less, and then says so itself."""
+"""The maximum number of seconds that a call takes. The hook waits for less, and then reports the timeout itself."""
 
 
 LONGEST = 90
@@ -27,9 +27,9 @@ LONGEST = 90
 
 
 def listening(stores: Stores) -> list[Listening]:
-    """Return the socket of the hook; none, and tell the log, if the name of the host is too long for its path.
+    """Return a list with the hook's socket. If the host's name is too long for its path, log that, and return [].
 
-    Then the hook has a new process for each container.
+    Then the hook starts a new process for each container.
     """
     path = files.RUN / stores.host / SOCKET
     if len(os.fsencode(path)) > LONGEST:
@@ -39,7 +39,7 @@ def listening(stores: Stores) -> list[Listening]:
 
 
 def routes(stores: Stores) -> dict[str, Route]:
-    """Return the calls of the hook, by path."""
+    """Return the functions that answer the hook's calls, by the path in the request."""
 
     def connect(state: dict[str, Any]) -> dict[str, Any]:
         # a container whose labels are those of its image needs no store

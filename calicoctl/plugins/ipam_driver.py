@@ -56,7 +56,7 @@ class IpamDriver:
         }
 
     def request_pool(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Check that a network can have addresses of a subnet or, without a subnet, of an IP version."""
+        """Return the pool for a subnet or, without a subnet, for an IP version. Raises CalicoError if there is none."""
         version = 6 if request.get("V6") is True else 4
         pool, part = requests.text(request, "Pool"), requests.text(request, "SubPool")
         subnet = str(parse_pool_cidr(pool)) if pool else None
@@ -77,7 +77,12 @@ class IpamDriver:
         }
 
     def request_address(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Assign an address to an owner of its own, until an endpoint is created with it."""
+        """Assign an address to an owner of its own, until an endpoint is created with it.
+
+        If the address that is asked for is that of an endpoint of this host without an interface in a container, this
+        endpoint is removed first, unless this process has assigned the address to it. Raises CalicoError, for example
+        if no address is free.
+        """
         if requests.fields(request, "Options").get(_TYPE) == _GATEWAY:
             raise CalicoError("a Calico network has no gateway but the containers' own hosts: omit --gateway")
         asked = _request_of(requests.text(request, "PoolID"), requests.text(request, "Address"))
@@ -114,7 +119,7 @@ class IpamDriver:
 
 
 def _request_of(pool: str, address: str) -> AddressRequest:
-    """Return the request for an address of a pool, or for a certain one if `address` is not empty."""
+    """Return the request for any address of the pool with the id `pool`, or for `address` if that is not empty."""
     if address:
         certain = parse_address(address.partition("/")[0])
         any_other = "omit --ip" if certain.version == 4 else "omit --ip6"

@@ -140,7 +140,7 @@ class NetworkDriver:
         return {}
 
     def joined(self) -> set[str]:
-        """Return the ids of the endpoints whose containers' namespaces are known."""
+        """Return the ids of the endpoints that a container has joined since this process started, and has not left."""
         with self._lock:
             return set(self._joined.values())
 
@@ -153,7 +153,8 @@ class NetworkDriver:
 def _joined(attached: Attached, internal: bool) -> dict[str, Any]:
     """Return the answer to Join: the interface, the container's gateways, and its routes to the pools.
 
-    The routes are for a container whose default route is that of another network, and for an internal network.
+    The routes are for a container whose default route is that of another network, and for an internal network: with
+    `internal`, the gateways are empty.
     """
     hops = attached.next_hops
     on_link = [{"Destination": f"{hop}/{BITS[version]}", "RouteType": _ON_LINK} for version, hop in hops.items()]

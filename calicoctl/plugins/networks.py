@@ -103,7 +103,7 @@ class Networks:
                 self._changed.notify_all()
 
     def rename(self, id: str, name: str) -> Network | None:
-        """Set the name of a network; return the network, None if it is not one of ours. Raises CalicoError."""
+        """Set the name of the network `id`; return the network, None if there is no such one. Raises CalicoError."""
         with self._changed:
             network = self._networks.get(id)
             if network is not None:

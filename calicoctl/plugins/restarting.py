@@ -27,9 +27,10 @@ _REFUSED = re.compile(rf'{UNAVAILABLE}|(/|%2F)calico(-ipam)?\.sock\b|plugin "cal
 
 
 def start_refused(networks: Set[str]) -> None:
-    """Start the containers in `networks` (ids) whose start has failed as _REFUSED says, if their policy says so.
+    """Start the containers in `networks` (ids) whose start has failed as _REFUSED says.
 
-    Raises DockerUnavailable if the engine does not list them.
+    Only those are started whose restart policy says that the engine starts them when it starts itself. A container that
+    does not start is logged. Raises DockerUnavailable if the engine does not list or describe the containers.
     """
     for listed in engine.containers():
         mine = any(one.network in networks for one in docker_networks.connections_of(listed))

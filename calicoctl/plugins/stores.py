@@ -32,7 +32,7 @@ KEPT = 8
 """The maximum number of clients that are kept."""
 
 BUSY = 64
-"""The maximum number of works that run at the same time, including those for which nobody waits any more."""
+"""The maximum number of functions that `bounded` runs at the same time, even if nobody waits for them any more."""
 
 ANSWER = 1.0
 """Seconds within which the store must answer a small request before a call relies on it."""
@@ -51,15 +51,16 @@ _idle = threading.Condition()
 
 
 class TooSlow(StoreUnavailable):
-    """A work took longer than it may. It goes on, and its outcome is unknown."""
+    """A function that `bounded` runs took too long. It goes on, and its outcome is unknown."""
 
 
 def bounded(seconds: float, work: Callable[[], T], part: bool = False) -> T:
     """Call `work` in a thread, and return its result. An exception of `work` is raised again.
 
-    `part` says that `work` is a part of another work, which waits for it: then it need not wait for its turn.
+    With `part`, which is for a caller that `bounded` itself runs, `work` begins at once, however many others run.
 
-    Raises TooSlow if `work` takes longer than `seconds`, and StoreUnavailable if BUSY works run for as long.
+    Raises TooSlow if `work` takes longer than `seconds`, and goes on; and StoreUnavailable, without calling it, if BUSY
+    others run for as long, or if no thread can be started.
     """
     global _running
     give_up = time.monotonic() + seconds
@@ -99,7 +100,7 @@ def _end() -> None:
 
 
 def wait_idle(seconds: float) -> None:
-    """Wait until no work runs, at most `seconds`."""
+    """Wait until `bounded` runs no function any more, at most `seconds`."""
     with _idle:
         _idle.wait_for(lambda: _running == 0, seconds)
 
@@ -107,8 +108,8 @@ def wait_idle(seconds: float) -> None:
 class Stores:
     """Clients of the store on behalf of one host. Thread-safe.
 
-    `failed` becomes true when the store has failed, or a work was too slow: then something may have been left behind.
-    `happened` is set then, and when something else has happened of which that may be true.
+    `failed` becomes true when the store has failed, or a call was too slow: then something may have been left behind.
+    `happened` is set then, and also after other events that may have left something, such as a restart of the engine.
     """
 
     def __init__(self, host: str, variables: Mapping[str, str]) -> None:
@@ -129,9 +130,10 @@ class Stores:
 
     @contextmanager
     def client(self, asks: bool = True) -> Iterator[DatastoreClient]:
-        """Yield a client that nobody else uses inside `with`. `asks` says that a request is made there in any case.
+        """Yield a client that nobody else uses inside `with`. `asks` says that the body makes a request in any case.
 
-        Raises CalicoError if the settings are invalid.
+        So if the body succeeds with `asks`, the store counts as answering. A StoreError of the body is noted as a
+        failure (note_failure), and raised again. Raises CalicoError if the settings are invalid.
         """
         began = time.monotonic()
         try:
@@ -203,9 +205,10 @@ class Stores:
             return work(datastore)
 
     def remove(self, work: Callable[[DatastoreClient], object]) -> bool:
-        """Call `work(client)`, which removes something. Return False if the store does not answer, or is too slow.
+        """Call `work(client)`, which removes something. Return False after a StoreError, or after REMOVAL seconds.
 
-        Then `failed` is true, and collection.py removes it later. Raises the other exceptions of `work`.
+        Then `failed` is true, and collection.py removes later what is left. Otherwise, returns True. Raises the other
+        exceptions of `work`.
         """
         try:
             self.require()

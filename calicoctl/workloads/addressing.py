@@ -31,7 +31,7 @@ DEFAULT_INTERFACE = "eth1"
 
 
 class AddressHeld(AddressTaken):
-    """A requested address is assigned to another workload. `holder` is its endpoint; None if that is not known."""
+    """A requested address is assigned to another workload. `holder` is the id of its endpoint, None if unknown."""
 
     def __init__(self, why: str, holder: EndpointId | None) -> None:
         super().__init__(why)
@@ -43,8 +43,9 @@ class AddressRequest:
     """A request for an address: for `address` if it is set, or for any address of the pool `cidr` if that is set.
 
     If neither is set, any address of the IP version `version` is requested; if `subnet` is set, any address of this
-    CIDR, which must be a pool or a part of one. `version` is always set. `any_other` completes
-    the advice to choose another address, and says how the user gets any free one; it is empty for a command's option.
+    CIDR, which must be a pool or a part of one. `version` is always set. `any_other` says, in the advice to request
+    another address, how the user gets any free one, such as "omit --ip"; if it is empty, the advice names `ipv4` or
+    `ipv6`.
     """
 
     version: int
@@ -74,15 +75,15 @@ class AddressRequest:
 
     @property
     def advice(self) -> str:
-        """The end of an error's text for a certain address that cannot be assigned."""
+        """The end of the advice `Give …` in an error about an address that cannot be assigned: see `any_other`."""
         any_other = self.any_other or f"'ipv{self.version}'"
         return f"another, or {any_other} for any."
 
     def pools(self, datastore: DatastoreClient, entries: list[Entry] | None = None) -> list[Pool]:
         """Return the pools from which an address may be assigned for this request; raise CalicoError if there is none.
 
-        `entries` are the store's entries of the pools of this IP version, if the caller has just read them. If
-        `entries` is None, they are read.
+        With `subnet`, the pools in the result have this CIDR instead of their own. `entries` are the store's entries of
+        the pools of this IP version, if the caller has just read them. If `entries` is None, they are read.
         """
         from netaddr.ip import IPNetwork
 
@@ -108,7 +109,7 @@ class AddressRequest:
         return chosen
 
     def fits(self, address: IPAddress) -> bool:
-        """Return whether `address` satisfies the request."""
+        """Return whether `address` satisfies the request; `subnet` is not checked."""
         from netaddr.ip import IPNetwork
 
         if self.address is not None:
@@ -135,10 +136,10 @@ class Terms:
 
     @classmethod
     def read(cls, datastore: DatastoreClient, request: AddressRequest, next_hop: str | None = None) -> Terms:
-        """Read the terms for a request from the store and the kernel.
+        """Read this data for a request from the store and the kernel.
 
-        `next_hop` is the next hop, if the caller knows it; None means that it is read from the store. Raises
-        CalicoError if there is no next hop or no pool, or if no workload may have the requested address.
+        `next_hop` is the gateway, if the caller knows it; None means that it is read from the store. Raises CalicoError
+        if there is no gateway or no pool, or if no workload may have the requested address.
         """
         facts = datastore.read_for_address(request.version, automatic=request.address is None)
         next_hop = next_hop or datastore.hosts.next_hop(request.version, facts.hosts)
@@ -152,9 +153,10 @@ def assign(
 ) -> IPAddress:
     """Assign an address that satisfies `request` to `owner`; return the address.
 
-    `terms` are the terms for the request. `handle` is the owner's handle, if the caller has just read it, or assumes
-    that it does not exist. Raises HandleExists, and assigns nothing, if it is assumed not to exist, and does;
-    AddressHeld if the requested address has another owner; and CalicoError if no address is free.
+    `terms` is the result of Terms.read for the request. `handle` is the owner's handle, if the caller has just read it,
+    or assumes that it does not exist; None means that it is read. The user is warned of invalid blocks. Raises
+    HandleExists, and assigns nothing, if the handle is assumed not to exist, and does; AddressHeld if the requested
+    address has another owner; and CalicoError if no address is free.
     """
     pools = terms.pools
     if request.address is None:
@@ -253,7 +255,7 @@ def _endpoint_id_of(owner: Owner) -> EndpointId | None:
 
 
 def _holder_text(datastore: DatastoreClient, owner: Owner | None) -> str:
-    """Do what `owner_text` does, but name the container of an endpoint whose owner does not name it."""
+    """Do what `owner_text` does. If the owner's attributes lack the container's name, take it from the endpoint."""
     facts = owner.secondary if owner is not None else {}
     id = None if owner is None else _endpoint_id_of(owner)
     if owner is not None and id is not None and not facts.get("workload_name"):

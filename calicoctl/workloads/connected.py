@@ -117,7 +117,8 @@ def every(host: str, orchestrator: str) -> dict[str, Connected]:
 def set_disconnected(host: str, id: str, started_at: str) -> None:
     """Store that a command has disconnected a container with labels, which was started at `started_at`.
 
-    An empty `started_at` says that this time is unknown: then all starts until now count. Raises CalicoError.
+    An empty `started_at` says that this time is unknown: then `is_disconnected` returns True for any start until now.
+    Raises CalicoError.
     """
     content = started_at or f"{_UNTIL}{now()}"
     state.write(host, _FOLDER, _DISCONNECTED, file_name(id), content=os.fsencode(content))
@@ -168,7 +169,10 @@ def is_first(host: str) -> bool:
 
 
 def forget_all(host: str) -> None:
-    """Remove the files of all workloads of a host, but not the files ORCHESTRATOR.learned. Raises CalicoError."""
+    """Remove the files of all workloads of a host. The files ORCHESTRATOR.learned stay, but without content.
+
+    Raises CalicoError.
+    """
     # ORCHESTRATOR.learned stays: without it, learning.py would search again, and trust endpoints that others can write
     for orchestrator in _OLDER:
         if is_learned(host, orchestrator):

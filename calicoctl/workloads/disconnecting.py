@@ -26,8 +26,8 @@ def disconnect_all(
 ) -> None:
     """Disconnect workloads, given as (orchestrator, id); at most as many at a time as there are `clients`.
 
-    No two of the clients may share a connection. `report` is called in this thread, with the id of each workload that
-    was connected, in the order of the sorted workloads.
+    No two of the clients may share a connection. `report` is called in this thread with the id of each workload that
+    has been disconnected, in the order of the sorted workloads; not with the ids of those that were not connected.
 
     If one cannot be disconnected, or this thread is interrupted by a signal, no other is begun, and those that are just
     being disconnected are completed; then the first error, in that order, or the exception of the signal is raised.

@@ -89,9 +89,10 @@ class Settings:
     `variables` are the variables that select the store, from the environment of the command that has set the hook up.
 
     `configuration` is the path of the engine's configuration file, and `made` says whether that command has created it.
-    `default` is the default runtime that the file named before, None if it named none. `runtime` are the words that
-    run that runtime. `removed` says that the hook is removed, but that containers with the runtime exist. `docker_host`
-    is where the engine listens, as in DOCKER_HOST; it is empty if an older version has written the settings.
+    `default` is the default runtime that the file named before, None if it named none. `runtime` is the command line of
+    that runtime (program and arguments). `removed` says that the hook is removed, but that containers with the runtime
+    may exist. `docker_host` is where the engine listens, as in DOCKER_HOST; it is empty if an older version has written
+    the settings.
     """
 
     host: str
@@ -121,7 +122,7 @@ def settings() -> Settings | None:
 
 
 def _checked(found: Settings) -> Settings:
-    """Return settings that were read from the file. Raises ValueError if something in them has another type."""
+    """Return `found`, read from the file. Raises ValueError if a field has a wrong type, or if `runtime` is empty."""
     texts = [found.host, found.command, found.data_root, found.configuration, found.docker_host, found.default or ""]
     if not isinstance(found.runtime, list) or not found.runtime or not isinstance(found.variables, dict):
         raise ValueError("it is damaged")
@@ -133,8 +134,9 @@ def _checked(found: Settings) -> Settings:
 def set_up(host: str) -> bool:
     """Set the hook up, for the engine that DOCKER_HOST names; return False if it was set up already.
 
-    If it was set up already, its files are written anew. Raises CalicoError, and changes nothing, if it cannot be set
-    up: for example if the engine does not run, or if its command line says which runtimes there are.
+    `host` is this host's name in Calico. If the hook was set up already, its files are written anew. Raises
+    CalicoError, and changes nothing, if it cannot be set up: for example if the engine does not run, or if the engine's
+    command line says which runtimes there are.
     """
     with _changing():
         try:
@@ -246,7 +248,7 @@ def refresh(host: str) -> None:
 def state_of_hook() -> tuple[bool, str] | None:
     """Return whether the hook works, as far as files tell, and a text about it; None if it is not set up.
 
-    Does not ask the engine.
+    A hook that was removed, but whose runtime stays for old containers, counts as working. Does not ask the engine.
     """
     try:
         found = settings()
@@ -348,9 +350,10 @@ def _refuse_unsuitable(described: dict[str, Any], daemon: int, config: dict[str,
 
 
 def _refuse_second_engine(before: Settings, path: Path, data_root: str) -> None:
-    """Raise CalicoError if the hook is set up for another engine of this host.
+    """Raise CalicoError if the hook is set up for another engine of this host, as its settings `before` say.
 
-    `path` is the configuration file of this engine, `data_root` its data directory.
+    `path` is the configuration file of the engine that the hook is now to be set up for, `data_root` that engine's data
+    directory.
     """
     is_another = False
     if before.data_root == data_root:  # which belongs to one engine: its configuration is another file now
@@ -370,7 +373,11 @@ def _refuse_second_engine(before: Settings, path: Path, data_root: str) -> None:
 
 
 def _refuse_other_root(daemon: int) -> None:
-    """Raise CalicoError if the engine does not see the script of the runtime, or if the script does not run."""
+    """Raise CalicoError if the engine does not see the script of the runtime, or if the script does not run.
+
+    Raises CalicoError also if the runtime says that it calls no createRuntime hooks. `daemon` is the engine's process
+    id.
+    """
     path = FOLDER / "runtime"
     try:
         if not path.samefile(f"/proc/{daemon}/root{path}"):
@@ -384,7 +391,7 @@ def _refuse_other_root(daemon: int) -> None:
 
 
 def _refuse_without_hooks(path: Path) -> None:
-    """Raise CalicoError if a runtime says that it calls no hooks of our kind. Runtimes need not say which they call.
+    """Raise CalicoError if the runtime at `path` says that it calls no createRuntime hooks. It need not say anything.
 
     Raises OSError and SubprocessError if it does not run. Source: OCI runtime specification, "Features Structure".
     """
@@ -396,7 +403,11 @@ def _refuse_without_hooks(path: Path) -> None:
 
 
 def _words_of(name: str, config: dict[str, Any], described: dict[str, Any]) -> list[str]:
-    """Return the words that run a runtime of the engine. Raises CalicoError if it is none that a script can run."""
+    """Return the command line (program and arguments) of the engine's runtime `name`.
+
+    `config` is the engine's configuration, `described` the result of engine.info. Raises CalicoError if no script can
+    run this runtime.
+    """
     entry = (config.get(_RUNTIMES) or {}).get(name)
     if entry is None and name.startswith(_SHIM):  # named so, the engine crashes when it reads runtimes (20.10)
         raise CalicoError(f"the default runtime of Docker, {name}, is a shim of containerd. Name {_STOCK} instead")
@@ -410,7 +421,10 @@ def _words_of(name: str, config: dict[str, Any], described: dict[str, Any]) -> l
 
 
 def _default_in_script(config: dict[str, Any]) -> str | None:
-    """Return what Settings.default was, from the script of the runtime: settings.json is lost. Raises CalicoError."""
+    """Return what Settings.default was, derived from the script `runtime`, since settings.json is lost.
+
+    `config` is the engine's configuration. Raises CalicoError if the script runs none of the runtimes in it, nor runc.
+    """
     words: list[str] = []
     with suppress(OSError, ValueError):
         command = (FOLDER / "runtime").read_text(errors="surrogateescape").splitlines()[-1:]
@@ -446,7 +460,8 @@ def _apply(path: Path, config: dict[str, Any], daemon: int) -> None:
     """Write the engine's configuration file, which names its default runtime, and have the engine read it.
 
     An engine that reads a configuration with runtimes may forget containerd's shims (20.10), and does not start
-    containers with these any more. So it then gets a configuration that names them. Raises CalicoError.
+    containers with these any more. So it then gets, for a moment, a configuration that names them. Raises
+    CalicoError.
     """
     known = _runtimes(engine.info())
     _put(path, _encoded(config))
@@ -468,7 +483,8 @@ def _runtimes(described: dict[str, Any]) -> set[str]:
 def _reload(daemon: int, default: str, names: Iterable[str] = ()) -> None:
     """Have the engine read its configuration.
 
-    Raises CalicoError if its default runtime is not `default` then, or if it does not know the runtimes `names`.
+    Waits until its default runtime is `default`, and it knows the runtimes `names`. Raises CalicoError if that is not
+    so within PATIENCE seconds, or if the engine (process id `daemon`) has ended.
     """
     try:
         os.kill(daemon, signal.SIGHUP)
@@ -489,9 +505,10 @@ def _reload(daemon: int, default: str, names: Iterable[str] = ()) -> None:
 
 
 def _read(path: Path) -> tuple[bytes | None, dict[str, Any]]:
-    """Return the content of the engine's configuration file, None if there is none, and what it says.
+    """Return the content of the engine's configuration file, None if there is no file, and the JSON object in it.
 
-    Raises CalicoError if the file cannot be read, or is none that can be changed without losing something.
+    Raises CalicoError if the file cannot be read, is invalid, or could not be written again without changing something
+    in it, such as a name that it has twice.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -543,7 +560,10 @@ def _is_ours(entry: Any) -> bool:
 
 
 def _without_ours(config: dict[str, Any], before: Settings, keep_entry: bool) -> dict[str, Any]:
-    """Return the configuration without the hook. With `keep_entry`, the runtime stays, but not as default."""
+    """Return the engine's configuration `config` without the hook: with the former default runtime (_former) again.
+
+    With `keep_entry`, our runtime is still defined in it, but not the default.
+    """
     new = dict(config)
     if new.get(_DEFAULT) == NAME:
         del new[_DEFAULT]
@@ -675,7 +695,7 @@ def _kept_files() -> dict[str, str]:
 
 
 def _put_back(kept: dict[str, str]) -> None:
-    """Write the result of `_kept_files` again, and remove other files of ours. Raises CalicoError."""
+    """Write the result of `_kept_files` again or, if it is empty, remove all our files. Raises CalicoError."""
     if not kept:
         _remove_files()
     for name, text in kept.items():
@@ -703,7 +723,10 @@ def _asking(docker_host: str) -> Iterator[None]:
 
 @contextmanager
 def _changing() -> Iterator[None]:
-    """Hold the lock of the engine's configuration; have all errors say what failed."""
+    """Keep other commands from changing the hook during `with`; begin the texts of its CalicoErrors with what failed.
+
+    Raises CalicoError if another command keeps the lock for PATIENCE seconds.
+    """
     try:
         files.RUN.mkdir(mode=0o755, parents=True, exist_ok=True)
         held = CalicoError("another command is changing it")

@@ -68,7 +68,8 @@ def connection_in(container: dict[str, Any], network: str) -> Connection | None:
 def connection_of(endpoint: Endpoint) -> Connection | None:
     """Return the connection that an endpoint is stored for; None if the process in plugins/ has not made the endpoint.
 
-    Raises DockerUnavailable, if the engine has to be asked for the container.
+    If the endpoint does not say which container it belongs to, the engine is asked. Then the result is also None if no
+    running container has the endpoint, and DockerUnavailable may be raised.
     """
     network = endpoint.extra.get(libnetwork.NETWORK)
     if not libnetwork.is_ours(endpoint.id) or not isinstance(network, dict) or not libnetwork.is_id(network.get("id")):
@@ -90,7 +91,10 @@ def of_workload(workload: Workload) -> list[Connection]:
 
 
 def _of_calico(found: list[Connection]) -> list[Connection]:
-    """Return those of `found` whose network has Calico's driver, each with the id and the option of its network."""
+    """Return those of `found` whose network has Calico's driver, with the network's id and name.
+
+    A connection without an option of its own gets the network's. Raises DockerUnavailable.
+    """
     ours = [network for network in engine.networks() if network["Driver"] == DRIVER and libnetwork.is_id(network["Id"])]
     result = []
     for one in found:

@@ -1,8 +1,8 @@
 """Removes one endpoint of this host by its id, for `calicoctl endpoint ID remove`.
 
-This is for endpoints whose workload no longer exists, and of which nobody else knows how to remove them: those of other
-orchestrators, such as the libnetwork plugin of 2015, and what is left of a workload. The endpoint of a workload that
-exists is refused, since another command disconnects it: `calicoctl container remove` or `docker network disconnect`.
+This is for endpoints whose workload no longer exists, and which nothing else removes: those of other orchestrators,
+such as the libnetwork plugin of 2015, and what is left of a workload. The endpoint of a workload that exists is
+refused, since another command disconnects it: `calicoctl container remove` or `docker network disconnect`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 def remove_endpoint(datastore: DatastoreClient, id: EndpointId) -> list[IPAddress]:
     """Remove an endpoint of this host, with its interface and addresses; return the addresses that were released.
 
-    The endpoint may be invalid. Released are its workload's addresses that it lists, or that were assigned for it, and
-    the addresses without a handle that no other endpoint lists. With the workload's last endpoint, all addresses of
-    the workload on this host are released.
+    The endpoint may be invalid. Released are the workload's addresses that the endpoint lists, or that were assigned
+    for it; and, of the addresses without a handle that it lists, those that no other endpoint lists. With the
+    workload's last endpoint, all addresses of the workload on this host are released.
 
     Raises NotFound if there is no such endpoint. Raises CalicoError, and changes nothing, if the endpoint is on another
     host, or if its workload exists (see _refuse_existing). Raises CalicoError also if a step fails: then the steps

@@ -46,7 +46,10 @@ class LabelsRefused(CalicoError):
 
 @dataclass(frozen=True)
 class Labelled:
-    """The result of `connect`: whether the container's own labels ask for a connection, and what was done, if any."""
+    """The result of `connect`. `action` is what was done, None if nothing was.
+
+    `asks` is False if the container's own labels do not ask for a connection; True if they do, or were not examined.
+    """
 
     asks: bool
     action: Action | None = None
@@ -92,7 +95,7 @@ def connect(datastore: DatastoreClient, id: str) -> Labelled:
 
 
 def checked(wanted: Wanted) -> tuple[list[AddressRequest], str | None]:
-    """Return the requested addresses and the name of the interface.
+    """Return the requested addresses, and the name of the interface (None if no name is asked for).
 
     Raises CalicoError if one of them is invalid, or if an address is named twice, perhaps in two spellings.
     """

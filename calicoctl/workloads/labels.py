@@ -52,7 +52,8 @@ def is_labelled(container: Mapping[str, Any]) -> bool:
 def wanted(container: Mapping[str, Any], image: Mapping[str, Any]) -> Wanted:
     """Return how a container asks to be connected. Both arguments are the engine's descriptions.
 
-    Raises CalicoError if a value is too long, contains too many addresses or profiles, or a profile twice.
+    Raises CalicoError if a value is too long, contains too many addresses or profiles, a profile twice, or an invalid
+    profile name.
     """
     ignored: list[str] = []
     source, text = _chosen(container, image, IP, ignored)

@@ -98,7 +98,7 @@ def every(host: str) -> list[tuple[str, str]]:
 def containers_with(host: str, profile: str) -> list[str]:
     """Return the ids of the containers for which a profile is kept, without those whose file cannot be read.
 
-    Only root may read the files.
+    Only root may read the files; for other users, the result is empty.
     """
     found = set()
     with suppress(CalicoError):
@@ -134,10 +134,10 @@ def _file_name(container: str, network: str) -> str:
 
 
 def assign(host: str, endpoint: Endpoint, network: str, usual: Sequence[str]) -> None:
-    """Give a new endpoint its profiles, or none if it may have to get others when its container is known.
+    """Set the profiles in `endpoint`, a new one: `usual` or, if any are kept for a container in its network, none yet.
 
-    `network` is the id of its network, and `usual` are the profiles that it has if none are kept for its container.
-    Raises CalicoError.
+    In the latter case, its field PENDING contains `usual`, until `settle` is called. `network` is the network's id.
+    Writes nothing to the store. Raises CalicoError.
     """
     if any(other == network for _, other in every(host)):
         endpoint.profile_ids, endpoint.extra[PENDING] = [], list(usual)
@@ -146,9 +146,11 @@ def assign(host: str, endpoint: Endpoint, network: str, usual: Sequence[str]) ->
 
 
 def settle(host: str, endpoint: Endpoint, container: str, network: str) -> None:
-    """Give an endpoint its profiles, now that its container is known. Raises CalicoError.
+    """Set the profiles in `endpoint`, now that its container is known, and remove its field PENDING.
 
-    Does nothing for an endpoint whose container was known before: a command may have changed its profiles since.
+    They are those that are kept for the container in the network (both ids) or, if there are none, the usual ones. They
+    do not change if the container was known before, or if a command has set profiles meanwhile. Writes nothing to the
+    store. Raises CalicoError.
     """
     is_new = endpoint.extra.get(libnetwork.CONTAINER) != container
     usual = endpoint.extra.pop(PENDING, None)
@@ -197,8 +199,8 @@ def _next(datastore: DatastoreClient, connection: Connection) -> Endpoint:
 def modify(datastore: DatastoreClient, connection: Connection, change: Callable[[Endpoint], bool]) -> bool:
     """Change the profiles of a container in a Docker network: of its endpoint, if it runs, and of its next ones.
 
-    `change` changes `profile_ids` of an endpoint, and returns whether it did; so does this function. `change` may be
-    called several times. Raises CalicoError.
+    `change` changes `profile_ids` of an endpoint, and returns whether anything changed; this function returns the same.
+    `change` may be called several times. Raises CalicoError.
     """
     host, container, network = datastore.host, connection.container, connection.network
     done: Endpoint | None = None

@@ -140,7 +140,7 @@ def _answer(server: socket.socket, state: bytes, give_up: float) -> bytes:
 
 
 def _understood(answer: bytes) -> str | None:
-    """Return why the container may be connected later, None if it is connected, from the server's answer.
+    """Return, from the server's answer, why the container is not connected, but may be later; None if it is connected.
 
     Ends this process if the container cannot be connected.
     """
@@ -159,10 +159,10 @@ def _understood(answer: bytes) -> str | None:
 
 
 def _connect_in_new_process(command: str, state: bytes) -> str | None:
-    """Run starting.py; return why the container may be connected later, None if it is connected.
+    """Run starting.py; return why the container is not connected, but may be later; None if it is connected.
 
-    `state` is its standard input. An empty text says that the process has written the reason. Ends this process if the
-    container cannot be connected.
+    `state` is the standard input of the new process. An empty text in the result says that this process has written the
+    reason to standard error. Ends the calling process if the container cannot be connected.
     """
     python = os.path.join(os.path.dirname(os.path.realpath(command)), "python")
     if not os.access(python, os.X_OK):

@@ -60,11 +60,12 @@ The agent releases it within moments. A watch would cost more than the few attem
 
 
 def connect(datastore: DatastoreClient, state: dict[str, Any]) -> tuple[str, ...]:
-    """Connect the container whose state (OCI) is `state`, as its labels ask; a container with an endpoint gets it back.
+    """Connect the container whose state (OCI) is `state`, as its labels ask; re-attach it if it has an endpoint.
 
     Returns sentences about labels that are ignored: see Wanted. Does nothing if the container's own labels do not ask
-    for it, or if it has no endpoint here, and its image was removed: then the agent says that this is unknown. Raises
-    StoreUnavailable or Conflict if a later attempt may succeed, and any other CalicoError after a rollback.
+    for it, or if it has no endpoint here, and its image was removed: then the agent reports that it is unknown whether
+    the labels are the image's own. Raises StoreUnavailable or Conflict if a later attempt may succeed, and any other
+    CalicoError after a rollback.
     """
     id, pid = state.get("id"), state.get("pid")
     if not isinstance(id, str) or not re.fullmatch("[0-9a-f]{64}", id) or type(pid) is not int or pid <= 0:
@@ -109,7 +110,7 @@ def connect(datastore: DatastoreClient, state: dict[str, Any]) -> tuple[str, ...
 
 
 def _holders(datastore: DatastoreClient, requests: Iterable[AddressRequest]) -> list[Owner]:
-    """Return the owners of those of the requested certain addresses that are assigned."""
+    """Return the owners of the addresses that `requests` name, but for addresses that are not assigned."""
     owners = (datastore.ipam.owner(request.address) for request in requests if request.address is not None)
     return [owner for owner in owners if owner is not None]
 
@@ -129,7 +130,8 @@ def _is_removed(owner: Owner, host: str, root: Path) -> bool:
 def _image_of(container: dict[str, Any], root: Path) -> dict[str, Any]:
     """Return what the engine would say about a container's image: `Config`.
 
-    Raises NoSuchImage if the image was removed, and CalicoError if it is unknown what the engine would say.
+    `container` is the object in the container's file config.v2.json, `root` the engine's data directory. Raises
+    NoSuchImage if the image was removed, and CalicoError if it is unknown what the engine would say.
     """
     algorithm, _, digest = str(container.get("Image")).partition(":")
     if re.fullmatch("[a-z0-9]+", algorithm) and re.fullmatch("[0-9a-f]+", digest):
@@ -145,7 +147,7 @@ def _config_of_image(path: Path) -> dict[str, Any]:
     """Return the configuration in an image's file. Raises CalicoError if the engine may read something else in it.
 
     Whoever has built the image has written this file. The engine takes `labels` for `Labels`, adds up objects that are
-    there twice, and replaces characters that are none. Labels that only the engine sees would count as the container's.
+    there twice, and replaces invalid characters. Labels that only the engine sees would count as the container's.
     Source: Go's encoding/json, Unmarshal.
     """
     try:
@@ -182,7 +184,10 @@ class _Twice(ValueError):
 
 
 def _read(path: Path, made_of: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict) -> dict[str, Any]:
-    """Return the object in a file of the engine, made of its pairs by `made_of`. Raises CalicoError, and _Twice."""
+    """Return the JSON object in a file of the engine. `made_of` makes each object in it of its pairs (name, value).
+
+    Raises CalicoError, and _Twice if `made_of` does.
+    """
     try:
         with open(path, "rb") as file:
             found = json.loads(file.read(LARGEST), object_pairs_hook=made_of)
@@ -199,7 +204,7 @@ def _read(path: Path, made_of: Callable[[list[tuple[str, Any]]], dict[str, Any]]
 
 
 def waiting(host: str) -> list[str]:
-    """Return the ids of the containers that did not start, and may start now."""
+    """Return the ids of the containers that the hook kept from starting, and that `start_again` is to be called for."""
     with suppress(FileNotFoundError):
         names = [path.name for path in (files.RUN / host).iterdir()]
         ids = [name[len(oci_hook.START_AGAIN) :] for name in names if name.startswith(oci_hook.START_AGAIN)]
@@ -208,11 +213,12 @@ def waiting(host: str) -> list[str]:
 
 
 def start_again(datastore: DatastoreClient, id: str) -> Action | None:
-    """Have the engine start a container from `waiting`; return what was done.
+    """Have the engine start a container from `waiting`; return what was done, None if it was not started.
 
-    Does nothing if it runs or does not exist, if its start has failed for another reason than that it could not be
-    connected, if its restart policy does not say that it is to be started, or if an address that its labels name is
-    another's: then it goes on waiting. Raises StoreUnavailable if the store is still away; and DockerUnavailable.
+    It is not started, and no longer in `waiting`, if it runs or does not exist, if its start has failed for another
+    reason than that it could not be connected, or if its restart policy does not say that it is to be started. It is
+    not started, but still in `waiting`, if an address that its labels name is assigned to another workload. Raises
+    StoreUnavailable if the store is still away; and DockerUnavailable, also if the engine fails to start it.
     """
     datastore.hosts.is_registered()  # asks the store
     note = files.RUN / datastore.host / f"{oci_hook.START_AGAIN}{id}"
@@ -240,7 +246,7 @@ def start_again(datastore: DatastoreClient, id: str) -> Action | None:
 
 
 def _lacks_address(datastore: DatastoreClient, container: dict[str, Any]) -> bool:
-    """Return whether a container without an endpoint names an address that is assigned to another one."""
+    """Return whether a container has no endpoint, and its labels name an address that another workload has."""
     if datastore.workload_endpoint_ids(DOCKER, container["Id"]):
         return False
     with suppress(CalicoError):

@@ -184,8 +184,8 @@ def _ask_engine(datastore: DatastoreClient, id: str) -> _Asked | None:
 def _interfaces(ids: list[EndpointId]) -> dict[str, int]:
     """Return the indices of the endpoints' interfaces by their names; 0 for one that does not exist.
 
-    No two interfaces of a host have the same index, also one after the other. So a difference says that a workload was
-    attached meanwhile.
+    A new interface does not get the index of a deleted one. So if two results differ, the workload was attached or
+    detached between them.
     """
     found = {id.interface: netns.find_interface(id.interface) for id in ids}
     return {name: interface.index if interface is not None else 0 for name, interface in found.items()}

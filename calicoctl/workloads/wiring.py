@@ -70,10 +70,10 @@ if TYPE_CHECKING:
 class Attachment:
     """The result of connecting a workload: the endpoint's id, an address, and the interface inside the workload.
 
-    `address` is the address of the endpoint that satisfies the request. `interface` and `mac` are the name and the MAC
-    of the interface; `mac` is None if the endpoint contains none. `existed` says that the workload was connected
-    already, and that nothing was changed. `others` are the further addresses of a new connection, and `next_hops` its
-    gateways by IP version.
+    `address` is the address of the endpoint that satisfies the (first) request. `interface` and `mac` are the name and
+    the MAC of the interface; `mac` is None if the endpoint contains none. `existed` says that the workload was
+    connected already, and that nothing was changed. `others` are the further addresses of a new connection, and
+    `next_hops` its gateways by IP version.
     """
 
     id: EndpointId
@@ -131,8 +131,9 @@ def connect_started(
 ) -> Attachment | None:
     """Connect a container that was just started, with an address for each of `requests`, and with these profiles.
 
-    Returns None, and changes nothing, if the container is connected already, or if a command has disconnected it since
-    it was started (connected.py). Does not wait for the workload's lock. Raises NotFound if a profile does not exist,
+    `interface` is the name of the interface inside the container; None means DEFAULT_INTERFACE. Returns None, and
+    changes nothing, if the container is connected already, or if a command has disconnected it since it was started
+    (connected.py). Does not wait for the workload's lock. Raises NotFound if a profile does not exist,
     Conflict if another process holds the lock, and any other CalicoError after a rollback.
     """
     with WorkloadSession.enter(datastore, workload, patience=0) as session:
@@ -153,10 +154,11 @@ def connect_starting(
 ) -> bool:
     """Connect a container that is being started, before its first instruction.
 
-    If the container has an endpoint, its interface is recreated. A container without an endpoint gets an address for
-    each of `requests`, and these profiles; without `requests`, it is not changed, and False is returned. `patience` is
-    for how many seconds to wait for the workload's lock. Raises NotFound if a profile does not exist, Conflict if
-    another process keeps the lock, and any other CalicoError after a rollback.
+    If the container has an endpoint, its interface is recreated, unless it exists. A container without an endpoint gets
+    an address for each of `requests`, these profiles, and an interface with the name `interface` (None:
+    DEFAULT_INTERFACE). Returns True; but without an endpoint and `requests`, nothing is changed, and False is returned.
+    `patience` is for how many seconds to wait for the workload's lock. Raises NotFound if a profile does not exist,
+    Conflict if another process keeps the lock, and any other CalicoError after a rollback.
     """
     with WorkloadSession.enter(datastore, workload, patience=patience) as session:
         if session.endpoint is None:
@@ -419,7 +421,8 @@ def reattach(
 def disconnect(datastore: DatastoreClient, workload: Workload) -> None:
     """Remove a workload's endpoints, interfaces and addresses. Raises NotFound if there is nothing to remove.
 
-    If a namespace's endpoint is stored under the other spelling of its path, Workload.other_spelling is disconnected.
+    If a namespace's endpoint is stored under the other spelling of its path (/run for /var/run, or the reverse),
+    Workload.other_spelling is disconnected.
 
     NotFound is raised, too, if `workload` has a network, and the container was attached to another network through CNI,
     or with another interface. The container or namespace need not exist any more. If a container with labels runs, they

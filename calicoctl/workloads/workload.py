@@ -249,9 +249,9 @@ def process_started(path: str) -> str | None:
 def find(name: str) -> Workload:
     """Return the workload that a user calls `name`.
 
-    If `name` is an absolute path, the workload is the namespace at this path, even if the path does not exist. Any
-    other name is looked up in Docker as a container's name or id. Raises NoSuchContainer or DockerUnavailable if this
-    fails, and CalicoError if the name is invalid.
+    If `name` is an absolute path, the workload is the namespace at this path, even if the path does not exist; a path
+    below /run/netns is converted to one below /var/run/netns. Any other name is looked up in Docker as a container's
+    name or id. Raises NoSuchContainer or DockerUnavailable if this fails, and CalicoError if the name is invalid.
     """
     check_workload_name(name)
     if name.startswith("/"):
