@@ -302,7 +302,7 @@ def _add(request: Request) -> dict[str, Any]:
 def result(request: Request, attachment: Attachment, host_mac: str, dns: Mapping[str, Any]) -> dict[str, Any]:
     """Return the result of an ADD, in the version of the specification that the configuration asks for.
 
-    `host_mac` is the MAC of the host end of the veth pair.
+    `host_mac` is the MAC of the host end of the veth pair, and `dns` the object with this name in the configuration.
     """
     ips, hops = [], sorted(attachment.next_hops.items())
     for address in (attachment.address, *attachment.others):

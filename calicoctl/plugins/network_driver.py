@@ -145,7 +145,7 @@ class NetworkDriver:
             return set(self._joined.values())
 
     def forget(self, gone: set[str]) -> None:
-        """Forget the namespaces of the endpoints with the ids in `gone`."""
+        """Forget that containers have joined the endpoints with the ids in `gone`."""
         with self._lock:
             self._joined = {sandbox: id for sandbox, id in self._joined.items() if id not in gone}
 

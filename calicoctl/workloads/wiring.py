@@ -277,9 +277,9 @@ def _connect_new(
 ) -> Attachment:
     """Connect a workload that has no endpoint, with an address for each of `requests`; there must be at least one.
 
-    The endpoint has the profiles from the beginning, so no packet passes before they apply. `new_profile` is the one of
-    `profiles` that is created just before the endpoint; empty if none is. `mac` is the MAC of the interface; if it is
-    None, the kernel chooses one.
+    `interface` is the name of the interface inside the workload. The endpoint has the profiles from the beginning, so
+    no packet passes before they apply. `new_profile` is the one of `profiles` that is created just before the endpoint;
+    empty if none is. `mac` is the MAC of the interface; if it is None, the kernel chooses one.
     """
     datastore, workload = session.datastore, session.workload
     terms = [Terms.read(datastore, request) for request in requests]
@@ -466,7 +466,7 @@ def _disconnect(datastore: DatastoreClient, workload: Workload, lock: WorkloadLo
 
 
 def _places(host: str, workload: Workload) -> list[tuple[str, str]]:
-    """Return the places of a workload's endpoints in the store, the likeliest first.
+    """Return the places of a workload's endpoints in the store, as (orchestrator, workload id), the likeliest first.
 
     Older programs may have stored a namespace's endpoint elsewhere (Workload.stored_as), and under the other spelling
     of its path (Workload.other_spelling). On a host that no older program has used, the endpoint can only be in the
