@@ -22,9 +22,10 @@ _INTERFACE = re.compile(INTERFACE_PREFIX + r"[A-Za-z0-9_.-]{1,11}", re.ASCII)
 class LocalEndpoint:
     """An active endpoint of this host, with valid values. `revision` is the endpoint's revision in the store.
 
-    `addresses` are the addresses that the workload may use. `conflict` names the addresses of the endpoint that were
-    refused, with the reasons, and is None if there are none. `warning` names those of `addresses` that stay despite an
-    objection, with the reasons, and is None if there are none. For both, see admission.py.
+    `ipv6_next_hop` is the workload's next hop in IPv6, None if the store names none. `addresses` are the addresses that
+    the workload may use. `conflict` names the addresses of the endpoint that were refused, with the reasons, and is
+    None if there are none. `warning` names those of `addresses` that stay despite an objection, with the reasons, and
+    is None if there are none. For both, see admission.py.
     """
 
     id: EndpointId

@@ -158,7 +158,7 @@ class Overlay:
         """Return CIDR -> Hop for each route, None for a blackhole route.
 
         There are no routes to CIDRs in pools without an overlay, to CIDRs of unreachable hosts, and to single addresses
-        that a local endpoint or a host uses (see `Reserved.user`).
+        that a local endpoint has or no workload may have (see `Reserved.user`).
         """
         snapshot = self._snapshot
         owners: dict[str, tuple[str, str]] = {block.cidr: owner for block, owner in self._blocks.items()}

@@ -45,9 +45,9 @@ class Announced:
 class Guarded:
     """The networks and addresses that routes learned from other hosts must not override on this host.
 
-    `networks` are the CIDRs of the networks to which this host is connected, and of its local networks. `addresses` are
-    the addresses of this host, its gateways, the members of its etcd, and the registered hosts. Both are limited to
-    what overlaps a pool without an overlay, and have a stable order.
+    `networks` are the CIDRs of the networks to which this host is connected, and of its local networks, of which all
+    addresses are this host's own. `addresses` are the addresses of this host, its gateways, the members of its etcd,
+    and the registered hosts. Both are limited to what overlaps a pool without an overlay, and have a stable order.
     """
 
     networks: tuple[str, ...] = ()
@@ -100,10 +100,11 @@ def guarded(snapshot: Snapshot, version: int) -> Guarded:
 
 
 class Surroundings:
-    """What is looked for in blocks of one IP version, since a block that overlaps it is not announced as a whole.
+    """The networks and addresses of one IP version that a block must not overlap to be announced as a whole.
 
-    That is: this host's networks and routes, and the addresses of this host, its gateways, the registered hosts, the
-    members of etcd, and the DNS servers. `addresses` are all of these addresses except the DNS servers'.
+    These are the networks to which this host is connected and its local networks (both in `networks`), the destinations
+    of its routes, and the addresses of this host, its gateways, the registered hosts, the members of etcd, and the DNS
+    servers. `addresses` are all of these addresses except the DNS servers'.
     """
 
     def __init__(self, snapshot: Snapshot, version: int) -> None:

@@ -35,7 +35,7 @@ from calicoctl.policy.verdict import readable
 INACTIVE = "it is inactive"
 
 GRACE_TIME = int(config.GRACE_TIME.default or 0)
-"""The default grace time, in seconds."""
+"""The default of `Snapshot.grace_time`, in seconds."""
 
 MAX_CONNECTIONS = int(config.MAX_CONNECTIONS.default or 0)
 
@@ -60,8 +60,9 @@ class Dirty:
     """The changes since the last `Snapshot.take_dirty`.
 
     `endpoints` are the endpoints, of all hosts, whose values or usable addresses may have changed. `profiles` are the
-    names of the changed profiles. `pools` and `settings` say whether any pool and any setting has changed. `topology`
-    says whether the network between the hosts, or this host's own addresses and networks, have changed.
+    names of the changed profiles. `pools` and `settings` say whether any pool and any setting has changed; this host's
+    registered IPv6 address counts as a setting, too. `topology` says whether the network between the hosts, this host's
+    own addresses and networks, or the setting CheckSenders may have changed.
 
     `interfaces` are the previous interfaces of those endpoints of this host that were changed, became unusable or were
     deleted. A changed endpoint may still have its previous interface.
@@ -143,8 +144,8 @@ class Snapshot:
         self.admission = Admission(self.topology)
         self.problems: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
-        """Key -> why the key, or the keys below it, are not read. At most limits.REPORTED keys, besides those in
-        `unread`.
+        """Key -> why the key, or the keys below it, are not read. Keys that are skipped because of their length, or
+        of the number of their levels, are added only while there are fewer than limits.REPORTED.
         """
         self.unread: set[str] = set()
         """Directories that were too large to be read. The keys below them keep their last values."""

@@ -76,9 +76,9 @@ def check_tag(name: str) -> str:
 def parse(words: Sequence[str], is_new: bool = True) -> Rule:
     """Parse a rule from the words of a command line, or from a single word that is a JSON object.
 
-    `is_new` is False for a rule that is to be removed: then a rule that matches no packet is accepted. In a rule that
-    is not JSON, an invalid tag name is accepted, too. Raises UsageError for missing or unexpected words, and
-    CalicoError for invalid values.
+    `is_new` is False for a rule that is to be removed: then a rule that matches no packet is accepted and, if it is not
+    JSON, also a rule with an invalid tag name. Raises UsageError for missing or unexpected words, and CalicoError for
+    invalid values.
     """
     if len(words) == 1 and words[0].startswith("{"):
         try:

@@ -92,7 +92,7 @@ def decide(
 
 
 def may_deny(rule: Rule, joins: bool) -> bool:
-    """Return whether `rule` may get packets denied that were allowed, when an address joins or leaves a tag it names.
+    """Return whether an address that joins or leaves a tag of `rule` may get packets denied that were allowed before.
 
     The address joins the tag if `joins` is True, and leaves it if not. The answer follows from three properties of
     `decide`: the first rule that matches decides, no condition is negated, and what no rule matches is denied.
@@ -160,7 +160,7 @@ def is_from_host(packet: Packet, hosts: Container[str], pools: Iterable[str]) ->
 def port_ranges(ports: Sequence[int | str]) -> list[tuple[int, int]]:
     """Return a rule's ports as sorted ranges (first port, last port), both inclusive.
 
-    Ranges that overlap or adjoin are merged.
+    `ports` are numbers, or ranges such as "8000:8010". Ranges that overlap or adjoin are merged.
     """
     merged: list[tuple[int, int]] = []
     for low, high in sorted(_range(port) for port in ports):

@@ -51,7 +51,8 @@ class Change:
     def add(self, where: tuple[str, str], element: str) -> None:
         """Add one reference to an element of the set or map `where`, which is (family, name).
 
-        The element is added to the tables with its first reference, and `remove` removes it with its last.
+        `element` is in nftables' syntax: "KEY" in a set, "KEY : VALUE" in a map. It is added to the tables with its
+        first reference, and `remove` removes it with its last.
         """
         self._elements[where][element] += 1
         if self._elements[where][element] > 1:
@@ -137,9 +138,9 @@ class Change:
 
 
 def spelled(name: str) -> str:
-    """Return the text that stands for a name in the names of chains and sets.
+    """Return the text that stands for a profile, tag or host of this name in the names of chains and sets.
 
-    It is the name itself if that is valid there, or else a digest of the name. A digest begins with a slash, which no
-    valid name contains.
+    This is the name itself if it matches _SAFE, or else a slash and a digest of the name. No name that matches _SAFE
+    contains a slash.
     """
     return name if _SAFE.fullmatch(name) else "/" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]

@@ -1,7 +1,7 @@
 """Limits how many tracked connections each endpoint has started, so that none fills connection tracking alone.
 
-The kernel counts the connections that an endpoint starts and policy accepts, whatever their destination. The counts are
-in a table of their own, since a reload of our other tables would reset them.
+The kernel counts the connections that an endpoint starts and policy accepts, whatever their destination. The maximum is
+the setting MaxConnections. The counts are in a table of their own, since a reload of our other tables would reset them.
 
 To count a connection, the kernel looks up all others in the same list. So each endpoint has many short lists, and a
 hash of the connection's destination address and ports selects the list. Connections of protocols other than _PROTOCOLS
@@ -32,15 +32,16 @@ log = logging.getLogger("calico.felix")
 TABLE = "calico-connections"
 
 LIST = 256
-"""The maximum number of connections in a list. It does not depend on the setting, since an element of the set `lists`
-keeps the limit with which it was created. The setting determines the number of lists.
+"""The maximum number of connections in a list. It does not depend on the setting MaxConnections, since an element of
+the set `lists` keeps the limit with which it was created. The setting determines the number of lists.
 """
 
 RATE = 16
-"""An endpoint may start this part of the maximum number of connections per second, after a burst of the maximum number.
+"""An endpoint may start MaxConnections / RATE connections per second, after a burst of MaxConnections.
 
-With the default, that is 1,024 a second, so an endpoint has at most 16,384 + 120 * 1,024 entries that began in the last
-120 s: half of the default size of connection tracking. Connections by UDP have a lower rate anyway, 16,384 in 30 s.
+With the default of MaxConnections, 16,384, that is 1,024 a second, so an endpoint has at most 16,384 + 120 * 1,024
+entries that began in the last 120 s: half of the default size of connection tracking. Connections by UDP have a lower
+rate anyway, 16,384 in 30 s.
 """
 
 _PROTOCOLS = "{ icmp, tcp, udp, dccp, ipv6-icmp, sctp, udplite }"
@@ -72,8 +73,8 @@ add rule inet TABLE to-host iifname "PREFIX*" ct status & confirmed == 0 goto co
 """The commands, with placeholders that `commands` replaces. The base chains are evaluated after those of policy, which
 have priorities up to filter - 10. A connection that is not confirmed is a new one.
 
-An element of `rates` keeps the rate with which it was created, so its key contains the setting. Its timeout is longer
-than the time in which its bucket fills (RATE seconds), so no endpoint gains a burst by waiting for the timeout.
+An element of `rates` keeps the rate with which it was created, so its key contains MaxConnections. Its timeout is
+longer than the time in which its bucket fills (RATE seconds), so no endpoint gains a burst by waiting for the timeout.
 """
 
 REMOVE = f"add table inet {TABLE}\ndelete table inet {TABLE}\n"
@@ -97,7 +98,7 @@ def rate(largest: int) -> int:
 
 
 class ConnectionLimit(Manager):
-    """Applies the setting MaxConnections to the table, and reports endpoints that have reached one of its limits."""
+    """Applies the setting MaxConnections to the table, and reports the endpoints whose new connections were dropped."""
 
     def __init__(self, context: Context, nft: Nft) -> None:
         self._context = context
@@ -123,9 +124,9 @@ class ConnectionLimit(Manager):
         return self._due or self._loaded is None
 
     def apply(self) -> None:
-        """Load the table if necessary. After a Tick, also report the endpoints that have reached a limit.
+        """Load the table if necessary. After a Tick, also report the endpoints that reached a limit in the last minute.
 
-        If the kernel refuses the table, a failure is reported, and the table is loaded again after the next Tick.
+        If the kernel refuses the table, a failure is reported, and loading the table is retried after the next Tick.
         """
         if self._loaded is None and (self._due or "connection limit" not in self._context.health.failures):
             self._load()

@@ -5,7 +5,8 @@ destination after any destination NAT. After the deletion of an entry, the rules
 like that of a new connection. Our tables drop TCP packets that belong to no connection and start none.
 
 Netlink messages are built and parsed here, since pyroute2 takes a hundred times longer. A host may have hundreds of
-thousands of entries, so a thread lists them. It answers the requests of some time with one listing (`_pauses_after`).
+thousands of entries, so a thread lists them. It pauses after each listing (`_pauses_after`), and answers all requests
+that arrive in the meantime with the next one.
 
 Source: the kernel's uapi/linux/netfilter/nfnetlink_conntrack.h, and net/netfilter/nf_conntrack_netlink.c for filters.
 """
@@ -69,8 +70,8 @@ class Listing:
     """The answer to one or more requests for the connections from or to some addresses.
 
     If the connections could not be listed, `error` says why, and `connections` is empty. `host_addresses` are this
-    host's own addresses; they are left out if there are no connections. `number` is the number of the last request that
-    this listing answers. It is 0 if `Conntrack.list` was called directly, without a request.
+    host's own addresses; it is empty if `connections` is. `number` is the number of the last request that this listing
+    answers. It is 0 if `Conntrack.list` was called directly, without a request.
     """
 
     addresses: Collection[str]
@@ -82,7 +83,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class _Request:
-    """A request for the connections of some addresses. If it is `urgent`, it waits hardly for others."""
+    """A request for the connections of some addresses. If `urgent` is True, it is answered after a shorter pause."""
 
     number: int
     addresses: frozenset[str]
@@ -93,20 +94,21 @@ class Conntrack(threading.Thread):
     """The kernel's connection tracking table, and the thread that lists connections on request."""
 
     def __init__(self, put: Callable[[Listing], None]) -> None:
-        """`put` is called with each Listing, even if the Listing has no connections."""
+        """The thread calls `put` with each Listing that answers requests, even if the Listing has no connections."""
         super().__init__(name="listing connections", daemon=True)
         self._put = put
         self._requests: SimpleQueue[_Request] = SimpleQueue()
         self._count = 0
         self._kernel_filters = True
-        """Whether the kernel can list the connections of one address alone, as far as is known (Linux 5.8)."""
+        """Whether the kernel can list the connections of one address alone, as far as is known (since Linux 5.8)."""
 
     def request(self, addresses: Collection[str], urgent: bool = False) -> int:
         """Request a listing of the connections from or to these addresses. Return the number of the request.
 
-        The Listing is passed to `put`. It may take a second longer if there were others just before; if the request is
-        urgent, _LONGEST_URGENT_PAUSE. If `addresses` is empty, nothing is requested, and the number of the previous
-        request is returned.
+        Requests are numbered from 1. The Listing is passed to `put`. After the previous listing, the thread waits for
+        up to _LONGEST_PAUSE seconds before it begins this one, or up to _LONGEST_URGENT_PAUSE if the request is urgent.
+        If `addresses` is empty, nothing is requested, and the number of the previous request is returned, 0 if there
+        was none.
         """
         if addresses:
             self._count += 1
@@ -130,9 +132,9 @@ class Conntrack(threading.Thread):
             self._put(listing)
 
     def _next_requests(self, not_before: float, urgent_not_before: float) -> tuple[int, set[str]]:
-        """Wait for requests, and until the time `not_before` (monotonic), or `urgent_not_before` if one is urgent.
+        """Wait for a request, and then for more until `not_before`, or until `urgent_not_before` if one is urgent.
 
-        Return the number of the last request, and the addresses of all of them.
+        Both are times of the monotonic clock. Return the number of the last request, and the addresses of all of them.
         """
         request: _Request | None = self._requests.get()
         number, addresses, urgent = 0, set[str](), False
@@ -200,8 +202,8 @@ class Conntrack(threading.Thread):
 def _pauses_after(seconds: float) -> tuple[float, float]:
     """Return how many seconds after a listing the next one may begin, and the next one with an urgent request.
 
-    `seconds` is the CPU time that the listing took. So listings take a fifth of a core at most, up to 100,000 entries,
-    however many changes there are; with urgent requests up to some 10,000 entries.
+    `seconds` is the CPU time that the listing took. So, however many requests there are, listings take a fifth of a
+    core at most in a table of up to 100,000 entries; urgent ones, in a table of up to some 10,000.
     """
     pause = 4 * seconds
     return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, pause)), min(_LONGEST_URGENT_PAUSE, pause)
@@ -216,7 +218,7 @@ def _entries() -> int | None:
 
 
 def _filters_pay(addresses: Collection[str], entries: int) -> bool:
-    """Return whether `_filtered` takes less CPU time than `_unfiltered`, for a table with so many entries.
+    """Return whether `_filtered` takes less CPU time than `_unfiltered`, for a table with this number of `entries`.
 
     Each dump walks through the whole table, which takes as long as to send 5,000 entries if the table is empty, and for
     each entry an eighth of the time to send it (measured with the usual 262,144 buckets).
@@ -229,7 +231,8 @@ def _filters_pay(addresses: Collection[str], entries: int) -> bool:
 def _filtered(addresses: Collection[str]) -> list[Connection] | None:
     """Return the connections of these addresses: of each IPv4 address by dumps that the kernel filters.
 
-    Return None if the kernel does not filter; before Linux 5.8, it ignores the request to. Raises OSError.
+    Those of IPv6 addresses are found by `_unfiltered`. Return None if the kernel ignores the filter, as it does before
+    Linux 5.8. Raises OSError.
     """
     found: dict[bytes, Connection] = {}
     for address in addresses:

@@ -1,5 +1,7 @@
 """Ends connections that policy denies, and keeps an endpoint's new address pending until that is done for the address.
 
+While an address is pending, nothing is programmed for it, so the endpoint cannot use it.
+
 Packets of an established connection pass without evaluation of the rules (the established fast path). So after a change
 of policy, the addresses that the change affects are *unverified*. Their connections are listed (conntrack.py, in a
 thread of its own) and *verified*: those that policy denies now are deleted. Until all addresses are verified, the
@@ -40,7 +42,7 @@ class ConntrackManager(Manager):
         self._conntrack = conntrack
         self._pending = context.pending
         self._admitted: set[EndpointId] = set()
-        """Endpoints whose pending addresses have been verified. The next `defer_new_addresses` makes them dirty."""
+        """Endpoints whose pending addresses have been verified. The next `defer_new_addresses` adds them to `dirty`."""
         self._affected: set[str] = set()
         """Unverified addresses for which no listing has been requested yet."""
         self._unverified: dict[str, int] = {}
@@ -114,7 +116,8 @@ class ConntrackManager(Manager):
     def verify_now(self) -> None:
         """List and verify the connections of the unverified addresses at once, in this thread.
 
-        Called at the agent's start, before the host forwards packets.
+        Called at the agent's start, before the host forwards packets. A failure is reported, and the connections are
+        listed again at the next Tick.
         """
         affected, self._affected = self._affected, set()
         self._end_denied_connections(self._conntrack.list(affected))
@@ -155,7 +158,8 @@ class ConntrackManager(Manager):
     def _end_denied_connections(self, listing: Listing) -> str | None:
         """Delete the listed connections that policy denies. Return None if that succeeds, or the reason if it fails.
 
-        After a failure, the connections of the same addresses are listed again at the next Tick.
+        After a success, mark the listing's addresses as verified. After a failure, report it, and have the connections
+        of the same addresses listed again at the next Tick.
         """
         try:
             if listing.error is not None:

@@ -89,7 +89,7 @@ class EndpointManager(Manager):
 
         The `cali…` interfaces themselves are read only by the first call, and by the first call after KernelEventsLost.
         Before the first update of the kernel, also mark as admitted the addresses that endpoints have used under an
-        earlier agent: see Admission.adopt. Raises CalicoError and pyroute2's exceptions.
+        earlier agent: see Admission.adopt. Raises CalicoError.
         """
         if self._links_stale:
             before, self._links = self._links, {link.name: link for link in self._routes.list_links()}
@@ -274,10 +274,8 @@ class EndpointManager(Manager):
     def _report_unknown_interfaces(self, before: set[str] | None = None) -> None:
         """Report the `cali…` interfaces that belong to no endpoint in the store.
 
-        Those of endpoints that are not programmed, since they are invalid, inactive or in conflict with another
-        (Snapshot.unusable), are known, too.
-
-        If `before` is not None, interfaces that are not in `before` are not reported.
+        Interfaces of endpoints that are not programmed, since they are invalid, inactive or in conflict with another
+        (Snapshot.unusable), are not reported. If `before` is not None, only interfaces in `before` are reported.
         """
         known = set()
         for id in self._snapshot.unusable:

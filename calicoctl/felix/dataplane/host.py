@@ -109,8 +109,8 @@ class HostReconciler(threading.Thread):
     def _try(self, subject: str, work: Callable[[], None]) -> bool:
         """Run `work`, and return whether it succeeded.
 
-        If the outcome differs from that of the last call for `subject`, emit a Failure. Its `why` is None if `work`
-        succeeded.
+        If the outcome differs from that of the last call for `subject`, call `put` with a Failure. Its `why` is None if
+        `work` succeeded.
         """
         why = None
         try:

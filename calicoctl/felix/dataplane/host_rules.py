@@ -112,7 +112,7 @@ add rule inet calico vxlan-port counter drop
     .replace("ERRORS4", "{ destination-unreachable, time-exceeded, parameter-problem }")
     .replace("ERRORS6", "{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem }")
 )
-"""The static commands of this module.
+"""The commands that create what this module needs on every host: counters, empty sets and maps, and chains.
 
 The chain `not-its-host` drops packets that do not seem to come from the host to which their source address belongs. The
 exceptions are:
@@ -139,8 +139,8 @@ FROM_HOST = tuple(
     f"{family} saddr @hosts{version} {family} daddr @pools{version} oifname @interfaces accept"
     for version, family in ((4, "ip"), (6, "ip6"))
 )
-"""The rules of `inbound-forward` that accept packets from another host itself to workloads, like packets of this host
-itself. `verdict.is_from_host` decides the same.
+"""The rules of the chain `inbound-forward` that accept packets from another host itself to workloads, like packets of
+this host itself. `verdict.is_from_host` decides the same.
 """
 
 
@@ -274,9 +274,11 @@ class HostRules:
     def _update_owner(self, address: str, snapshot: Snapshot, change: Change) -> None:
         """Update the verdict for packets whose source is `address`.
 
-        If a host has the address itself, the verdict depends on that host. If no host has it, the verdict depends on
-        the hosts whose endpoints have the address. Endpoints of other hosts are ignored if the address is in no pool,
-        since a container on a bridge of this host may have the address.
+        If a host is registered with the address, the verdict depends on that host. If none is, and the address is in
+        HostNetwork.in_use, the packets pass. In all other cases, the verdict depends on the hosts whose endpoints have
+        the address. Endpoints of other hosts are ignored if the address is in no pool, since a container on a bridge of
+        this host may have the address. Packets from an address in `_spared` pass, unless only endpoints of this host
+        have it.
         """
         own = snapshot.host
         hosts = sorted(set(self._claims.get(address, ())))

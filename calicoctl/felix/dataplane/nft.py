@@ -174,7 +174,7 @@ def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
     """Return the netlink ports of the sockets of the netlink protocol `protocol` that this process has open.
 
     The kernel's notification of a change contains the port of the socket that requested the change. So the ports tell
-    whether this process itself has requested it.
+    whether this process itself has requested it. Raises OSError.
     """
     sockets = set()
     for file in Path("/proc/self/fd").iterdir():
@@ -195,7 +195,7 @@ class TableEvents:
 
     The kernel sends a series of notifications for each transaction, when the transaction has already taken effect.
     `wait` returns at the last notification of a series. Before that, it calls `urgent` at the first notification about
-    the table `table`. It also calls `urgent` if the kernel has dropped notifications.
+    the table `table`. It also calls `urgent` if the kernel has dropped notifications. The constructor raises OSError.
     """
 
     def __init__(self, table: str, urgent: Callable[[], None]) -> None:

@@ -43,7 +43,7 @@ class Routes:
     """
 
     def __init__(self, netlink: IPRoute) -> None:
-        """`netlink` deletes routes. It stays open, so that sources.py does not blame another process for that."""
+        """`netlink` deletes routes. It stays open, so that sources.py recognises these deletions as the agent's own."""
         self._netlink = netlink
         self._have: dict[int, set[Item]] = defaultdict(set)
 

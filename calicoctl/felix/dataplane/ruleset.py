@@ -108,7 +108,7 @@ _HOST_SERVICES = (
     "udp dport 53 accept",
     f"icmpv6 type {{ {', '.join(map(str, HOST_ICMPV6_TYPES))} }} accept",
 )
-"""The rules of `host-services`. `verdict.is_host_service` decides the same."""
+"""The rules of the chain `host-services`. `verdict.is_host_service` decides the same."""
 
 
 def remove_commands() -> str:

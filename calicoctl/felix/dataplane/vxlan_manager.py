@@ -48,8 +48,8 @@ routes.
 """
 
 POLL = 0.2
-"""Seconds between two checks for BIRD's routes, while routes of the overlay wait for them. The kernel's events would be
-those of all its routes, of which BIRD changes thousands at a time.
+"""Seconds between two checks for BIRD's routes, while routes of the overlay wait for them. The kernel's events are not
+used instead: they would be those of all routes, of which BIRD changes thousands at a time.
 """
 
 
