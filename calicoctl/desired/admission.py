@@ -141,8 +141,8 @@ class Admission:
     def forget(self, before: Endpoint | None, now: Endpoint | None) -> None:
         """Remove the admission of the addresses that an endpoint has lost by a change.
 
-        `before` is the endpoint before the change, None if it did not exist. `now` is the endpoint after the change,
-        None if it was deleted.
+        If the change gives it another interface, these are all its addresses. `before` is the endpoint before the
+        change, None if it did not exist. `now` is the endpoint after the change, None if it was deleted.
         """
         self._admitted -= _uses(before) - _uses(now)
 

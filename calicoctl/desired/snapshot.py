@@ -125,6 +125,7 @@ class Snapshot:
         self.endpoints: dict[EndpointId, Endpoint] = {}
         """The endpoints of all hosts, each with its last valid value."""
         self.local: dict[EndpointId, LocalEndpoint] = {}
+        """This host's usable endpoints: those that are valid, active, and not in conflict with others (claims.py)."""
         self.unusable: dict[EndpointId, tuple[int, str]] = {}
         """This host's endpoints that are invalid, inactive or in conflict -> (revision in the store, reason)."""
         self.profiles: dict[str, Profile] = {}
@@ -205,11 +206,11 @@ class Snapshot:
         self.skipped = {key: why for key, why in self.skipped.items() if not (key + "/").startswith(directory + "/")}
 
     def owner(self, thing: str) -> LocalEndpoint | None:
-        """Return this host's usable endpoint that has the interface or the address `thing`; None if there is none."""
+        """Return the endpoint in `local` that has the interface or the address `thing`; None if there is none."""
         return self._owners.get(thing)
 
     def senders(self, address: str) -> list[LocalEndpoint]:
-        """Return this host's usable endpoints that may send packets from an address.
+        """Return the endpoints in `local` that may send packets from an address.
 
         Several endpoints may share a link-local address.
         """
@@ -410,7 +411,7 @@ class Snapshot:
     # This host's endpoints: which are valid and free of conflicts
 
     def _check_local(self) -> None:
-        """Decide again which of this host's endpoints are usable.
+        """Decide again which of this host's endpoints belong into `local`.
 
         Only the endpoints in `_unchecked`, and the endpoints that conflict with them, are decided again.
         """

@@ -198,9 +198,10 @@ class EndpointManager(Manager):
     def _follow_mac(self, before: Link | None, now: Link) -> None:
         """If the MAC of an endpoint's interface has changed, have the endpoint's workload reconciled.
 
-        The workload has a neighbour entry for its next hop, and the entry must contain the new MAC. `before` and `now`
-        are the former and the present state of the interface. `before` is None if the interface was not known before.
-        If the index has changed, too, the interface was created again, and nothing is done.
+        The workload has a neighbour entry for its next hop, and the entry must contain the new MAC. Also remove the
+        interface from the driver's cache, since the kernel has dropped its neighbour entries. `before` and `now` are
+        the former and the present state of the interface. `before` is None if the interface was not known before. If
+        the index has changed, too, the interface was created again, and nothing is done.
         """
         endpoint = self._snapshot.owner(now.name)
         if endpoint and before and before.index == now.index and before.mac != now.mac:

@@ -38,7 +38,7 @@ class HostReconciler(threading.Thread):
     """The thread that keeps IP forwarding enabled, and keeps the agent's rules in the host's firewall.
 
     Before `start` is called, the owner of the object may call `forward` and `check_firewall`. After that, only the
-    thread itself may call them. Neither raises an exception: if it fails, `put` is called with a Failure, and the
+    thread itself may call them. Neither raises an exception: after a failure, `put` is called with a Failure, and the
     thread tries again after INTERVAL.
     """
 

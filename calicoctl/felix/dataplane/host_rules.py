@@ -193,7 +193,7 @@ class HostRules:
     def update(
         self, snapshot: Snapshot, dirty: Dirty, moved: Iterable[Moved], ports: Ports, change: Change
     ) -> set[str]:
-        """Add to `change` what differs in the rules since the last call.
+        """Add to `change` what has changed in the rules, sets and maps of this module since the last call.
 
         `dirty` says what has changed in `snapshot`. `moved` contains the endpoints, of all hosts, whose addresses have
         changed. Returns the addresses whose open connections may be denied by the new rules.

@@ -124,7 +124,10 @@ def _replace_tables(commands: str) -> str:
 
 @dataclass
 class Update:
-    """The commands of one transaction. `affected` are the addresses whose open connections they may deny."""
+    """The commands of one transaction. `affected` are the addresses whose open connections they may deny.
+
+    `commands` is "" if nothing must be changed.
+    """
 
     commands: str
     affected: set[str]
