@@ -282,7 +282,7 @@ def _client(what: str, timeout: int | None = None) -> Iterator[Any]:
     except APIError as error:
         # not for every status 404: another server may answer instead of the engine
         if isinstance(error, NotFound) and "no such container" in str(error.explanation).lower():
-            raise NoSuchContainer(f"No such container: {what.partition(' ')[2]}") from None
+            raise NoSuchContainer(f"No such container: {what.rpartition(' ')[2]}") from None
         if isinstance(error, NotFound) and "no such image" in str(error.explanation).lower():
             raise NoSuchImage(f"No such image: {what.rpartition(' ')[2]}") from None
         raise DockerUnavailable(f"Docker refused the request {what}: {error.explanation or error}") from None
