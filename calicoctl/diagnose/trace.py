@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import BITS, FAMILIES, check_unicast, number_of, parse_address, version_of
-from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.keys import EndpointId, parse_endpoint
 from calicoctl.datastore.model import Endpoint, Pool, Rule
 from calicoctl.datastore.reserved import Network
 from calicoctl.desired.local_endpoint import usable_addresses
@@ -174,7 +174,7 @@ def _of(place: Place, version: int) -> bool:
 
 
 class _Store:
-    """A copy of the watched part of the store, and the snapshot that each host's agent would derive from it."""
+    """A copy of the watched part of the store, and a snapshot for each host, as its agent would derive it from that."""
 
     def __init__(self, datastore: DatastoreClient) -> None:
         self._datastore = datastore
@@ -188,8 +188,17 @@ class _Store:
         if host not in self._snapshots:
             snapshot = self._snapshots[host] = Snapshot(host)
             for directory, entries in self._entries.items():
-                snapshot.replace(directory, entries)
+                snapshot.replace(directory, (entry for entry in entries if self._concerns(host, entry.key)))
         return self._snapshots[host]
+
+    def _concerns(self, host: str, key: str) -> bool:
+        """Return whether the snapshot for a host is to contain a key.
+
+        Other hosts' endpoints are only in the snapshot for this host, the one on whose behalf the client acts: what is
+        evaluated for a host does not depend on them, and each copy takes 15 MB for 10,000 endpoints.
+        """
+        id = parse_endpoint(key)
+        return id is None or host in (id.host, self._datastore.host)
 
     # From names to places
 
