@@ -150,7 +150,7 @@ class _Found:
             self.entries = [entry for entry in self.entries if self.part(entry.key) != largest]
 
     def part(self, key: str) -> str:
-        """Return the path of the part that contains a key."""
+        """Return the path of the part that contains a key: the first level below the directory that is read."""
         return key[: self._above] + key[self._above :].partition("/")[0]
 
 

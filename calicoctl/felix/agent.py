@@ -415,8 +415,9 @@ class Agent:
     def _reconcile(self) -> None:
         """Do the tick (see TICK) and read the host's network if these are due, then drive the kernel to the snapshot.
 
-        While the snapshot must not be applied (see _may_apply), call the managers' `restore` instead. Raises nothing:
-        after an exception, which may be an internal error, the managers resync with the kernel.
+        While the snapshot must not be applied (see _may_apply), have the managers repair what they can without it (see
+        Manager.restore) instead. Raises nothing: after an exception, which may be an internal error, the managers
+        resync with the kernel.
         """
         try:
             if time.monotonic() >= self._tick_at:

@@ -737,9 +737,9 @@ def _learn_once(
 ) -> None:
     """Call `learn` with `arguments`: it finds the workloads that an older version of this program has connected here.
 
-    `learn` is a function of learning.py. Does nothing if such a call has succeeded for the orchestrator on this host
-    before. If `learn` fails, a Failure is reported; if it succeeds, a Failure without `why`, which ends that report.
-    StoreUnavailable and Conflict are not reported, but raised.
+    `learn` is a function of learning.py, which notes when it has found all of an orchestrator on this host. Does
+    nothing if that is noted already. If `learn` raises a CalicoError, a Failure is reported; if it returns, a Failure
+    without `why`, which ends that report. StoreUnavailable and Conflict are not reported, but raised.
     """
     why = None
     try:

@@ -43,7 +43,7 @@ _SIOCGIFMTU = 0x8921
 
 @dataclass(frozen=True)
 class Underlay:
-    """The interface through which packets from an address of this host leave to other hosts, and its MTU.
+    """The interface that has an address of this host, through which packets leave to other hosts, and its MTU.
 
     `is_present` says whether any interface has the address. `interface` is the index of the interface that has it; None
     if none has it, or if it is the loopback interface. `mtu` is the MTU of that interface or, if `interface` is None,

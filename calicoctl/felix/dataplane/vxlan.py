@@ -192,7 +192,7 @@ class Vxlan:
             raise CalicoError(failures[0] + more)
 
     def underlay(self, address: str) -> Underlay:
-        """Return the interface through which packets from an address of this host leave, and the interface's MTU."""
+        """Return the interface that has an address of this host, and its MTU: see Underlay. Raises CalicoError."""
         return underlay(address)
 
     def index_of(self, interface: str) -> int | None:
