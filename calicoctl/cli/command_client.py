@@ -122,6 +122,8 @@ def run(program: str, arguments: list[str]) -> int | None:
         if _signal.getsignal(number) != _signal.SIG_IGN:
             _signal.signal(number, _end)
     try:
+        if program == CALICOCTL and _may_manage_agent(arguments):
+            return None
         for host in os.listdir(RUN):
             server = _greeted(f"{RUN}/{host}/{SOCKET}", program)
             if server is not None:
@@ -129,6 +131,32 @@ def run(program: str, arguments: list[str]) -> int | None:
     except OSError:  # nothing is sent: no directory, too large a message, or too few file descriptors
         pass
     return None
+
+
+def _may_manage_agent(arguments: list[str]) -> bool:
+    """Return whether a command line is a batch that may start or stop the agent: its lines contain the word `node`.
+
+    An agent that a worker started would belong to the server, and might end with it. A batch from standard input is
+    read here, and standard input is replaced by a copy in memory. Raises OSError.
+    """
+    words = [word for word in arguments if not word.startswith("--")]
+    if words[:1] != ["batch"]:
+        return False
+    if words[1:] and words[1] != "-":
+        is_file = os.stat(words[1]).st_mode & 0o170000 == 0o100000
+        if not is_file:  # it could be read only once
+            return True
+        with open(words[1], "rb") as file:
+            return b"node" in file.read()
+    copy = os.memfd_create("batch")
+    pieces = []
+    while piece := os.read(0, 1 << 16):
+        pieces.append(piece)
+        os.write(copy, piece)
+    os.lseek(copy, 0, os.SEEK_SET)
+    os.dup2(copy, 0)
+    os.close(copy)
+    return b"node" in b"".join(pieces)
 
 
 def package() -> str:

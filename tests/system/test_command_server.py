@@ -98,6 +98,8 @@ def test_standard_input_reaches_the_command(served: AgentHost) -> None:
     assert '"deny"' in served.etcd.get("/calico/v1/policy/profile/web/rules")
     done = served.ctl("--debug", "batch", "-", input="profile add one\nprofile add two\n")
     assert where(done) and "Created profile two" in done.out
+    done = served.ctl("--debug", "batch", input="node show --output=json\nprofile show\n")
+    assert where(done) is None and '"name": "host1"' in done.out and "two" in done.out, "an agent is not a worker's"
     script = 'exec "$0" batch <(echo profile add three)'
     assert run("bash", "-c", script, CALICOCTL, env=served.environment()).out == "Created profile three\n"
     for env in ({"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C"}):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +66,28 @@ def test_a_file_of_the_callers_process_is_read_by_it(path: str, monkeypatch: pyt
     assert not command_client.is_served(["batch", path]) and not command_client.is_served(["node", "show"])
     monkeypatch.setattr(os, "isatty", lambda descriptor: True)
     assert not command_client.is_served(["batch"]) and command_client.is_served(["profile", "show"])
+
+
+def test_a_batch_that_may_start_an_agent_is_run_by_the_caller(tmp_path: Path) -> None:
+    file, pipe = tmp_path / "lines", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for text, expected in (("profile add web\n", False), ("profile add web\ncalicoctl node --ip=192.0.2.2\n", True)):
+        file.write_text(text)
+        assert command_client._may_manage_agent(["batch", "--keep-going", str(file)]) == expected
+        assert not command_client._may_manage_agent(["profile", "add", str(file)])
+    assert command_client._may_manage_agent(["batch", str(pipe)]), "a pipe can be read only once"
+    with pytest.raises(OSError):
+        command_client._may_manage_agent(["batch", str(tmp_path / "none")])
+
+
+def test_the_text_of_a_batch_from_standard_input_can_be_read_again() -> None:
+    script = (
+        "import sys; from calicoctl.cli import command_client;"
+        "print(command_client._may_manage_agent(['batch']), sys.stdin.read())"
+    )
+    for text, expected in (("profile add web\n" * 10000, "False"), ("calicoctl node", "True")):
+        said = subprocess.run([sys.executable, "-c", script], input=text, capture_output=True, text=True, check=True)
+        assert said.stdout == f"{expected} {text}\n"
 
 
 def test_a_command_that_a_worker_would_read_in_part_is_not_sent() -> None:
