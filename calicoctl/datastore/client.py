@@ -140,7 +140,7 @@ class DatastoreClient:
         return self._store.version()
 
     def choice(self) -> Choice | None:
-        """Return the choice of the API of etcd that is in use, None if the store is not a ChosenStore.
+        """Return the choice of etcd's API, None if the store is not a ChosenStore. If there is none yet, choose first.
 
         Raises StoreError or InvalidValue if no API may be used.
         """

@@ -80,12 +80,14 @@ def reconcile(
 ) -> Iterator[Action]:
     """Reconcile a workload's endpoints, interfaces and addresses with its state; yield each action after it is done.
 
-    Does nothing for a workload that is not managed (see is_managed). What is done depends on the workload's state:
+    Does nothing for an id of an orchestrator that is not ours, or that is no valid id (see is_managed). What is done
+    depends on the workload's state:
 
     * RUNNING: its interface is recreated if it is missing, and its endpoint becomes active.
     * STOPPED: its interfaces are deleted, and its endpoints become inactive.
-    * MISSING or GONE: if `may_collect` returns True, the workload is garbage-collected, that is, its endpoints,
-      interfaces and addresses are removed. If `may_collect` returns False, its endpoints become inactive.
+    * MISSING (not where it was, but it may be back) or GONE (it no longer exists): if `may_collect` returns True, the
+      workload is garbage-collected, that is, its endpoints, interfaces and addresses are removed. If `may_collect`
+      returns False, its endpoints become inactive.
 
     A container that was attached through CNI is not changed if it is GONE, but its interface exists. Its namespace then
     exists, too: perhaps the kernel is just removing it, or its path is not visible to this process.
@@ -95,7 +97,7 @@ def reconcile(
     or has no endpoint.
 
     `removed` says that the engine has reported the removal of the container. If `removed` is False, and a container
-    that the engine does not know (GONE) still runs, under another engine, CalicoError is raised.
+    that is GONE, since the engine does not know it, still runs, under another engine, CalicoError is raised.
 
     Raises NotConnectedHere if the workload has no file that says that it was connected here (connected.py): for a
     container of the Docker Engine only if it runs without its interface, for others if they have an endpoint. Raises
