@@ -241,7 +241,7 @@ def test_the_local_etcd_ends_with_an_agent_in_the_foreground_and_is_not_ended_by
         pid = etcd_pid(host)
         assert not gone(pid)
         agent = host.start(*words, "--detach=false")
-        wait_for(lambda: host.status().get("running"), "the agent")
+        wait_for(lambda: host.status()["report"]["current"], "the agent")  # which handles signals then
         agent.send_signal(signal.SIGTERM)
         agent.communicate(timeout=60)
         assert agent.returncode == 0
