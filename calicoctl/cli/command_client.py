@@ -70,6 +70,9 @@ def cni() -> NoReturn:
     """Carry out the operation of the CNI plugin that this process was started for, and end the process."""
     if not _names_own_file(os.environ.get("CNI_NETNS", "")):
         _try(CNI)
+    for number in SIGNALS:
+        if _signal.getsignal(number) == _end:  # which would say that nothing is left half connected
+            _signal.signal(number, _signal.SIG_DFL)
     _import_site()
     from calicoctl.plugins.cni import entry
 

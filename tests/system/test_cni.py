@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -447,6 +450,17 @@ def test_a_plugin_that_is_killed_leaves_nothing_after_del(host: Host, tmp_path: 
             assert killed.status == -9, killed
         counts[command] = number
     assert counts["ADD"] > 10 and counts["DEL"] >= 3, counts
+
+
+def test_a_plugin_that_is_ended_says_nothing_of_what_it_leaves(host: Host) -> None:
+    environment, pipe = Network(host).environment("ADD"), subprocess.PIPE
+    with subprocess.Popen(PLUGIN, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as plugin:
+        assert plugin.stdin is not None
+        plugin.stdin.write(b"{")
+        plugin.stdin.flush()
+        wait_for(lambda: not any(fcntl.ioctl(plugin.stdin, termios.FIONREAD, bytes(4))), "the plugin to read")
+        plugin.send_signal(signal.SIGTERM)
+        assert plugin.communicate(timeout=30) == (b"", b"") and plugin.returncode == -signal.SIGTERM
 
 
 def test_a_store_that_vanishes_half_way_is_to_be_tried_again(host: Host, tmp_path: Path) -> None:
