@@ -23,6 +23,10 @@ from calicoctl.cli import main
 from calicoctl.cli.command_fit import Hello
 from calicoctl.datastore import backends
 
+SENDING = 1.0
+"""Seconds to wait for the command of a client that has been greeted. It sends it at once, unless it was stopped; then it
+finds the connection closed when it continues, and runs the command in its own process."""
+
 LONGEST = 1000
 """How many clients a worker serves. Then it ends, with whatever commands have left in its memory."""
 
@@ -59,12 +63,19 @@ class Worker:
                 return
 
     def _serve(self, connection: socket.socket) -> None:
-        """Run the command of a client that has been greeted. Raises OSError if the client has ended."""
-        connection.setblocking(True)
+        """Run the command of a client that has been greeted.
+
+        Raises OSError if the client has ended, or sends no command within SENDING seconds; RuntimeError if the command's
+        file descriptors were not all received, since this process has too many: only its end closes those that were.
+        """
+        connection.settimeout(SENDING)
         hello = Hello(connection.recv(client.LARGEST))
         words, descriptors, _, _ = socket.recv_fds(connection, client.LARGEST, 4)
+        connection.setblocking(True)
         if not words:
             return
+        if len(descriptors) < 4:
+            raise RuntimeError("too few file descriptors are free")
         umask, errors, *arguments = words.split(client.SEPARATOR)
         try:
             self._become(hello.variables, int(umask, 8), errors.decode(), descriptors)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from calicoctl.cli import command_client, main
+from calicoctl.cli import command_client, command_worker, main
 from calicoctl.cli.command_worker import Worker, answer
 
 
@@ -43,3 +43,21 @@ def test_the_status_reaches_a_client_whose_later_signals_nobody_took() -> None:
         with ours:
             answer(ours, 130)
         assert theirs.recv(100) == b"130"
+
+
+def test_a_client_that_is_stopped_before_it_sends_its_command_holds_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_worker, "SENDING", 0.01)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        theirs.send(b"/program\0calicoctl")
+        with pytest.raises(OSError, match="timed out"):
+            Worker.__new__(Worker)._serve(ours)
+
+
+def test_a_worker_that_cannot_receive_all_of_a_clients_files_ends() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        theirs.send(b"/program\0calicoctl")
+        socket.send_fds(theirs, [b"22\0strict\0status"], [0, 1])
+        with pytest.raises(RuntimeError, match="descriptors"):
+            Worker.__new__(Worker)._serve(ours)
