@@ -36,20 +36,22 @@ class Hello:
 
 
 def fingerprint() -> int:
-    """Return a number that changes when a file of the program, or a folder of libraries, is replaced. Raises OSError.
+    """Return a number that changes when a file of the program, or a folder of libraries, is replaced.
 
+    A file that is removed meanwhile counts as missing, as does a link that leads nowhere, such as an editor's lock.
     Only numbers from the same process can be compared.
     """
     found = []
     folders = [client.package()]
     for folder in folders:
-        with os.scandir(folder) as entries:
+        with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False) and entry.name != "__pycache__":
                     folders.append(entry.path)
                 elif entry.name.endswith(".py"):
-                    status = entry.stat()
-                    found.append((entry.path, status.st_mtime_ns, status.st_size))
+                    with suppress(OSError):
+                        status = entry.stat()
+                        found.append((entry.path, status.st_mtime_ns, status.st_size))
     for folder in sys.path:
         with suppress(OSError):
             found.append((folder, os.stat(folder).st_mtime_ns, 0))

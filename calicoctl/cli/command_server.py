@@ -52,6 +52,10 @@ Most commands are done by then. While workers complete commands, more of them wo
 once, for example, keep all processors busy.
 """
 
+SHORTAGE = 0.01
+"""Seconds to wait when a client cannot be accepted, since nothing tells when it can. A client waits no longer than
+client.GREETING."""
+
 BACKLOG = 128
 """How many clients may wait at a time: for the greeting (client.GREETING seconds at most) or, then, for a worker."""
 
@@ -87,6 +91,9 @@ class Server:
         self._progress = 0.0
         """When a worker was ready for a client last (monotonic)."""
         self._ends = False
+        """Whether no more clients are greeted."""
+        self._is_told = False
+        """Whether a signal has told this server to end."""
         self._outdated = False
         self._path = files.RUN / host / client.SOCKET
         self._listening = self._listen()
@@ -95,8 +102,9 @@ class Server:
     def run(self) -> bool:
         """Serve until SIGTERM, SIGINT, the end of the lifeline, or a change of the program's files.
 
-        Clients that have been greeted by then are still served. Returns whether the files have changed. Raises OSError,
-        and CalicoError if a new worker cannot serve.
+        Clients that have been greeted by then are still served. Returns whether the new program is to be run: the files
+        have changed, and no signal has told this server to end, then or later. Raises OSError, and CalicoError if a new
+        worker cannot serve.
         """
         gc.freeze()  # a collection would copy the memory that the workers share
         wake, signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -131,7 +139,7 @@ class Server:
         while self._workers:
             self._step([])
         _bury()
-        return self._outdated
+        return self._outdated and not self._is_told
 
     def _step(self, sources: list[int | socket.socket]) -> list[int | socket.socket]:
         """Pass clients on, fork a worker if it is time, and wait; return those of `sources` that can be read.
@@ -141,7 +149,11 @@ class Server:
         self._pass_on()
         more_at = self._more_at()
         if more_at is not None and more_at <= time.monotonic():
-            self._fork()
+            try:
+                self._fork()
+            except OSError:  # too many processes or file descriptors
+                if not self._workers:
+                    raise
             more_at = None
         patience = None if more_at is None else max(0.0, more_at - time.monotonic())
         ready = select.select([*sources, *self._workers], [], [], patience)[0]
@@ -182,11 +194,15 @@ class Server:
         return len(self._new) + len(self._queue) < BACKLOG
 
     def _accept(self) -> None:
-        with suppress(BlockingIOError):  # no more
+        try:
             while self._accepts_more():
                 connection = self._listening.accept()[0]
                 connection.setblocking(False)
                 self._new.add(connection)
+        except BlockingIOError:  # no more
+            pass
+        except OSError:  # no file descriptor is free
+            time.sleep(SHORTAGE)
 
     def _greet(self, connection: socket.socket) -> None:
         """Greet a client, and let it wait for a worker; close the connection if it cannot be served.
@@ -259,7 +275,7 @@ class Server:
             del self._workers[worker]
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        self._ends = True
+        self._ends = self._is_told = True
 
 
 def _bury() -> None:

@@ -252,19 +252,28 @@ def test_who_does_not_fit_runs_the_command_in_a_process_of_its_own(served: Agent
     ):
         expected = command[0] == "chroot"  # the same root
         assert (worker(served, *command) is not None) == expected, command
-    variables = [f"{name}={value}".encode() for name, value in served.environment().items()]
+    variables = encoded(served.environment())
     assert is_greeted(*variables) and not is_greeted(*variables, b"=x"), "a name that no process can set"
     with hanging_server(server()):
         assert worker(served) is None
     assert worker(served)
 
 
+def encoded(environment: dict[str, str]) -> list[bytes]:
+    return [f"{name}={value}".encode() for name, value in environment.items()]
+
+
+def hello(client: socket.socket, *variables: bytes) -> None:
+    """Send what a client with these variables sends first."""
+    client.settimeout(5)
+    client.connect(str(SOCKET))
+    client.send(b"\0".join([os.fsencode(command_client.package()), b"calicoctl", *variables]))
+
+
 def is_greeted(*variables: bytes) -> bool:
     """Return whether the server greets a client with these variables."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-        client.settimeout(5)
-        client.connect(str(SOCKET))
-        client.send(b"\0".join([os.fsencode(command_client.package()), b"calicoctl", *variables]))
+        hello(client, *variables)
         try:
             return client.recv(100) != b""
         except ConnectionResetError:  # the server has closed the connection, and read nothing before
@@ -332,6 +341,17 @@ def test_after_an_upgrade_commands_run_cold_until_the_server_has_replaced_itself
     assert worker(served) is None
     wait_for(lambda: worker(served), "the new server")
     assert not set(workers(server())) & {before}
+
+
+def test_a_server_that_is_told_to_end_does_not_run_the_new_program(served: AgentHost) -> None:
+    before, changed = server(), Path(command_client.package(), "__init__.py")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        hello(client, *encoded(served.environment()))
+        assert client.recv(100)  # and it sends no command: the server waits for it a while
+        changed.touch()
+        assert worker(served) is None
+        os.kill(before, signal.SIGTERM)
+        wait_for(lambda: gone(before), "the server's end")
 
 
 def test_the_server_ends_with_the_agent_and_is_started_again_when_it_ends(served: AgentHost) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from calicoctl.cli import command_server
+from calicoctl import files
+from calicoctl.cli import command_client, command_server
+from calicoctl.cli.command_fit import fingerprint
 from calicoctl.cli.command_server import Server
 from calicoctl.errors import CalicoError
 
@@ -59,3 +65,44 @@ def test_another_worker_is_forked_for_a_client_that_waits_once_no_command_has_be
         server._hear(worker)
         server._workers[worker] = False
         assert server._more_at() == server._progress + command_server.PATIENCE
+
+
+def test_a_link_that_leads_nowhere_is_no_file_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_client, "package", lambda: str(tmp_path / "calicoctl"))
+    missing = fingerprint()
+    (tmp_path / "calicoctl").mkdir()
+    (tmp_path / "calicoctl" / "module.py").touch()
+    before = fingerprint()
+    (tmp_path / "calicoctl" / ".#module.py").symlink_to("user@host.1")  # an editor's lock
+    assert fingerprint() == before != missing
+
+
+def test_a_server_without_a_free_file_descriptor_lives_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "RUN", tmp_path)
+    server = Server.__new__(Server)
+    server._path = tmp_path / "host1" / command_client.SOCKET
+    server._new, server._queue, server._starting, server._ends = set(), deque(), set(), False
+    worker, other = socket.socketpair()
+    with server._listen() as listening, worker, other, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        server._listening, server._workers = listening, {worker: False}
+        client.connect(str(server._path))
+        with no_more_files():
+            server._accept()
+            assert server._step([listening]) == [listening], "no worker can be forked"
+        server._accept()
+        assert len(server._new) == 1
+        server._new.pop().close()
+        with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+            server._workers = {}
+            server._step([listening])
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Inside `with`, this process can open no more files."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
