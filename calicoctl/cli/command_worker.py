@@ -65,8 +65,8 @@ class Worker:
     def _serve(self, connection: socket.socket) -> None:
         """Run the command of a client that has been greeted.
 
-        Raises OSError if the client has ended, or sends no command within SENDING seconds; RuntimeError if the command's
-        file descriptors were not all received, since this process has too many: only its end closes those that were.
+        Raises OSError if the client has ended, or sends no command within SENDING seconds. Raises RuntimeError if some
+        of its file descriptors were not received, since this process has too many: only its end closes the others.
         """
         connection.settimeout(SENDING)
         hello = Hello(connection.recv(client.LARGEST))
