@@ -24,8 +24,8 @@ from calicoctl.cli.command_fit import Hello
 from calicoctl.datastore import backends
 
 SENDING = 1.0
-"""Seconds to wait for the command of a client that has been greeted. It sends it at once, unless it was stopped; then it
-finds the connection closed when it continues, and runs the command in its own process."""
+"""Seconds to wait for the command of a client that has been greeted. It sends this at once, unless it was stopped; then
+it finds the connection closed when it continues, and runs the command in its own process."""
 
 LONGEST = 1000
 """How many clients a worker serves. Then it ends, with whatever commands have left in its memory."""
