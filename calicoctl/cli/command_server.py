@@ -63,7 +63,7 @@ IMPORTED = (
     *(f"calicoctl.commands.{name}" for name in sorted(client.COMMANDS)),
     *("calicoctl.datastore.etcd2", "calicoctl.datastore.etcd3", "calicoctl.datastore.ipam"),
     *("calicoctl.workloads.wiring", "calicoctl.workloads.guard", "calicoctl.plugins.cni"),
-    *("docker.api.client", "docker.utils", "pyroute2.iproute.linux"),
+    *("docker.api.client", "docker.utils"),
 )
 """Modules that commands import when they need them, and that the server imports when it starts."""
 
@@ -201,7 +201,7 @@ class Server:
                 self._new.add(connection)
         except BlockingIOError:  # no more
             pass
-        except OSError:  # no file descriptor is free
+        except OSError:  # no file descriptor is free; until one is, `select` would return at once, again and again
             time.sleep(SHORTAGE)
 
     def _greet(self, connection: socket.socket) -> None:
