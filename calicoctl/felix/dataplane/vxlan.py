@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calicoctl import netlink, proc
+from calicoctl import netlink, proc, rtnetlink
 from calicoctl.addresses import FAMILIES, link_local, pack, version_of
 from calicoctl.desired.overlay import Tunnel
 from calicoctl.errors import CalicoError
@@ -450,14 +450,11 @@ def _change_fdb(index: int, mac: str, address: str, add: bool) -> None:
 
 def _change_neighbour(index: int, address: str, mac: str | None) -> None:
     """Set a device's permanent IPv6 neighbour entry for `address` to `mac`. If `mac` is None, remove the entry."""
-    body = struct.pack("=BBHiHBB", socket.AF_INET6, 0, 0, index, netlink.NUD_PERMANENT, 0, 0)
-    body += netlink.attribute(netlink.NDA_DST, pack(address))
     with _explained(f"the kernel refused to change the neighbour {address}", *(() if mac else (errno.ENOENT,))):
         if mac is None:
-            netlink.do(socket.NETLINK_ROUTE, netlink.RTM_DELNEIGH, 0, body)
+            rtnetlink.delete_neighbour(index, address)
         else:
-            body += netlink.attribute(netlink.NDA_LLADDR, bytes.fromhex(mac.replace(":", "")))
-            netlink.do(socket.NETLINK_ROUTE, netlink.RTM_NEWNEIGH, netlink.CREATE | netlink.REPLACE, body)
+            rtnetlink.put_neighbour(index, address, mac)
 
 
 @contextmanager
