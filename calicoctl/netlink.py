@@ -43,7 +43,7 @@ _RTA_TABLE = 15
 _NHA_OIF, _NHA_GATEWAY = 5, 6
 TABLE_MAIN = 254
 SCOPE_GLOBAL, SCOPE_LINK = 0, 253
-IFF_UP = 0x1
+IFF_UP, _IFF_LOWER_UP = 0x1, 0x10000
 LOOPBACK_INDEX = 1
 """The index of the loopback interface in every namespace. Source: LOOPBACK_IFINDEX in the kernel's net/flow.h."""
 UNICAST, LOCAL, BLACKHOLE = 1, 2, 6
@@ -422,10 +422,10 @@ def _route_to(netlink: socket.socket, address: str, flags: int) -> tuple[int | N
 class Interface:
     """A network interface, as seen in its own namespace.
 
-    `mac` is "" if the interface has no MAC. `up` is the administrative state, not the carrier. For a veth, `peer_index`
-    is the index that the other end has in its own namespace. `peer_namespace` is the id of that namespace (see
-    veths_into); None if it is the namespace of this end. `kind` is the kernel's name for the interface's type, such as
-    `veth` or `bridge`; None for hardware and for lo.
+    `mac` is "" if the interface has no MAC. `up` is the administrative state. `carrier` is whether it is up and has a
+    carrier: a veth has one while both ends are up. For a veth, `peer_index` is the index that the other end has in its
+    own namespace. `peer_namespace` is the id of that namespace (see veths_into); None if it is the namespace of this
+    end. `kind` is the kernel's name for the interface's type, such as `veth` or `bridge`; None for hardware and for lo.
     """
 
     name: str
@@ -436,6 +436,7 @@ class Interface:
     kind: str | None = None
     mtu: int = 0
     peer_namespace: int | None = None
+    carrier: bool = False
 
     @property
     def is_loopback(self) -> bool:
@@ -484,6 +485,7 @@ def interface_of(body: bytes) -> Interface:
         kind=None if kind is None else _kind_of(kind),
         mtu=number(_IFLA_MTU) or 0,
         peer_namespace=number(_IFLA_LINK_NETNSID),
+        carrier=flags & _IFF_LOWER_UP != 0,
     )
 
 

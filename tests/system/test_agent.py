@@ -606,6 +606,25 @@ def test_the_kernels_side_of_an_endpoint(node: AgentHost) -> None:
         assert run("sysctl", "-n", f"net.{setting}").out.strip() == value, setting
 
 
+def test_an_interface_without_a_carrier_gets_its_proxy_entry_again(node: AgentHost) -> None:
+    node.add("b", B4, B6)
+    node.sync()
+    name = node.interface("b")
+    proxy = ("proxy", "2001:db8::2", "dev", name)
+    assert proxies(name) == ["2001:db8::2"]
+    run("ip", "-n", "b", "link", "set", "eth1", "down")
+    wait_for(lambda: "LOWER_UP" not in run("ip", "link", "show", name).out, "the loss of the carrier")
+    run("ip", "-6", "neigh", "delete", *proxy, check=False)  # as most kernels do
+    assert proxies(name) == []
+    run("ip", "-n", "b", "link", "set", "eth1", "up")
+    wait_for(lambda: proxies(name) == ["2001:db8::2"], "the proxy entry")
+
+
+def proxies(interface: str) -> list[str]:
+    listed = json.loads(run("ip", "-json", "-6", "neigh", "show", "proxy", "dev", interface).out or "[]")
+    return [one["dst"] for one in listed]
+
+
 def test_settings_of_the_host_are_put_back(bare_host: Host) -> None:
     host = AgentHost(bare_host.etcd)
     with outside_host():

@@ -170,6 +170,9 @@ class FakeRoutes:
     def forget(self, index: int) -> None:
         self.routes.pop(index, None)
 
+    def forget_proxies(self, index: int) -> None:
+        self.next_hops.pop(index, None)
+
     def forget_route(self, address: str) -> int | None:
         for index, addresses in self.routes.items():
             if address in addresses:

@@ -83,6 +83,18 @@ def test_an_interface_that_is_down_gets_no_routes(world: EndpointWorld) -> None:
     assert world.status(1) == ("up", None) and world.routes.routes == {11: (A,)}
 
 
+def test_proxy_entries_are_added_again_after_an_interface_had_no_carrier(world: EndpointWorld) -> None:
+    """The kernel drops them then, and keeps the other neighbour entries."""
+    world.routes.next_hops[11] = "2001:db8::2"
+    world.manager.on_event(LinkChanged(replace(world.link, carrier=False)))
+    world.apply()
+    assert 11 in world.routes.next_hops
+    world.manager.on_event(LinkChanged(world.link))
+    assert 11 not in world.routes.next_hops and world.routes.routes == {11: (A,)}
+    world.apply()
+    assert 11 in world.routes.next_hops
+
+
 def test_an_event_of_an_interface_as_it_is_changes_nothing(world: EndpointWorld) -> None:
     world.manager.on_event(LinkChanged(world.link))
     assert not world.manager.needs_apply

@@ -184,6 +184,8 @@ class EndpointManager(Manager):
             self._links[link.name] = link
             if not link.up:
                 self._routes.forget(link.index)
+            elif before is not None and before.carrier != link.carrier:
+                self._routes.forget_proxies(link.index)  # the kernel may have dropped them
             self._follow_mac(before, link)
         self._mark_owner(link.name)
 

@@ -6,26 +6,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from calicoctl.datastore.keys import INTERFACE_PREFIX
-from calicoctl.netlink import all_interfaces, interface_of
+from calicoctl.netlink import Interface, all_interfaces, interface_of
 
 
 @dataclass(frozen=True)
 class Link:
-    """A network interface of this host. `up` is the flag IFF_UP; `mac` is "" if the interface has no MAC."""
+    """A network interface of this host. `up` is the flag IFF_UP; `mac` is "" if the interface has no MAC.
+
+    `carrier` is the flag IFF_LOWER_UP: a veth has a carrier while both ends are up.
+    """
 
     name: str
     index: int
     up: bool
     mac: str = ""
+    carrier: bool = True
 
 
 def link_of(body: bytes) -> Link:
     """Decode a message of the kernel about an interface; `body` is the message without its header."""
-    found = interface_of(body)
-    return Link(found.name, found.index, found.up, found.mac)
+    return _link(interface_of(body))
 
 
 def list_links() -> Iterator[Link]:
     """Yield the `cali…` interfaces of this host. Raises OSError."""
-    every = (Link(one.name, one.index, one.up, one.mac) for one in all_interfaces())
-    return (link for link in every if link.name.startswith(INTERFACE_PREFIX))
+    return (_link(one) for one in all_interfaces() if one.name.startswith(INTERFACE_PREFIX))
+
+
+def _link(interface: Interface) -> Link:
+    return Link(interface.name, interface.index, interface.up, interface.mac, interface.carrier)

@@ -76,6 +76,15 @@ class Routes:
         """
         self._have.pop(index, None)
 
+    def forget_proxies(self, index: int) -> None:
+        """Remove an interface's proxy entries from the cache, but not from the kernel.
+
+        Called after the interface had no carrier: many kernels drop the entries then. The next `apply` adds them again.
+        Source: __neigh_ifdown() in the kernel's net/core/neighbour.c, which calls pneigh_ifdown().
+        """
+        items = self._have.get(index, set())
+        items.difference_update([item for item in items if item[0] == "proxy"])
+
     def forget_route(self, address: str) -> int | None:
         """Remove the route to an address from the cache, but not from the kernel.
 
