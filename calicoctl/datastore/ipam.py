@@ -613,7 +613,6 @@ class Ipam:
                     if not exact:
                         break
             elif claim:
-                create_if_missing(self._store, keys.ipam_affinity(self._host, version, cidr), "")
                 block = Block.empty(version, first, self._host)
             else:
                 break
@@ -635,8 +634,10 @@ class Ipam:
                 for ordinal in free:
                     block.allocate(ordinal, owner)
                 write: Write = Create(key, block.to_json()) if entry is None else Update(entry, block.to_json())
+                affinity = keys.ipam_affinity(self._host, version, cidr) if entry is None else None
+                is_assumed = known is not None and known.is_assumed
                 try:
-                    written = self._write_with_count(write, count_write, known is not None and known.is_assumed)
+                    written = self._write_with_count(write, count_write, is_assumed, affinity)
                 except (KeyExists, CompareFailed):
                     is_count_too_high = count_write is not None and not self._store.atomic
                     known = None
@@ -657,21 +658,29 @@ class Ipam:
             self.handles.recount(str(owner.handle))
         return []
 
-    def _write_with_count(self, write: Write, count_write: Write | None, is_assumed: bool) -> Entry | None:
+    def _write_with_count(
+        self, write: Write, count_write: Write | None, is_assumed: bool, affinity: str | None
+    ) -> Entry | None:
         """Commit the write of a block and, before it, `count_write`, the write of a handle, if it is not None.
 
         Returns the entry of the handle or, if `count_write` is None, of the block. `is_assumed` says that the handle
-        was not read, but is assumed not to exist. If it exists, HandleExists is raised in a store that is not atomic.
-        Raises what `commit` raises, too.
+        was not read, but is assumed not to exist. If it exists, HandleExists is raised in a store that is not atomic,
+        and nothing is written. Raises what `commit` raises, too.
+
+        `affinity` is the key of this host's affinity to the block, if that is to be created, too, unless it exists. It
+        is written before the block, so that no block lacks it, and after the handle was found to be valid.
         """
+        writes = [write] if count_write is None else [count_write, write]
+        written = []
         if is_assumed and isinstance(count_write, Create) and not self._store.atomic:
             try:
-                written = self._store.create(count_write.key, count_write.value)
+                written = [self._store.create(count_write.key, count_write.value)]
             except KeyExists:
                 raise HandleExists(count_write.key) from None
-            self._store.commit([write])
-            return written
-        return self._store.commit([write] if count_write is None else [count_write, write])[0]
+            writes = [write]
+        if affinity is not None:
+            create_if_missing(self._store, affinity, "")
+        return [*written, *self._store.commit(writes)][0]
 
     @contextmanager
     def _recount_on_failure(self, owner: Owner) -> Iterator[None]:

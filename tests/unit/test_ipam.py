@@ -638,6 +638,25 @@ def test_a_handle_that_is_wrongly_assumed_not_to_exist_is_left_alone() -> None:
     assert raw_handles(store) == {"h1": {"10.0.0.0/26": 1}, "h2": {"10.0.0.0/26": 1}}
 
 
+@pytest.mark.parametrize(
+    ("modern", "known", "error"),
+    [
+        (False, KnownHandle(None, is_assumed=True), HandleExists),
+        (False, None, InvalidValue),
+        (True, None, InvalidValue),
+    ],
+)
+def test_no_block_is_claimed_for_an_invalid_handle(
+    modern: bool, known: KnownHandle | None, error: type[Exception]
+) -> None:
+    store = MemoryStore(modern)
+    store.put("/calico/ipam/v2/handle/h1", "gar bage")
+    before = dict(store.entries)
+    with pytest.raises(error):
+        Ipam(store, "host1").auto_assign(1, POOLS[4], Owner("h1", {}), known=known)
+    assert store.entries == before
+
+
 def test_blocks_that_were_read_with_the_handle_are_not_read_again() -> None:
     for modern in (False, True):
         store = MemoryStore(modern)
