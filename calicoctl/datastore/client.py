@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_CREATABLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,38}")
+"""Profiles that 'calicoctl profile add NAME' creates: `check_name` in policy/rules.py, which is not imported here, has
+the exact rule."""
+
 
 @dataclass(frozen=True)
 class StoredWorkload:
@@ -179,13 +183,18 @@ class DatastoreClient:
         """Create or update a pool; return the previous pool, None if the pool was created.
 
         The key of an existing pool and its unknown fields are preserved. For a pool with IP-in-IP, the global setting
-        IpInIpEnabled is set to `true` as well. Raises CalicoError if a new pool overlaps with an older one (callers
-        have checked this before, so the older one was added concurrently), NotFound if the pool was deleted
-        concurrently, Conflict if other writers keep changing it, and InvalidValue if the stored pool is invalid.
+        IpInIpEnabled is set to `true` as well. Raises CalicoError, and changes nothing, if a new pool overlaps with an
+        older one (callers have checked this before, so the older one was added concurrently), NotFound if the pool was
+        deleted concurrently, Conflict if other writers keep changing it, and InvalidValue if the stored pool is
+        invalid.
         """
-        version = version_of(pool.cidr)
-        if pool.ipip:
+        before = self._put_pool(pool)
+        if pool.ipip:  # last: a pool that is refused changes nothing
             set_value(self._store, keys.config(config.IPIP.name), "true")
+        return before
+
+    def _put_pool(self, pool: Pool) -> Pool | None:
+        version = version_of(pool.cidr)
         # another tool may have stored the pool under another key
         key = next(
             (entry.key for entry, other in self._pool_entries(version)[0] if other.cidr == pool.cidr),
@@ -747,4 +756,5 @@ def _lists(entry: Entry, id: EndpointId, address: str, owned: bool = False) -> b
 
 
 def _no_profile(name: str) -> str:
-    return f"Profile {name} does not exist. Create it with 'calicoctl profile add {name}'."
+    text = f"Profile {name} does not exist."
+    return f"{text} Create it with 'calicoctl profile add {name}'." if _CREATABLE.fullmatch(name) else text

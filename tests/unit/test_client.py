@@ -1,4 +1,7 @@
-"""How much of the store is read to find endpoints: requests, directories, and whether the values are needed."""
+"""How much of the store is read to find endpoints: requests, directories, and whether the values are needed.
+
+And what a client writes, or says, when it refuses.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from calicoctl.commands import profile as profile_command
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.model import Endpoint
+from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.store import Entry
-from calicoctl.errors import CalicoError
+from calicoctl.errors import CalicoError, NotFound
 from tests.unit.memory_store import MemoryStore
 
 T = TypeVar("T")
@@ -121,3 +124,27 @@ def test_all_profiles_are_shown_with_few_requests(store: RecordingStore, capsys:
     said = capsys.readouterr()
     assert store.requests == 3 and said.out.count('"inbound_rules"') == 5
     assert "p4/tags has an invalid value" in said.err
+
+
+def test_a_pool_that_is_refused_changes_nothing() -> None:
+    store = MemoryStore()
+    datastore = DatastoreClient(store, "host1")
+    datastore.put_pool(Pool("10.0.0.0/8"))
+    before = dict(store.entries)
+    with pytest.raises(CalicoError, match="overlaps with"):
+        datastore.put_pool(Pool("10.1.0.0/16", ipip="tunl0"))
+    assert store.entries == before
+    datastore.put_pool(Pool("192.168.0.0/16", ipip="tunl0"))
+    assert datastore.setting("/calico/v1/config/IpInIpEnabled") == "true"
+
+
+@pytest.mark.parametrize("name", ["web", "web.1-a_b", "w" * 39, "w" * 40, "a b", "a;b", "_web", "-web", "wéb"])
+def test_a_profile_that_cannot_be_created_gets_no_hint_to_create_it(name: str) -> None:
+    with pytest.raises(NotFound, match="does not exist") as refused:
+        DatastoreClient(MemoryStore(), "host1").tags(name)
+    try:
+        profile_command.prepare(["profile", "add", name])
+        can_be_created = True
+    except CalicoError:
+        can_be_created = False
+    assert (f"'calicoctl profile add {name}'" in str(refused.value)) == can_be_created
