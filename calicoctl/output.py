@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -189,3 +190,23 @@ def first_few(texts: Iterable[str]) -> str:
 def warn(sentence: str) -> None:
     """Print a warning to standard error."""
     print(one_line(sentence), file=sys.stderr)
+
+
+def report_discarded(debug: bool) -> None:
+    """From now on, report an exception that Python discards (in a finalizer, for example), or that ends a thread.
+
+    The report is one line to standard error, with `debug` after a traceback. A KeyboardInterrupt is not reported: it is
+    raised again (see cli/main.py).
+    """
+
+    def report(lost: Any) -> None:
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            return
+        if debug:
+            import traceback
+
+            traceback.print_exception(lost.exc_type, lost.exc_value, lost.exc_traceback)
+        name = lost.exc_type.__name__
+        warn(f"Internal error ({name}: {lost.exc_value}); run again with --debug to see where.")
+
+    sys.unraisablehook = threading.excepthook = report

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, cast
 from calicoctl import __version__, environment, programs, slim
 from calicoctl.errors import CalicoError, Failures, UsageError, printable
 from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, GrammarMismatch, Prepared
+from calicoctl.output import report_discarded
 
 USAGE = """Connect containers to a Calico network.
 
@@ -113,7 +114,6 @@ def entry() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
-    sys.unraisablehook = _unraisable
     os._exit(
         run(sys.argv[1:], "in this process")
     )  # skips the shutdown of the interpreter, which takes longer than many a command
@@ -125,6 +125,7 @@ def run(argv: list[str], where: str) -> int:
     `where`, such as "in this process", is printed to standard error if the user asks for details (is_debugged).
     """
     sys.stdout, sys.stderr = _Output.over(sys.stdout), _ErrorOutput.over(sys.stderr)
+    report_discarded(is_debugged(argv))
     if is_debugged(argv):
         print(f"The command runs {where}.", file=sys.stderr)
     status = main(argv)
@@ -254,15 +255,6 @@ def _imports(frame: FrameType | None) -> bool:
 def _interrupt_soon(number: int) -> None:
     signal.signal(signal.SIGALRM, lambda _, frame: interrupt(number, frame))
     signal.setitimer(signal.ITIMER_REAL, 0.0005)
-
-
-def _unraisable(lost: sys.UnraisableHookArgs) -> None:
-    """Report an exception that Python discards, in a finalizer for example, unless it is an Interrupted.
-
-    An Interrupted needs no report, since it is raised again.
-    """
-    if not isinstance(lost.exc_value, Interrupted):
-        sys.__unraisablehook__(lost)
 
 
 def _report(sentence: str, debug: bool) -> None:

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, Callable, NoReturn
 from calicoctl import environment, programs, slim
 from calicoctl.addresses import host_net
 from calicoctl.errors import CalicoError, Conflict, Failures, Frozen, NotFound, StoreUnavailable, printable
+from calicoctl.output import report_discarded
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -106,6 +107,7 @@ def entry() -> NoReturn:
 
 def main() -> int:
     """Carry out the operation in this process's environment and streams; return the exit status."""
+    report_discarded(_is_debugged(os.environ))
     # Python has no such stream if the runtime has closed it
     status, answer = run(os.environ, io.BytesIO() if sys.stdin is None else sys.stdin.buffer)
     try:
@@ -136,11 +138,15 @@ def run(variables: Mapping[str, str], stdin: IO[bytes]) -> tuple[int, dict[str, 
     except OSError as error:
         return 1, _failure(version, CniError(IO_FAILURE, f"Operating system error: {error}"))
     except Exception as error:
-        if variables.get("CALICO_DEBUG", "") not in ("", "0"):
+        if _is_debugged(variables):
             import traceback
 
             traceback.print_exc()
         return 1, _failure(version, CniError(FAILED, f"Internal error ({type(error).__name__}: {error})"))
+
+
+def _is_debugged(variables: Mapping[str, str]) -> bool:
+    return variables.get("CALICO_DEBUG", "") not in ("", "0")
 
 
 def _failure(version: str, error: CalicoError) -> dict[str, Any]:

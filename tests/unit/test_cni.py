@@ -310,3 +310,12 @@ def test_no_namespace_survives_a_reboot(here: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("id", "managed"), [("default-web", True), ("a" * 190, True), ("-x", False), ("a/b", False)])
 def test_ids_that_no_runtime_gives_are_left_alone(id: str, managed: bool) -> None:
     assert is_managed(CNI, id) is managed
+
+
+def test_the_plugin_reports_what_python_discards(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(cni, "report_discarded", asked.append)
+    monkeypatch.setattr(cni, "run", lambda variables, stdin: (0, None))
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setenv("CALICO_DEBUG", "1")
+    assert cni.main() == 0 and asked == [True]

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import Callable
 import pytest
 
 from calicoctl.cli import main
+from calicoctl.output import report_discarded
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -25,7 +27,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a command does with signals."""
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
-    monkeypatch.setattr(sys, "unraisablehook", main._unraisable)
+    for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    report_discarded(debug=False)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in before.items():
@@ -91,10 +95,33 @@ def test_in_a_callback_of_asyncio() -> None:
     assert is_heard(lambda: asyncio.run(work()))
 
 
-def test_other_errors_of_finalizers_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("debug", [False, True])
+def test_other_errors_of_finalizers_and_threads_are_shown(debug: bool, capsys: pytest.CaptureFixture[str]) -> None:
     class Broken:
         def __del__(self) -> None:
             raise ValueError("broken")
 
+    def fail() -> None:
+        raise ValueError("thread")
+
+    report_discarded(debug)
     Broken()
-    assert "ValueError: broken" in capsys.readouterr().err
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    said = capsys.readouterr().err
+    for why in ("broken", "thread"):
+        assert f"Internal error (ValueError: {why}); run again with --debug to see where.\n" in said
+    assert said.count("Traceback") == (2 if debug else 0) and (debug or said.count("\n") == 2)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_every_command_reports_them(debug: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(main, "report_discarded", asked.append)
+    monkeypatch.setattr(main, "main", lambda argv: 0)
+    with (tmp_path / "output").open("w") as output:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, output)
+        assert main.run(["status", *(["--debug"] if debug else [])], "here") == 0
+    assert asked == [debug]
