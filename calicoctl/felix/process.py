@@ -150,7 +150,8 @@ def without_bgp(found: Mapping[str, object] | None) -> str | None:
 def only_one(host: str) -> Iterator[str | None]:
     """Hold the locks of the host's agent inside `with`, and write the id of this process to the pid file.
 
-    The pid file is removed at the end of `with`, but stays if the body raises an exception.
+    The pid file is removed at the end of `with`. It stays if the body raises an exception, except a CalicoError, which
+    is no crash.
 
     Yields the process id of the previous agent if that agent was killed or has crashed since the machine was booted,
     else None. Raises CalicoError if an agent runs already for this host name or in this network namespace, if `node
@@ -164,7 +165,11 @@ def only_one(host: str) -> Iterator[str | None]:
             left = pid_file.read_text().partition(" ")[0]
         with _explained(pid_file):
             files.replace(pid_file, f"{os.getpid()} {proc.running_since(os.getpid())}\n".encode(), 0o644).close()
-        yield left
+        try:
+            yield left
+        except CalicoError:
+            pid_file.unlink(missing_ok=True)
+            raise
         pid_file.unlink(missing_ok=True)
 
 

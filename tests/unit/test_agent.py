@@ -366,9 +366,11 @@ def test_an_event_that_cannot_be_handled_does_not_end_the_agent(world: AgentWorl
     assert "calicoctl node restart" in world.agent._health.failures["StoreChanged"]["error"], "it lasts"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("an internal error"), CalicoError("a thread failed")])
+@pytest.mark.parametrize(
+    ("error", "is_crash"), [(RuntimeError("an internal error"), True), (CalicoError("a port is in use"), False)]
+)
 def test_an_agent_logs_why_it_ends(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    error: Exception, is_crash: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
@@ -382,7 +384,7 @@ def test_an_agent_logs_why_it_ends(
     assert "the agent ends" in caplog.text and str(error) in caplog.text
     with pytest.raises(type(error)):
         module.run(HOST, Options())
-    assert "the agent before" in caplog.text, "also if it could not"
+    assert ("the agent before" in caplog.text) == is_crash, "as if it could not have logged why"
 
 
 def test_lost_events_of_the_kernel_are_followed_by_a_resync(world: AgentWorld) -> None:
