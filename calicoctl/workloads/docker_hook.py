@@ -123,10 +123,12 @@ def settings() -> Settings | None:
 
 def _checked(found: Settings) -> Settings:
     """Return `found`, read from the file. Raises ValueError if a field has a wrong type, or if `runtime` is empty."""
-    texts = [found.host, found.command, found.data_root, found.configuration, found.docker_host, found.default or ""]
+    texts = [found.host, found.command, found.data_root, found.configuration, found.docker_host]
     if not isinstance(found.runtime, list) or not found.runtime or not isinstance(found.variables, dict):
         raise ValueError("it is damaged")
     if not all(isinstance(text, str) for text in (*texts, *found.runtime, *found.variables.values())):
+        raise ValueError("it is damaged")
+    if not isinstance(found.default, (str, type(None))) or {type(found.made), type(found.removed)} != {bool}:
         raise ValueError("it is damaged")
     return found
 
@@ -417,7 +419,10 @@ def _words_of(name: str, config: dict[str, Any], described: dict[str, Any]) -> l
         raise CalicoError(f"the default runtime of Docker, {name}, has no path that a hook could run")
     if entry.get("runtimeType") or entry.get("options"):
         raise CalicoError(f"the default runtime of Docker, {name}, is of a type that knows no hooks of programs")
-    return [entry["path"], *map(str, entry.get("runtimeArgs") or [])]
+    arguments = entry.get("runtimeArgs") or []
+    if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
+        raise CalicoError(f"the arguments of the default runtime of Docker, {name}, are no list of texts")
+    return [entry["path"], *arguments]
 
 
 def _default_in_script(config: dict[str, Any]) -> str | None:
@@ -695,11 +700,16 @@ def _kept_files() -> dict[str, str]:
 
 
 def _put_back(kept: dict[str, str]) -> None:
-    """Write the result of `_kept_files` again or, if it is empty, remove all our files. Raises CalicoError."""
+    """Write the result of `_kept_files` again, and remove all our other files. Raises CalicoError."""
     if not kept:
         _remove_files()
-    for name, text in kept.items():
-        _write(name, text)
+        return
+    for name in _MODES:
+        if name in kept:
+            _write(name, kept[name])
+        else:
+            with suppress(OSError):
+                (FOLDER / name).unlink()
 
 
 def _remove_files() -> None:

@@ -153,11 +153,12 @@ def test_a_configuration_that_would_lose_something_is_refused(tmp_path: Path, te
 def test_the_default_runtime_must_be_a_program() -> None:
     described = {"Runtimes": {"runc": {"path": "/usr/bin/runc"}}}
     config = {"runtimes": {"a": {"path": "/a", "runtimeArgs": ["--b"]}, "kata": {"runtimeType": "io.kata"}, "c": {}}}
+    config["runtimes"] |= {"d": {"path": "/d", "runtimeArgs": 7}, "e": {"path": "/e", "runtimeArgs": [7]}}
     assert docker_hook._words_of("runc", config, described) == ["/usr/bin/runc"]
     assert docker_hook._words_of("runc", {}, {}) == ["runc"]
     assert docker_hook._words_of("a", config, described) == ["/a", "--b"]
     described["Runtimes"]["io.containerd.runc.v2"] = {"path": "runc"}
-    for name in ("kata", "c", "unknown", "io.containerd.runc.v2"):
+    for name in ("kata", "c", "d", "e", "unknown", "io.containerd.runc.v2"):
         with pytest.raises(CalicoError, match=f"default runtime of Docker, {name}"):
             docker_hook._words_of(name, config, described)
 
@@ -329,14 +330,18 @@ def test_a_default_runtime_that_is_gone_is_not_made_the_default_again(an_engine:
     assert json.loads(an_engine.path.read_text()) == {} and an_engine.default == "runc"
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize(
+    "before", [[], ["settings.json", "hook.py", "runtime"], ["settings.json"], ["hook.py"]], ids=" ".join
+)
 @pytest.mark.parametrize("dies", [False, True], ids=["refuses", "dies"])
 def test_a_set_up_that_fails_puts_back_what_was(
-    an_engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch, before: bool, dies: bool
+    an_engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch, before: list[str], dies: bool
 ) -> None:
     an_engine.path.write_text('{"labels":   ["a"]}')
     if before:
         docker_hook.set_up("host1")
+        for name in tree(folder).keys() - before:
+            (folder / name).unlink()
         an_engine.path.write_text('{"labels":   ["b"]}')
     content, kept = an_engine.path.read_bytes(), tree(folder)
 
@@ -348,7 +353,7 @@ def test_a_set_up_that_fails_puts_back_what_was(
     with pytest.raises(CalicoError, match="its log says why"):
         docker_hook.set_up("host2")
     assert an_engine.path.read_bytes() == content and tree(folder) == kept
-    assert bool(kept) == before
+    assert sorted(kept) == sorted(before)
 
 
 def test_files_that_the_engine_uses_stay(an_engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +372,18 @@ OTHERS = {"mine": {"path": "/my runtime", "runtimeArgs": ["--a b"]}, "other": {"
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "[]", "null", '{"host": "a"}', {"runtime": [1]}, {"runtime": []}, {"host": 1}, {"variables": []}],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"host": "a"}',
+        {"runtime": [1]},
+        {"runtime": []},
+        {"host": 1},
+        {"variables": []},
+        {"made": 1},
+    ],
 )
 @pytest.mark.parametrize("default", [None, "runc", "mine"])
 def test_damaged_settings_are_written_anew(
