@@ -128,7 +128,7 @@ def run(program: str, arguments: list[str]) -> int | None:
         if program == CALICOCTL and _may_manage_agent(arguments):
             return None
         for host in os.listdir(RUN):
-            server = _greeted(f"{RUN}/{host}/{SOCKET}", program)
+            server = _greeted(f"{RUN}/{host}", program)
             if server is not None:
                 return _have_run(server, arguments)
     except OSError:  # nothing is sent: no directory, too large a message, or too few file descriptors
@@ -167,8 +167,8 @@ def package() -> str:
     return os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
-def _greeted(path: str, program: str) -> _socket.socket | None:
-    """Send the first message for `program` to the server at `path`; return the connection after the server's greeting.
+def _greeted(folder: str, program: str) -> _socket.socket | None:
+    """Send the first message for `program` to the server in a folder; return the connection after its greeting.
 
     Returns None if the server does not greet, or does not listen, or may not be trusted (`_is_ours`).
     """
@@ -177,7 +177,7 @@ def _greeted(path: str, program: str) -> _socket.socket | None:
     variables = (name + b"=" + value for name, value in os.environb.items())
     hello = SEPARATOR.join([os.fsencode(package()), program.encode(), *variables])
     try:
-        server.connect(path)
+        connect(server, folder)
         if len(hello) > LARGEST or not _is_ours(server):
             raise OSError
         server.send(hello)
@@ -187,6 +187,15 @@ def _greeted(path: str, program: str) -> _socket.socket | None:
         pass
     server.close()
     return None
+
+
+def connect(client: _socket.socket, folder: str) -> None:
+    """Connect to SOCKET in a folder, whose path may exceed 107 bytes, the kernel's limit. Raises OSError."""
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        client.connect(f"/proc/self/fd/{descriptor}/{SOCKET}")
+    finally:
+        os.close(descriptor)
 
 
 def _is_ours(server: _socket.socket) -> bool:

@@ -225,11 +225,13 @@ class Server:
         new = self._path.with_suffix(f".{os.getpid()}")
         new.unlink(missing_ok=True)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        folder = os.open(new.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         before = os.umask(0o177)
         try:
-            listening.bind(str(new))
+            listening.bind(f"/proc/self/fd/{folder}/{new.name}")  # `new` may exceed 107 bytes, the kernel's limit
         finally:
             os.umask(before)
+            os.close(folder)
         listening.listen(BACKLOG)
         new.replace(self._path)
         return listening

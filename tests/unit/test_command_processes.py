@@ -97,6 +97,17 @@ def test_a_server_without_a_free_file_descriptor_lives_on(tmp_path: Path, monkey
             server._step([listening])
 
 
+def test_a_host_may_have_a_long_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "RUN", tmp_path)
+    server = Server.__new__(Server)
+    server._path = tmp_path / ("h" * 253) / command_client.SOCKET
+    with server._listen() as listening, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        command_client.connect(client, str(server._path.parent))
+        listening.accept()[0].close()
+    assert [path.name for path in server._path.parent.iterdir()] == [command_client.SOCKET]
+    assert server._path.stat().st_mode & 0o777 == 0o600
+
+
 @contextmanager
 def no_more_files() -> Iterator[None]:
     """Inside `with`, this process can open no more files."""
