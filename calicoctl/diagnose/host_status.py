@@ -15,10 +15,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from calicoctl import state
+from calicoctl import environment, proc, state
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
+from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.environment import DOCKER_TLS
 from calicoctl.errors import CalicoError
 from calicoctl.felix import heartbeat, local_etcd, plugin_process, process
 from calicoctl.felix.bgp import passwords
@@ -234,6 +236,26 @@ def _agent(status: dict[str, Any], pid: int | None) -> Iterator[Issue]:
     older = process.without_bgp(status)
     if older is not None and pid is not None and status["pid"] == pid:
         yield Issue(AGENT, older)
+    if pid is not None and _has_other_settings(pid):
+        text = "the agent and its command server were started with other settings of etcd or Docker than this command's"
+        advice = "to give it these, end it ('calicoctl node stop --force', or systemctl), and start it again"
+        yield Issue(AGENT, text, advice)
+
+
+def _has_other_settings(pid: int) -> bool:
+    """Return whether an agent uses another store or Docker Engine than this process.
+
+    Variables that the agent was started without are taken from the settings file. Returns False if the agent's
+    environment, which only root may read, or a setting is unreadable.
+    """
+    try:
+        theirs = dict(text.partition("=")[::2] for text in proc.strings(pid, "environ"))
+        environment.complete(theirs)
+        if EtcdSettings.from_environment(theirs) != EtcdSettings.from_environment():
+            return True
+    except (OSError, CalicoError):
+        return False
+    return any((theirs.get(name) or "") != os.environ.get(name, "") for name in ("DOCKER_HOST", *DOCKER_TLS))
 
 
 def _full(host: str) -> str | None:

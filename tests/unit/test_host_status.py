@@ -93,6 +93,34 @@ def test_nothing_serves_docker_networks_that_exist(
     assert "Docker network" not in told(capsys)[0]
 
 
+@pytest.mark.parametrize(
+    ("theirs", "is_other"),
+    [
+        (["ETCD_ENDPOINTS=http://192.0.2.2:2379"], False),
+        ([], False),  # it took those of the settings file
+        (["ETCD_AUTHORITY=192.0.2.3:2379"], True),
+        (["ETCD_AUTHORITY=192.0.2.2:2379", "ETCD_USERNAME=a", "ETCD_PASSWORD=b"], True),
+        (["ETCD_AUTHORITY=192.0.2.2:2379", "DOCKER_HOST=unix:///other.sock"], True),
+    ],
+)
+def test_an_agent_with_other_settings_than_the_command(
+    theirs: list[str],
+    is_other: bool,
+    health: Health,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    write(health)
+    file = tmp_path / "node.env"
+    file.write_text("ETCD_AUTHORITY=192.0.2.2:2379\n")
+    monkeypatch.setenv("ETCD_AUTHORITY", "192.0.2.2:2379")
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    monkeypatch.setattr(proc, "strings", lambda pid, name: [f"CALICO_ENV_FILE={file}", *theirs])
+    out, why = told(capsys)
+    assert ("were started with other settings of etcd or Docker than this command's; " in out) == is_other and not why
+
+
 def test_problems_are_listed_worst_first_in_ten_lines(health: Health, capsys: pytest.CaptureFixture[str]) -> None:
     def endpoint(name: str) -> EndpointId:
         return EndpointId(HOST, "docker", "w", name)
