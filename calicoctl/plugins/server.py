@@ -39,8 +39,11 @@ log = logging.getLogger("calico.plugins")
 Route = Callable[[dict[str, Any]], dict[str, Any]]
 """Answers a call: from the JSON object of the request to that of the answer. Raises CalicoError."""
 
-LARGEST = 2**20
-"""The maximum size of a request, in bytes, headers included."""
+LARGEST = 2**23
+"""The maximum size of a request, in bytes, headers included.
+
+The engine lists each port of a container (`docker run --expose=1-65535`, or EXPOSE of its image) in some 26 bytes.
+"""
 
 PATIENCE = 5.0
 """Seconds within which a request must arrive. A large one may take some seconds longer: see answers.Bounds.left."""

@@ -132,6 +132,12 @@ def test_calls_are_bounded(path: Path) -> None:
     assert call(path, "/Echo")[0] == 200, "all others are served"
 
 
+def test_a_request_may_list_all_ports_of_a_container(path: Path) -> None:
+    ports = [{"Proto": protocol, "Port": port} for protocol in (6, 17, 132) for port in range(1, 65536)]
+    body = json.dumps({"Options": {"com.docker.network.endpoint.exposedports": ports}}, separators=(",", ":")).encode()
+    assert call(path, "/NetworkDriver.EndpointOperInfo", body) == (200, {"Value": {}})
+
+
 def test_works_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "BUSY", stores._running + 2)
     release.clear()
