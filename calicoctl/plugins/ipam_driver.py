@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.addresses import BITS, parse_address, parse_pool_cidr
+from calicoctl.addresses import BITS, parse_pool_cidr
 from calicoctl.datastore.handles import KnownHandle
 from calicoctl.errors import AddressTaken, CalicoError
 from calicoctl.plugins import endpoints, requests
@@ -85,7 +85,7 @@ class IpamDriver:
         """
         if requests.fields(request, "Options").get(_TYPE) == _GATEWAY:
             raise CalicoError("a Calico network has no gateway but the containers' own hosts: omit --gateway")
-        asked = _request_of(requests.text(request, "PoolID"), requests.text(request, "Address"))
+        asked = _request_of(requests.text(request, "PoolID"), requests.address(request, "Address"))
 
         def assigned(datastore: DatastoreClient) -> IPAddress:
             owner = libnetwork.request_owner(datastore.host)
@@ -112,18 +112,19 @@ class IpamDriver:
 
         For any other address, nothing is done: the engine also releases what no network has had.
         """
-        address = parse_address(requests.text(request, "Address").partition("/")[0])
+        address = requests.address(request, "Address")
+        if address is None:
+            raise CalicoError("Address is missing")
         self._stores.remove(lambda datastore: endpoints.release(datastore, address))
         self._in_use.discard(address)
         return {}
 
 
-def _request_of(pool: str, address: str) -> AddressRequest:
-    """Return the request for any address of the pool with the id `pool`, or for `address` if that is not empty."""
-    if address:
-        certain = parse_address(address.partition("/")[0])
-        any_other = "omit --ip" if certain.version == 4 else "omit --ip6"
-        return AddressRequest(certain.version, address=certain, any_other=any_other)
+def _request_of(pool: str, address: IPAddress | None) -> AddressRequest:
+    """Return the request for `address` or, if that is None, for any address of the pool with the id `pool`."""
+    if address is not None:
+        any_other = "omit --ip" if address.version == 4 else "omit --ip6"
+        return AddressRequest(address.version, address=address, any_other=any_other)
     if pool in ("ipv4", "ipv6"):
         return AddressRequest(int(pool[-1]))
     network = parse_pool_cidr(pool)

@@ -45,18 +45,19 @@ def id(request: dict[str, Any], name: str) -> str:
     return str(value)
 
 
-def address(request: dict[str, Any], name: str, version: int) -> IPAddress | None:
-    """Return the address in a field such as `192.0.2.1/32`, None if it is missing or empty.
+def address(request: dict[str, Any], name: str, version: int | None = None) -> IPAddress | None:
+    """Return the address in a field such as `192.0.2.1` or `192.0.2.1/32`, None if it is missing or empty.
 
-    Raises CalicoError if it is not an address of the IP version, or has another prefix length.
+    Raises CalicoError if it is not an address, or has another prefix length, or is not of the IP `version`, unless that
+    is None.
     """
     value = text(request, name)
     if not value:
         return None
     plain, _, length = value.partition("/")
     found = parse_address(plain)
-    if found.version != version or length not in ("", str(BITS[version])):
-        raise CalicoError(f"{name} is {value}, which is not a single IPv{version} address")
+    if version not in (None, found.version) or length not in ("", str(BITS[found.version])):
+        raise CalicoError(f"{name} is {value}, which is not a single IP{f'v{version}' if version else ''} address")
     return found
 
 

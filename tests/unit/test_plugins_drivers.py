@@ -218,6 +218,18 @@ def test_the_addresses_of_others_are_not_released(node: Node, store: MemoryStore
     assert node.held() == before and other.record(ONE) is not None
 
 
+def test_what_is_no_single_address_is_refused(node: Node) -> None:
+    before = node.endpoint(ONE)
+    plain = before.partition("/")[0]
+    for text in (f"{plain}/99", f"{plain}/24", f"{plain}/x", "x"):
+        for call in ("RequestAddress", "ReleaseAddress"):
+            with pytest.raises(CalicoError, match=r"not a (single|valid) IP address"):
+                node.call(f"/IpamDriver.{call}", PoolID="ipv4", Address=text)
+    with pytest.raises(CalicoError, match="Address is missing"):
+        node.call("/IpamDriver.ReleaseAddress", PoolID="ipv4")
+    assert node.record(ONE) is not None and node.held() == {f"libnetwork.{ONE}": 1}
+
+
 def test_both_addresses_are_released_one_after_the_other(node: Node) -> None:
     four, six = node.address(), node.address("ipv6")
     interface = {"Address": four, "AddressIPv6": six}
