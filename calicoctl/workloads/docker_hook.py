@@ -324,18 +324,18 @@ def _configuration_of(daemon: int) -> Path:
     the file names them as well.
     """
     words = proc.arguments(daemon)[1:]
-    for word in words:
-        if word.partition("=")[0] in ("--add-runtime", "--default-runtime"):
-            raise CalicoError(
-                f"the command line of the Docker Engine (process {daemon}) has {word.partition('=')[0]}, so its "
-                "configuration file cannot name a runtime. Move that setting into the file"
-            )
     path = _CONFIGURATION
     for word, following in zip(words, [*words[1:], ""]):
         if word == "--config-file":
             path = following
         elif word.startswith("--config-file="):
             path = word.partition("=")[2]
+    for word in words:
+        if word.partition("=")[0] in ("--add-runtime", "--default-runtime"):
+            raise CalicoError(
+                f"the command line of the Docker Engine (process {daemon}) has {word.partition('=')[0]}, so its "
+                f"configuration file cannot name a runtime. Move that setting into {path}"
+            )
     return (Path(f"/proc/{daemon}/cwd") / path).resolve()
 
 

@@ -374,7 +374,7 @@ def test_the_configuration_is_refused_where_it_cannot_be_changed(bare_host: Agen
         engine.stop()
         engine.start(option)
         answer = host.ctl("node", f"--ip={HOST_IP}", "--docker-hook", env=environment, status=1)
-        assert f"has {option.partition('=')[0]}, so" in answer.err, answer
+        assert f"has {option.partition('=')[0]}, so" in answer.err and f"into {engine.file}" in answer.err, answer
         assert not engine.file.exists()
     engine.stop()
     answer = host.ctl("node", f"--ip={HOST_IP}", "--docker-hook", env=environment, status=1)
