@@ -299,7 +299,8 @@ class Connection:
 
     def no_etcd(self, what: object) -> StoreError:
         """Return the error for an answer that is not etcd's. `what` describes the answer, for the message."""
-        return StoreError(f"{self.url} does not answer as etcd does: {' '.join(str(what).split())[:120]}")
+        text = " ".join(str(what).split())[:120].rstrip(" ,") or "the answer is empty"
+        return StoreError(f"{self.url} does not answer as etcd does: {text}")
 
 
 class Stream:

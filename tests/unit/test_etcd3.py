@@ -19,7 +19,7 @@ from calicoctl.datastore.etcd3_http import Connection
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.datastore.store import Change, Create, Delete, Entry, Update
 from calicoctl.errors import CompareFailed, KeyExists, StoreError, StoreUnavailable, WatchExpired
-from tests.unit.rogue_server import Client, Server, answer, serving
+from tests.unit.rogue_server import OK, Client, Server, answer, serving
 from tests.unit.waiting import wait_for
 
 REVISION = 5
@@ -330,6 +330,17 @@ def test_a_server_without_the_api_is_named(gateway: Gateway, store: Etcd3Store) 
     gateway.instead = [answer(b"404 page not found\n", b"HTTP/1.1 404 Not Found\r\n")]
     with pytest.raises(StoreError, match="does not serve its v3 API over HTTP"):
         store.get("/k")
+
+
+def test_an_answer_that_says_nothing_is_described(gateway: Gateway, store: Etcd3Store) -> None:
+    for body, head, what in (
+        (b"", OK, "the answer is empty"),
+        (b" \n", OK, "the answer is empty"),
+        (b"", b"HTTP/1.1 302 Found\r\nConnection: close\r\n", "status 302"),
+    ):
+        gateway.instead = [answer(body, head)]
+        with pytest.raises(StoreError, match=f"does not answer as etcd does: {what}$"):
+            store.get("/k")
 
 
 @pytest.mark.parametrize(
