@@ -424,8 +424,9 @@ class Interface:
 
     `mac` is "" if the interface has no MAC. `up` is the administrative state. `carrier` is whether it is up and has a
     carrier: a veth has one while both ends are up. For a veth, `peer_index` is the index that the other end has in its
-    own namespace. `peer_namespace` is the id of that namespace (see veths_into); None if it is the namespace of this
-    end. `kind` is the kernel's name for the interface's type, such as `veth` or `bridge`; None for hardware and for lo.
+    own namespace. `peer_namespace` is the id of that namespace in the namespace of this end (IFLA_LINK_NETNSID); None
+    if both ends are in the same one. `kind` is the kernel's name for the interface's type, such as `veth` or `bridge`;
+    None for hardware and for lo.
     """
 
     name: str
@@ -448,12 +449,15 @@ class Interface:
         return self.peer_namespace is not None
 
 
-def all_interfaces() -> Iterator[Interface]:
-    """Yield the interfaces of this network namespace. Raises OSError."""
+def all_interfaces(most: int | None = None) -> Iterator[Interface]:
+    """Yield the interfaces of the calling thread's network namespace.
+
+    Raises OSError, also if there are more than `most` (None: no limit); see `dump`.
+    """
     # pyroute2 keeps 30 KB for each until all are read
     request = struct.pack("=BBHiII", 0, 0, 0, 0, 0, 0)
     request += attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
-    return map(interface_of, dump(socket.NETLINK_ROUTE, _RTM_GETLINK, request))
+    return map(interface_of, dump(socket.NETLINK_ROUTE, _RTM_GETLINK, request, most=most))
 
 
 def interface_at(index: int) -> Interface | None:
@@ -545,21 +549,6 @@ def _ask(kind: int, body: bytes) -> bytes:
 def delete_link(index: int) -> None:
     """Delete the interface with this index. Raises OSError, also if there is none."""
     do(socket.NETLINK_ROUTE, RTM_DELLINK, 0, struct.pack("=BBHiII", 0, 0, 0, index, 0, 0))
-
-
-def veths_into(namespace: int) -> Iterator[int]:
-    """Yield the indices of the veths whose other end is in another network namespace, the one with the id `namespace`.
-
-    The id is the one that this process's namespace uses for the other (IFLA_LINK_NETNSID). Interfaces of other types
-    that are linked to an interface in that namespace are yielded, too. Raises OSError.
-    """
-    request = struct.pack("=BBHiII", 0, 0, 0, 0, 0, 0)
-    request += attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
-    wanted = attribute(_IFLA_LINK_NETNSID, struct.pack("=i", namespace))
-    for body in dump(socket.NETLINK_ROUTE, _RTM_GETLINK, request):
-        # the search spares taking each message apart
-        if wanted in body and attributes(body[16:]).get(_IFLA_LINK_NETNSID) == wanted[4:]:
-            yield struct.unpack_from("=i", body, 4)[0]
 
 
 def devices_below(master: int) -> list[Device]:

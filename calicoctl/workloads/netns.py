@@ -36,7 +36,6 @@ from calicoctl.netlink import (
     namespace_id,
     neighbours,
     routes,
-    veths_into,
 )
 
 T = TypeVar("T")
@@ -198,10 +197,11 @@ class Namespace:
 
         Each is a pair (end in this namespace, end on the host).
         """
+        # the host has an interface for each workload: those of the namespace are fewer
+        with _explained(f"{self.name}: reading its interfaces"):
+            peers = self.run(lambda: [one.peer_index for one in all_interfaces(MOST) if one.kind == "veth"])
         with _explained("reading this host's interfaces"):
-            id = namespace_id(self._fd)  # without one, no pair leads there from this namespace
-            # of the host, since the namespace may contain any number of interfaces
-            ends = [interface_at(index) for index in veths_into(id)] if id is not None else []
+            ends = [interface_at(index) for index in peers if index is not None]
         pairs = [(self.own_end(end), end) for end in ends if end is not None]
         return [(own, host_end) for own, host_end in pairs if own is not None]
 
