@@ -16,7 +16,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Callable, TypeVar, cast
 
 from calicoctl.addresses import version_of
-from calicoctl.datastore import backends, config, keys
+from calicoctl.datastore import backends, config, keys, recent_blocks
 from calicoctl.datastore.backends import PATIENCE
 from calicoctl.datastore.chosen import ChosenStore
 from calicoctl.datastore.copied import CopiedStore
@@ -69,13 +69,15 @@ class AddressFacts:
 
     `hosts` are the entries below keys.BGP_HOSTS. `pools` are the entries of the pools of the address's IP version.
     `mtu` is the setting MTU, None if it is not set. `affine` are the names (last parts of keys) of the blocks with
-    affinity to this host, None if they were not read.
+    affinity to this host, None if they were not read. `recent` is the block in which this host has last assigned an
+    address (recent_blocks.py), None if it is not known, does not exist or was not read.
     """
 
     hosts: list[Entry]
     pools: list[Entry]
     mtu: str | None
     affine: list[str] | None
+    recent: Entry | None
 
 
 # more than 400 lines: one short method for each operation on profiles, endpoints, pools, peers and settings; hosts,
@@ -588,15 +590,16 @@ class DatastoreClient:
     def read_for_address(self, version: int, automatic: bool) -> AddressFacts:
         """Return the data that is needed to assign an address of an IP version to a workload.
 
-        `automatic` says that the user has not asked for a specific address. `affine` of the result is only read if
-        `automatic` is true and the store is atomic, which needs no further request for it.
+        `automatic` says that the user has not asked for a specific address. `affine` and `recent` of the result are
+        only read if `automatic` is true and the store is atomic, which needs no further request for them.
         """
-        directories = [keys.BGP_HOSTS, keys.pools(version)]
+        single, directories = [keys.config(config.MTU.name)], [keys.BGP_HOSTS, keys.pools(version)]
         if automatic and self._store.atomic:
             directories.append(keys.ipam_affinities(self.host, version))
-        (mtu,), (hosts, pools, *blocks) = self._store.read([keys.config(config.MTU.name)], directories)
+            single += filter(None, [recent_blocks.key(self.host, version)])
+        (mtu, *recent), (hosts, pools, *blocks) = self._store.read(single, directories)
         affine = [keys.last(entry.key) for entry in blocks[0]] if blocks else None
-        return AddressFacts(hosts, pools, None if mtu is None else mtu.value, affine)
+        return AddressFacts(hosts, pools, None if mtu is None else mtu.value, affine, recent[0] if recent else None)
 
     def read_for_interface(self, id: EndpointId) -> tuple[Endpoint | None, dict[int, list[Entry]], str | None]:
         """Return what is needed to create the interface of an endpoint, by one `Store.read`.

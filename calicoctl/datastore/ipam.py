@@ -512,10 +512,8 @@ class Ipam:
         block's entry, that is not read again. Returns None if no such block is known, if the block is invalid or has no
         affinity to this host any more, or if it overlaps none of `ranges`.
         """
-        version = ranges[0][0] if ranges else 4
-        name = recent_blocks.read(self._host, version)
-        for first in filter(partial(_overlaps, ranges), first_addresses([] if name is None else [name])):
-            key = keys.ipam_block(version, block_cidr(version, first))
+        key = recent_blocks.key(self._host, ranges[0][0] if ranges else 4)
+        if key is not None and any(map(partial(_overlaps, ranges), first_addresses([keys.last(key)]))):
             with suppress(InvalidValue):
                 entry = known.block(key) or self._store.get(key)
                 if entry is not None and Block.from_entry(entry).affinity == f"host:{self._host}":

@@ -9,15 +9,21 @@ from __future__ import annotations
 import json
 
 from calicoctl import files
+from calicoctl.addresses import BITS
+from calicoctl.datastore import keys
+from calicoctl.datastore.blocks import block_cidr, first_addresses
 
 _NAME = ".recent-blocks"
 """The name of the file: see files.leave."""
 
 
-def read(host: str, version: int) -> str | None:
-    """Return the name of the block in which `host` has last assigned an address of an IP version, None if unknown."""
+def key(host: str, version: int) -> str | None:
+    """Return the key of the block in which `host` has last assigned an address of an IP version, None if unknown."""
     name = _read(host).get(str(version))
-    return name if isinstance(name, str) else None
+    for first in first_addresses([name] if isinstance(name, str) else []):
+        if first < 2 ** BITS[version]:
+            return keys.ipam_block(version, block_cidr(version, first))
+    return None
 
 
 def remember(host: str, version: int, name: str) -> None:

@@ -125,7 +125,8 @@ class Terms:
 
     `next_hop` is the gateway of the workload's default route. `reserved` are the addresses that workloads on this host
     must not have. The address may be from any of `pools`. `mtu` is the value of the setting MTU, None if it is not set.
-    `affine` are the names of the blocks with affinity to this host, None if they were not read.
+    `affine` are the names of the blocks with affinity to this host, None if they were not read. `recent` is the block
+    in which this host has last assigned an address, None if it was not read.
     """
 
     next_hop: str
@@ -133,6 +134,7 @@ class Terms:
     pools: list[Pool]
     mtu: str | None
     affine: list[str] | None
+    recent: Entry | None
 
     @classmethod
     def read(cls, datastore: DatastoreClient, request: AddressRequest, next_hop: str | None = None) -> Terms:
@@ -145,7 +147,8 @@ class Terms:
         next_hop = next_hop or datastore.hosts.next_hop(request.version, facts.hosts)
         reserved = reserved_addresses(datastore, request.version, facts.hosts)
         _refuse_reserved(request, reserved)
-        return cls(next_hop, reserved, request.pools(datastore, facts.pools), facts.mtu, facts.affine)
+        pools = request.pools(datastore, facts.pools)
+        return cls(next_hop, reserved, pools, facts.mtu, facts.affine, facts.recent)
 
 
 def assign(
@@ -159,6 +162,8 @@ def assign(
     address has another owner; and CalicoError if no address is free.
     """
     pools = terms.pools
+    if handle is not None and terms.recent is not None:
+        handle = replace(handle, blocks=[*handle.blocks, terms.recent])
     if request.address is None:
         taken = datastore.ipam.auto_assign(
             1, pools, owner, terms.reserved, terms.affine, handle, lambda invalid: warn(f"Warning: {invalid}")
