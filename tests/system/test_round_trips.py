@@ -47,7 +47,7 @@ COMMANDS = (
     # the most requests through the v2 and the v3 API
     (9, 6, ("container", "add", PATH, "192.168.0.1")),
     (8, 5, ("container", "remove", PATH)),
-    (9, 6, ("container", "add", PATH, "ipv4")),
+    (9, 5, ("container", "add", PATH, "ipv4")),
     (10, 6, ("container", PATH, "ip", "add", "192.168.0.7")),
     (8, 5, ("container", PATH, "ip", "remove", "192.168.0.7")),
     (2, 1, ("profile", "add", "web")),
