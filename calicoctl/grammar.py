@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from copy import copy
+from functools import cache
 from typing import Any, Callable
 
 from calicoctl.errors import NotRoot, UsageError
@@ -64,7 +66,7 @@ def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
     import docopt
 
     try:
-        arguments = dict(docopt.docopt(grammar, argv, help=False))
+        arguments = _matched(grammar, argv)
     except docopt.DocoptExit as error:
         raise GrammarMismatch(grammar, argv, str(error).replace(error.usage.strip(), "").strip()) from None
     if "--" in argv:  # words after it may begin with a dash; docopt leaves the '--' in the list
@@ -77,6 +79,29 @@ def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
         if wanted not in FORMATS:
             raise UsageError(f"--output={wanted}: it must be {' or '.join(FORMATS)}")
     return arguments
+
+
+def _matched(grammar: str, argv: list[str]) -> dict[str, Any]:
+    """Return what docopt.docopt() returns, or raise what it raises; prepare each grammar only once for a process."""
+    import docopt
+
+    usage, options, pattern = _prepared(grammar)
+    docopt.DocoptExit.usage = usage  # it is the text of a DocoptExit
+    words = docopt.parse_argv(docopt.TokenStream(argv, docopt.DocoptExit), list(options))
+    matched, left, collected = pattern.match(words)
+    if not matched or left:
+        raise docopt.DocoptExit()
+    return {leaf.name: copy(leaf.value) for leaf in pattern.flat() + collected}
+
+
+@cache
+def _prepared(grammar: str) -> tuple[str, list[Any], Any]:
+    """Return a grammar's usage section, its options, and its tree, as docopt.docopt() makes them."""
+    import docopt
+
+    usage = docopt.printable_usage(grammar)
+    options = docopt.parse_defaults(grammar)
+    return usage, options, docopt.parse_pattern(docopt.formal_usage(usage), options).fix()
 
 
 def require_root() -> None:
