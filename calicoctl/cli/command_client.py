@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
 import _socket
+import io
 import os
 import sys
 from typing import NoReturn
@@ -58,6 +59,8 @@ LOST = (
 
 def entry() -> NoReturn:
     """Run the command line of this process, and end the process with the command's exit status."""
+    if sys.stdin is not None and {"batch", "update"} & set(sys.argv) and not os.get_blocking(0):
+        os.set_blocking(0, True)  # or a pause of who writes would be taken for the end
     if is_served(sys.argv[1:]):
         _try(CALICOCTL)
     _import_site()
@@ -140,8 +143,9 @@ def _may_manage_agent(arguments: list[str]) -> bool:
     """Return whether a command line is a batch that may start or stop the agent: its lines contain the word `node`.
 
     An agent that a worker started would belong to the server, and might end with it. A batch from standard input is
-    read here, and standard input is replaced by a copy in memory. Raises OSError.
+    read here, and standard input is replaced by a copy in memory. Raises OSError, but not after it has read.
     """
+    assert sys.stdin is not None
     words = [word for word in arguments if not word.startswith("--")]
     if words[:1] != ["batch"]:
         return False
@@ -151,15 +155,28 @@ def _may_manage_agent(arguments: list[str]) -> bool:
             return True
         with open(words[1], "rb") as file:
             return b"node" in file.read()
-    copy = os.memfd_create("batch")
+    text = _standard_input()
+    try:
+        with open(os.memfd_create("batch"), "wb") as copy:
+            copy.write(text)
+            copy.seek(0)
+            os.dup2(copy.fileno(), 0)
+    except OSError:  # it is larger than a file of this process may be: no worker can read it
+        sys.stdin = io.TextIOWrapper(io.BytesIO(text), "utf-8", sys.stdin.errors)
+        return True
+    return b"node" in text
+
+
+def _standard_input() -> bytes:
+    """Read standard input to its end. If that fails, end this process: what has been read cannot be read again."""
     pieces = []
-    while piece := os.read(0, 1 << 16):
-        pieces.append(piece)
-        os.write(copy, piece)
-    os.lseek(copy, 0, os.SEEK_SET)
-    os.dup2(copy, 0)
-    os.close(copy)
-    return b"node" in b"".join(pieces)
+    try:
+        while piece := os.read(0, 1 << 16):
+            pieces.append(piece)
+    except OSError as error:
+        _tell(f"standard input: {error.strerror}")
+        os._exit(1)
+    return b"".join(pieces)
 
 
 def package() -> str:

@@ -42,9 +42,8 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _batch(file: str | None, keep_going: bool) -> None:
-    name = "standard input" if file in (None, "-") else str(file)
-    lines = _lines(_read(file), name)
-    if file in (None, "-"):
+    lines = _lines(_read(file), _name(file))
+    if _is_input(file):
         sys.stdin = io.StringIO()  # it has been read: no command may wait for more
     gc.freeze()  # objects that exist now stay; the garbage of each line, which may hold sockets, is collected early
     gc.set_threshold(1000)
@@ -77,16 +76,25 @@ def _noting(prepared: Prepared, errors: list[CalicoError]) -> None:
         raise
 
 
+def _is_input(file: str | None) -> bool:
+    return file in (None, "-")
+
+
+def _name(file: str | None) -> str:
+    """Return the name of the file in messages."""
+    return "standard input" if _is_input(file) else str(file)
+
+
 def _read(file: str | None) -> str:
     try:
-        if file in (None, "-"):
+        if _is_input(file):
             return sys.stdin.read().removeprefix("\ufeff")
         with open(str(file), encoding="utf-8-sig") as stream:
             return stream.read()
     except UnicodeDecodeError:
-        raise CalicoError(f"{file or 'standard input'} is not UTF-8 text") from None
+        raise CalicoError(f"{_name(file)} is not UTF-8 text") from None
     except OSError as error:
-        raise CalicoError(f"{file}: {error.strerror}") from None
+        raise CalicoError(f"{_name(file)}: {error.strerror}") from None
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from calicoctl import __version__
 from calicoctl.cli import command_client
 
 
@@ -82,12 +85,30 @@ def test_a_batch_that_may_start_an_agent_is_run_by_the_caller(tmp_path: Path) ->
 
 def test_the_text_of_a_batch_from_standard_input_can_be_read_again() -> None:
     script = (
-        "import sys; from calicoctl.cli import command_client;"
+        "import resource, sys; from calicoctl.cli import command_client;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1));"
         "print(command_client._may_manage_agent(['batch']), sys.stdin.read())"
     )
-    for text, expected in (("profile add web\n" * 10000, "False"), ("calicoctl node", "True")):
-        said = subprocess.run([sys.executable, "-c", script], input=text, capture_output=True, text=True, check=True)
+    lines = "profile add web\n" * 10000
+    for text, limit, expected in ((lines, -1, "False"), (lines, 1000, "True"), ("calicoctl node", -1, "True")):
+        said = subprocess.run(
+            [sys.executable, "-c", script, str(limit)], input=text, capture_output=True, text=True, check=True
+        )
         assert said.stdout == f"{expected} {text}\n"
+
+
+def test_standard_input_that_does_not_block_is_read_to_its_end() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    command = [sys.executable, "-m", "calicoctl", "batch"]
+    with subprocess.Popen(command, stdin=reader, stdout=subprocess.PIPE, text=True) as process:
+        os.write(writer, b"version\n")
+        while select.select([reader], [], [], 0)[0]:
+            time.sleep(0.01)
+        os.write(writer, b"version\n")
+        os.close(writer)
+        assert process.communicate()[0] == f"{__version__}\n" * 2
+    os.close(reader)
 
 
 def test_a_command_that_a_worker_would_read_in_part_is_not_sent() -> None:
@@ -99,3 +120,12 @@ def test_a_command_that_a_worker_would_read_in_part_is_not_sent() -> None:
         theirs.setblocking(False)
         with pytest.raises(BlockingIOError):
             theirs.recv(1)
+
+
+@pytest.mark.parametrize("cold", ["", "1"])
+def test_standard_input_that_cannot_be_read_is_an_error(cold: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "calicoctl", "batch", "-"]
+    environment = {**os.environ, "CALICO_COLD": cold}
+    with (tmp_path / "file").open("w") as file:
+        done = subprocess.run(command, stdin=file, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 1 and done.stderr == "standard input: Bad file descriptor\n"
