@@ -275,7 +275,8 @@ def leave(status: int) -> None:
 def log_to(directory: str | None) -> None:
     """Log to the file felix.log in `directory`, with rotation, or to standard error if `directory` is None.
 
-    Exceptions that end a thread are logged, too. Raises OSError if the file cannot be opened.
+    Exceptions that end a thread, or that Python discards (in a finalizer, for example), are logged, too. Raises OSError
+    if the file cannot be opened.
     """
     handler: logging.Handler = logging.StreamHandler()
     text = "%(levelname)s: %(message)s"
@@ -287,6 +288,7 @@ def log_to(directory: str | None) -> None:
     threading.excepthook = lambda died: logger.critical(
         "the thread %s has died", died.thread.name if died.thread else "?", exc_info=died.exc_value
     )
+    sys.unraisablehook = lambda lost: logger.error("an exception was discarded", exc_info=lost.exc_value)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 

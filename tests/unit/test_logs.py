@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,15 @@ from calicoctl import logs
 from calicoctl.felix import process
 
 
-def test_the_log_is_not_for_everybody(tmp_path: Path) -> None:
+def test_the_log_is_not_for_everybody_and_has_what_python_discards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("broken")
+
+    for module, name in ((sys, "unraisablehook"), (threading, "excepthook"), (logging, "raiseExceptions")):
+        monkeypatch.setattr(module, name, getattr(module, name))
     file = tmp_path / "felix.log"
     file.write_text("of an older version\n")
     file.chmod(0o644)
@@ -26,6 +36,8 @@ def test_the_log_is_not_for_everybody(tmp_path: Path) -> None:
         handler.doRollover()  # type: ignore[attr-defined]
         logger.error("new")
         assert file.stat().st_mode & 0o777 == 0o640 and "new" in file.read_text()
+        Broken()
+        assert "ValueError: broken" in file.read_text()
         assert (tmp_path / "felix.log.1").read_text().splitlines()[1].endswith("ERROR: hé\\n")
     finally:
         logger.removeHandler(handler)
