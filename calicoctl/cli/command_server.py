@@ -118,7 +118,6 @@ class Server:
             ready = self._step([wake, *listening, *lifeline, *self._new])
             if wake in ready:
                 os.read(wake, 100)
-                _bury()
             if self._listening in ready:
                 self._accept()
             clients = [connection for connection in self._new if connection in ready]
@@ -144,7 +143,8 @@ class Server:
     def _step(self, sources: list[int | socket.socket]) -> list[int | socket.socket]:
         """Pass clients on, fork a worker if it is time, and wait; return those of `sources` that can be read.
 
-        The wait ends when one of `sources` or a worker can be read, or when another worker is to be forked.
+        The wait ends when one of `sources` or a worker can be read, or when another worker is to be forked. Then the
+        workers that have ended are reaped.
         """
         self._pass_on()
         more_at = self._more_at()
@@ -160,6 +160,7 @@ class Server:
         for one in ready:
             if one in self._workers:
                 self._hear(one)
+        _bury()  # at any event: the signal of a worker's end has been missed, and the zombie stayed
         return [one for one in ready if one in sources]
 
     def _pass_on(self) -> None:

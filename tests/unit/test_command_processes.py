@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 from collections import deque
@@ -95,6 +96,23 @@ def test_a_server_without_a_free_file_descriptor_lives_on(tmp_path: Path, monkey
         with no_more_files(), pytest.raises(OSError, match="Too many open files"):
             server._workers = {}
             server._step([listening])
+
+
+def test_a_worker_that_has_ended_is_reaped_at_the_next_event() -> None:
+    """Its signal may have been missed."""
+    server = Server.__new__(Server)
+    server._queue, server._starting, server._ends = deque(), set(), True
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    worker, client = socket.socketpair()
+    with worker, client:
+        server._workers = {worker: False}
+        client.send(b"waiting")
+        server._step([])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pid, 0)
 
 
 def test_a_host_may_have_a_long_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
