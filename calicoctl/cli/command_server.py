@@ -160,7 +160,7 @@ class Server:
         for one in ready:
             if one in self._workers:
                 self._hear(one)
-        _bury()  # at any event: the signal of a worker's end has been missed, and the zombie stayed
+        _bury()  # at any event: a worker of the program that this one replaced may have ended without a signal to it
         return [one for one in ready if one in sources]
 
     def _pass_on(self) -> None:
