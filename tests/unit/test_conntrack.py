@@ -108,7 +108,7 @@ def test_urgent_requests_in_close_succession_share_a_listing() -> None:
 
 @pytest.mark.parametrize(
     ("taken", "pauses"),
-    [(0.0, (0.05, 0.0)), (0.005, (0.05, 0.025)), (0.1, (0.5, 0.05)), (5.0, (1.0, 0.05))],
+    [(0.0, (0.05, 0.0)), (0.005, (0.05, 0.02)), (0.1, (0.4, 0.05)), (5.0, (1.0, 0.05))],
 )
 def test_the_pauses_after_a_listing_grow_with_its_cost_and_are_bounded(
     taken: float, pauses: tuple[float, float]

@@ -202,10 +202,10 @@ class Conntrack(threading.Thread):
 def _pauses_after(seconds: float) -> tuple[float, float]:
     """Return how many seconds after a listing the next one may begin, and the next one with an urgent request.
 
-    `seconds` is the CPU time that the listing took. So, however many requests there are, listings take a sixth of a
+    `seconds` is the CPU time that the listing took. So, however many requests there are, listings take a fifth of a
     core at most in a table of up to 100,000 entries; urgent ones, in a table of up to some 10,000.
     """
-    pause = 5 * seconds
+    pause = 4 * seconds
     return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, pause)), min(_LONGEST_URGENT_PAUSE, pause)
 
 
