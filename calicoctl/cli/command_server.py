@@ -302,7 +302,7 @@ def main() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     if Server(hostname(), lifeline, program).run():
-        os.execv(sys.executable, [sys.executable, "-m", MODULE, *sys.argv[1:]])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-I", "-m", MODULE, *sys.argv[1:]])  # noqa: S606
 
 
 if __name__ == "__main__":

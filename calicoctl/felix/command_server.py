@@ -53,7 +53,7 @@ def _run(host: str) -> str:
 
     Returns the last line that it has written to standard error, at most 300 characters; an empty text if there is none.
     """
-    command = [sys.executable, "-m", "calicoctl.cli.command_server", f"--commands-of={host}"]
+    command = [sys.executable, "-I", "-m", "calicoctl.cli.command_server", f"--commands-of={host}"]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
