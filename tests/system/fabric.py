@@ -102,11 +102,14 @@ class FabricHost(Machine):
 
     @property
     def bird(self) -> int | None:
-        """The process id of this host's BIRD, None if it does not run; one that only checks a text does not count."""
+        """The process id of this host's BIRD, None if it does not run.
+
+        One that only checks a text, or tells its version, does not count.
+        """
         for pid in run("ip", "netns", "pids", self.namespace).out.split():
             with contextlib.suppress(OSError):
-                checks = b"-p" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if Path(f"/proc/{pid}/comm").read_text() == "bird\n" and not checks and not gone(int(pid)):
+                tells = {b"-p", b"--version"}.intersection(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+                if Path(f"/proc/{pid}/comm").read_text() == "bird\n" and not tells and not gone(int(pid)):
                     return int(pid)
         return None
 
