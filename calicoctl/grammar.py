@@ -82,10 +82,10 @@ def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
 
 
 def _matched(grammar: str, argv: list[str]) -> dict[str, Any]:
-    """Return what docopt.docopt() returns, or raise what it raises; prepare each grammar only once for a process."""
+    """Return what docopt.docopt() returns, or raise what it raises; compile each grammar only once for a process."""
     import docopt
 
-    usage, options, pattern = _prepared(grammar)
+    usage, options, pattern = compiled(grammar)
     docopt.DocoptExit.usage = usage  # it is the text of a DocoptExit
     words = docopt.parse_argv(docopt.TokenStream(argv, docopt.DocoptExit), list(options))
     matched, left, collected = pattern.match(words)
@@ -95,8 +95,11 @@ def _matched(grammar: str, argv: list[str]) -> dict[str, Any]:
 
 
 @cache
-def _prepared(grammar: str) -> tuple[str, list[Any], Any]:
-    """Return a grammar's usage section, its options, and its tree, as docopt.docopt() makes them."""
+def compiled(grammar: str) -> tuple[str, list[Any], Any]:
+    """Return a grammar's usage section, its options, and its tree, as docopt.docopt() makes them.
+
+    The tree and the list are shared, and must not be changed.
+    """
     import docopt
 
     usage = docopt.printable_usage(grammar)

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from calicoctl.grammar import compiled
+
 Node = Any
 """A node of docopt's tree: a leaf with `name` (an option: with `short` and `long`), or a branch with `children`."""
 
@@ -35,11 +37,8 @@ class Usage:
 
 def usages_of(grammar: str) -> list[Usage]:
     """Parse a grammar in docopt's syntax; return its usages in order."""
-    import docopt
-
-    section = docopt.printable_usage(grammar)
-    options = docopt.parse_defaults(grammar)
-    (child,) = docopt.parse_pattern(docopt.formal_usage(section), options).fix().children
+    section, _, tree = compiled(grammar)
+    (child,) = tree.children
     trees = child.children if kind(child) == "Either" else [child]
     texts = re.findall(r"^(?:Usage:)? *(calicoctl .*(?:\n(?! *calicoctl ).*)*)", section, re.MULTILINE)
     return [Usage(text, tree) for text, tree in zip(texts, trees)]
