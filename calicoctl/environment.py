@@ -77,6 +77,11 @@ def complete(environment: MutableMapping[str, str] = os.environ, file_first: boo
             environment[name] = value
 
 
+def engine_of(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the values of the variables that select the Docker Engine; "" for each that is not set."""
+    return tuple(environment.get(name) or "" for name in ("DOCKER_HOST", *DOCKER_TLS))
+
+
 class EnvironmentFile:
     """The settings file: the file named by CALICO_ENV_FILE, or DEFAULT_PATH. A missing file counts as empty."""
 

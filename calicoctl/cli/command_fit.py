@@ -15,7 +15,6 @@ from pathlib import Path
 from calicoctl import environment
 from calicoctl.cli import command_client as client
 from calicoctl.datastore.settings import EtcdSettings
-from calicoctl.environment import DOCKER_TLS
 from calicoctl.errors import CalicoError
 
 _NAMESPACES = ("mnt", "net", "pid", "user", "uts", "ipc", "cgroup")
@@ -64,7 +63,7 @@ class Fit:
     def __init__(self, host: str) -> None:
         """`host` is the name of this host. Raises CalicoError for invalid settings, and OSError."""
         self._host = host
-        self._environment = dict(os.environ)
+        self._engine = environment.engine_of(os.environ)
         self._settings = EtcdSettings.from_environment()
         self._surroundings = _surroundings(os.getpid())
 
@@ -84,8 +83,7 @@ class Fit:
                 return False
         except CalicoError:
             return False
-        names = ("DOCKER_HOST", *DOCKER_TLS)
-        if any((variables.get(name) or "") != (self._environment.get(name) or "") for name in names):
+        if environment.engine_of(variables) != self._engine:
             return False
         return (variables.get("HOSTNAME") or socket.gethostname()) == self._host
 

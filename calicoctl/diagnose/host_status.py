@@ -20,7 +20,6 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.settings import EtcdSettings
-from calicoctl.environment import DOCKER_TLS
 from calicoctl.errors import CalicoError
 from calicoctl.felix import heartbeat, local_etcd, plugin_process, process
 from calicoctl.felix.bgp import passwords
@@ -255,7 +254,7 @@ def _has_other_settings(pid: int) -> bool:
             return True
     except (OSError, CalicoError):
         return False
-    return any((theirs.get(name) or "") != os.environ.get(name, "") for name in ("DOCKER_HOST", *DOCKER_TLS))
+    return environment.engine_of(theirs) != environment.engine_of(os.environ)
 
 
 def _full(host: str) -> str | None:
