@@ -7,7 +7,6 @@ import select
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from calicoctl import __version__
 from calicoctl.cli import command_client
+from tests.unit.waiting import wait_for
 
 
 @pytest.fixture
@@ -103,8 +103,7 @@ def test_standard_input_that_does_not_block_is_read_to_its_end() -> None:
     command = [sys.executable, "-m", "calicoctl", "batch"]
     with subprocess.Popen(command, stdin=reader, stdout=subprocess.PIPE, text=True) as process:
         os.write(writer, b"version\n")
-        while select.select([reader], [], [], 0)[0]:
-            time.sleep(0.01)
+        wait_for(lambda: not select.select([reader], [], [], 0)[0], "what was written to be read")
         os.write(writer, b"version\n")
         os.close(writer)
         assert process.communicate()[0] == f"{__version__}\n" * 2
