@@ -31,6 +31,7 @@ setup(
         "sdnotify>=0.3.2,<0.4",
         "prometheus_client>=0.16,<1",
         "tqdm>=4.66.3,<5",
+        "pyyaml>=6.0.1,<7",
         # what the above bring along
         "requests>=2.33,<3; python_version>='3.10'",
         "requests>=2.32.4,<3; python_version<'3.10'",

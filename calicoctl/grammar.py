@@ -35,7 +35,7 @@ COMMANDS = (
 GLOBAL_OPTIONS = ("--debug", "--quiet")
 """Options that are allowed anywhere on the command line."""
 
-FORMATS = ("text", "json")
+FORMATS = ("text", "json", "yaml")
 """The values of --output."""
 
 Prepared = Callable[[], None]
@@ -77,7 +77,7 @@ def parse(grammar: str, argv: list[str]) -> dict[str, Any]:
     if arguments.get("--output") is not None:
         arguments["--output"] = wanted = arguments["--output"].removeprefix("=")  # of -o=json
         if wanted not in FORMATS:
-            raise UsageError(f"--output={wanted}: it must be {' or '.join(FORMATS)}")
+            raise UsageError(f"--output={wanted}: it must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""Prints results: ASCII tables, or JSON for scripts."""
+"""Prints results: ASCII tables, or JSON or YAML for scripts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,34 @@ _SHORT = 10
 """Words of up to this many characters, such as an ISO date, are not broken at hyphens if possible."""
 
 
-def wants_json(arguments: dict[str, Any]) -> bool:
-    """Return whether the command line contains --output=json."""
-    return bool(arguments["--output"] == "json")
+def data_format(arguments: dict[str, Any]) -> str | None:
+    """Return the format of data that the command line asks for, "json" or "yaml", None if it asks for text."""
+    return None if arguments["--output"] in (None, "text") else str(arguments["--output"])
 
 
-def print_json(value: Any) -> None:
-    """Print a value as JSON; an iterator as an array, item by item, so that not all are in memory at once."""
+def print_data(value: Any, form: str) -> None:
+    """Print a value that JSON can express, in the format `form`, "json" or "yaml".
+
+    An iterator is printed as an array, item by item, so that not all are in memory at once.
+    """
+    (_print_yaml if form == "yaml" else _print_json)(value)
+
+
+def _print_yaml(value: Any) -> None:
+    from calicoctl.yaml_text import dump
+
+    if not isinstance(value, Iterator):
+        print(dump(value), end="")
+        return
+    empty = True
+    for item in value:
+        print(dump([item]), end="")
+        empty = False
+    if empty:
+        print("[]")
+
+
+def _print_json(value: Any) -> None:
     import json
 
     if not isinstance(value, Iterator):

@@ -12,7 +12,7 @@ Options:
   <AS_NUM>               an AS number, 1 to 4294967295, as 64512 or as
                          0.64512; it is stored as 64512
   --ipv4, --ipv6         show IPv4, or IPv6, peers only
-  -o, --output=<FORMAT>  json; default: a table, or the value alone
+  -o, --output=<FORMAT>  json or yaml; default: a table, or the value alone
 
 `node-mesh` and `default-node-as` without a value print the current one; the
 defaults are on and 64511. For the peers of a single host, see 'calicoctl node
@@ -41,7 +41,7 @@ from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.model import Peer
 from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, print_table, wants_json, warn
+from calicoctl.output import data_format, print_data, print_table, warn
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -54,7 +54,7 @@ def prepare(argv: list[str]) -> Prepared:
     if arguments["node-mesh"]:
         return partial(_node_mesh, arguments)
     as_num = None if arguments["<AS_NUM>"] is None else parse_as_number(arguments["<AS_NUM>"])
-    return partial(_default_node_as, as_num, wants_json(arguments))
+    return partial(_default_node_as, as_num, data_format(arguments))
 
 
 def prepare_peers(arguments: dict[str, Any], of_this_host: bool) -> Prepared:
@@ -111,7 +111,7 @@ def _add_peer(address: IPAddress, as_num: str, of_this_host: bool) -> None:
 
 
 def _show(arguments: dict[str, Any], of_this_host: bool) -> None:
-    as_json = wants_json(arguments)
+    form = data_format(arguments)
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
     versions = [v for v, other in ((4, "--ipv6"), (6, "--ipv4")) if not arguments[other]]
@@ -121,25 +121,25 @@ def _show(arguments: dict[str, Any], of_this_host: bool) -> None:
         found += peers
         for error in invalid:
             warn(f"Warning: {error}")
-    if as_json:
-        print_json([peer.to_dict() for peer in found])
+    if form:
+        print_data([peer.to_dict() for peer in found], form)
     else:
         print_table(["Current BGP peers' address", "AS number"], [[peer.ip, peer.as_num] for peer in found])
 
 
 def _node_mesh(arguments: dict[str, Any]) -> None:
-    as_json = wants_json(arguments)
+    form = data_format(arguments)
     datastore = DatastoreClient.from_environment()
     if arguments["on"] or arguments["off"]:
         datastore.set_node_mesh(arguments["on"])
     enabled = datastore.node_mesh()
-    if as_json:
-        print_json({"enabled": enabled})
+    if form:
+        print_data({"enabled": enabled}, form)
     else:
         print("on" if enabled else "off")
 
 
-def _default_node_as(as_num: str | None, as_json: bool) -> None:
+def _default_node_as(as_num: str | None, form: str | None) -> None:
     datastore = DatastoreClient.from_environment()
     if as_num is not None:
         datastore.set(keys.BGP_AS_NUM, as_num)
@@ -149,7 +149,7 @@ def _default_node_as(as_num: str | None, as_json: bool) -> None:
         parse_as_number(now if stored is None else stored)
     except CalicoError as error:
         warn(f"Warning: the stored value is invalid, and agents use {now}: {printable(str(error))}")
-    if as_json:
-        print_json({"as_num": now})
+    if form:
+        print_data({"as_num": now}, form)
     else:
         print(printable(now))

@@ -7,8 +7,8 @@ Options:
   --fix                  load missing kernel modules first (as root)
   --libnetwork           require Docker 1.9 or later; default: Docker is
                          optional, since namespaces can be connected without
-  -o, --output=<FORMAT>  json: an array of objects with name, ok, needed,
-                         found and advice; default: a table
+  -o, --output=<FORMAT>  json or yaml: an array of objects with name, ok,
+                         needed, found and advice; default: a table
 
 Checks the kernel, by trying the required features in a temporary network
 namespace, settings, tools and their versions, Docker and its firewall, etcd,
@@ -28,23 +28,23 @@ from typing import Any
 from calicoctl.diagnose import checks
 from calicoctl.errors import CalicoError
 from calicoctl.grammar import Prepared, parse, require_root
-from calicoctl.output import print_json, print_table, wants_json, warn
+from calicoctl.output import data_format, print_data, print_table, warn
 
 
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     if arguments["--fix"]:
         require_root()
-    return partial(_check, arguments, wants_json(arguments))
+    return partial(_check, arguments, data_format(arguments))
 
 
-def _check(arguments: dict[str, Any], as_json: bool) -> None:
+def _check(arguments: dict[str, Any], form: str | None) -> None:
     if arguments["--fix"]:
         for why in checks.load_modules():
             warn(f"Warning: {why}")
     found = list(checks.check(arguments["--libnetwork"]))
-    if as_json:
-        print_json([check.to_dict() for check in found])
+    if form:
+        print_data([check.to_dict() for check in found], form)
     else:
         rows = []
         for check in found:

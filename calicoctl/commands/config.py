@@ -17,8 +17,8 @@ Options:
   --remove               unset it, so that the default is in force
   --force                take a name or a value that is not known here, too,
                          for other programs
-  -o, --output=<FORMAT>  json: an object with the setting's key in etcd, and
-                         its value; default: the value alone
+  -o, --output=<FORMAT>  json or yaml: an object with the setting's key in
+                         etcd, and its value; default: the value alone
 
   felix
     loglevel           none, debug, info, warning, error, critical; default:
@@ -80,7 +80,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.config import RESERVED, Setting, settings_of
 from calicoctl.errors import CalicoError, NotFound, about, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, wants_json, warn
+from calicoctl.output import data_format, print_data, warn
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -107,7 +107,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _config(setting: Setting, arguments: dict[str, Any]) -> None:
-    name, value, as_json = arguments["<NAME>"], arguments["<VALUE>"], wants_json(arguments)
+    name, value, form = arguments["<NAME>"], arguments["<VALUE>"], data_format(arguments)
     of_node, felix = arguments["node"], arguments["felix"]
     datastore = DatastoreClient.from_environment()
     if felix:
@@ -128,8 +128,8 @@ def _config(setting: Setting, arguments: dict[str, Any]) -> None:
             now = None
     if now is None:
         now = setting.default
-    if as_json:
-        print_json({"key": key, "value": now})
+    if form:
+        print_data({"key": key, "value": now}, form)
     elif now is not None:
         print(printable(now))
     if now is None and not arguments["--remove"]:

@@ -26,11 +26,11 @@ Options:
   --exist-ok             exit with 0 if the container already has the address
                          and interface
   --no-trunc             show everything on a terminal, however wide it is
-  -o, --output=<FORMAT>  json: of `add`, an object with address, interface,
-                         mac, host, orchestrator, workload, endpoint and
-                         host_interface; of `show`, an array of the
-                         container's endpoints with their fields as in etcd;
-                         default: text
+  -o, --output=<FORMAT>  json or yaml: of `add`, an object with address,
+                         interface, mac, host, orchestrator, workload,
+                         endpoint and host_interface; of `show`, an array of
+                         the container's endpoints with their fields as in
+                         etcd; default: text
 
 The container runs on this host. It should have no other default route: run it
 with --net=none. `add`, `remove` and `ip` must be run as root. Profiles are
@@ -69,7 +69,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound, about, for_each
 from calicoctl.grammar import Prepared, parse, require_root
-from calicoctl.output import print_json, wants_json
+from calicoctl.output import data_format, print_data
 from calicoctl.workloads import docker_networks, network_profiles
 from calicoctl.workloads.docker_networks import Connection
 from calicoctl.workloads.workload import (
@@ -121,20 +121,21 @@ def prepare(argv: list[str]) -> Prepared:
 def _add(arguments: dict[str, Any], request: AddressRequest, interface: str | None, patience: float | None) -> None:
     from calicoctl.workloads import wiring
 
-    as_json = wants_json(arguments)
+    form = data_format(arguments)
     datastore = DatastoreClient.from_environment()
     workload = _find(arguments["<CONTAINER>"], datastore)
     _refuse_in_docker_network(datastore, workload, "to connect it otherwise, run it with --net=none")
     made = wiring.connect(datastore, workload, request, interface, arguments["--exist-ok"])
-    if as_json:
-        print_json(
+    if form:
+        print_data(
             {
                 "address": str(made.address),
                 "interface": made.interface,
                 "mac": made.mac,
                 **asdict(made.id),
                 "host_interface": made.id.interface,
-            }
+            },
+            form,
         )
     elif made.existed:
         print(f"{workload.name} has IP {made.address} on {made.interface} already.")
@@ -293,7 +294,7 @@ def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
         ids = ", ".join(endpoint.id.endpoint for endpoint in endpoints)
         raise CalicoError(f"{name} has several endpoints ({ids}): use 'calicoctl endpoint ENDPOINT_ID profile'.")
     if arguments["show"]:
-        show_profiles(endpoints[0], wants_json(arguments))
+        show_profiles(endpoints[0], data_format(arguments))
     else:
         change_profiles(datastore, endpoints[0], name, arguments, profiles, next(iter(connections), None))
 

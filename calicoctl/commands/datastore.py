@@ -13,7 +13,7 @@ Options:
   --discard              with --rollback, even if this loses what was written
                          to v3 since the move; with --finish, even if this
                          loses what old programs have written to v2 since then
-  -o, --output=<FORMAT>  json: an object; default: text
+  -o, --output=<FORMAT>  json or yaml: an object; default: text
 
 The v2 and the v3 API of etcd have keys of their own. `show` says which of the
 two is used and why, whether its data is frozen, what each of them holds,
@@ -64,7 +64,7 @@ from calicoctl.datastore.store import Store, each_below
 from calicoctl.errors import CalicoError, InvalidValue, NoSuchApi, StoreError, one_line
 from calicoctl.felix import local_etcd, process
 from calicoctl.grammar import Prepared, parse, require_root
-from calicoctl.output import print_json, print_table, wants_json
+from calicoctl.output import data_format, print_data, print_table
 
 SHOW_PATIENCE = 3.0
 """Seconds for which `show` repeats a request that members do not answer; users call it if something is wrong."""
@@ -73,7 +73,7 @@ SHOW_PATIENCE = 3.0
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     if arguments["show"]:
-        return partial(_show, wants_json(arguments))
+        return partial(_show, data_format(arguments))
     if arguments["--rollback"]:
         return partial(_migrate, lambda run: roll_back(run, arguments["--discard"]))
     if arguments["--finish"]:
@@ -146,7 +146,7 @@ def _finish(discard: bool) -> None:
         print("The local etcd was started again, and serves v3 alone.")
 
 
-def _show(as_json: bool) -> None:
+def _show(form: str | None) -> None:
     settings = EtcdSettings.from_environment()
     members = cluster.members(settings)
     # those that do not answer are asked last, and only for what decides which API is used
@@ -169,8 +169,8 @@ def _show(as_json: bool) -> None:
         version: _contents(backends, api, users[number])
         for number, (version, api) in enumerate((("v2", V2), ("v3", V3)))
     }
-    if as_json:
-        print_json(
+    if form:
+        print_data(
             {
                 "used": None if choice is None else choice.version,
                 "why": None if choice is None else choice.why,
@@ -180,12 +180,13 @@ def _show(as_json: bool) -> None:
                 "advice": None if state is None else state.advice,
                 "apis": apis,
                 "members": [asdict(member) for member in members],
-            }
+            },
+            form,
         )
     else:
         _print(choice, error, state, apis, members)
     if error is not None:
-        raise CalicoError(error if as_json else "No API of etcd can be used.")
+        raise CalicoError(error if form else "No API of etcd can be used.")
 
 
 def _contents(backends: Backends, api: str, users: bool | None) -> dict[str, Any]:

@@ -6,8 +6,8 @@ Usage:
 Options:
   --log-dir=<DIR>        the directory of the host agent's logs; default: the
                          one in its report, else /var/log/calico
-  -o, --output=<FORMAT>  json: an object with the archive's path; default: a
-                         sentence
+  -o, --output=<FORMAT>  json or yaml: an object with the archive's path;
+                         default: a sentence
 
 The archive, a .tar.gz that only its owner can read, is written to the folder
 for temporary files (TMPDIR, else /tmp). It holds this host's nftables and
@@ -34,7 +34,7 @@ from calicoctl.diagnose import archive
 from calicoctl.errors import CalicoError
 from calicoctl.felix import process
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, wants_json, with_progress
+from calicoctl.output import data_format, print_data, with_progress
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -42,16 +42,16 @@ def prepare(argv: list[str]) -> Prepared:
     log_dir = arguments["--log-dir"]
     if log_dir is not None and (not log_dir or not Path(log_dir).is_dir()):
         raise CalicoError(f"--log-dir={log_dir}: it is no directory")
-    return partial(_diags, log_dir, wants_json(arguments))
+    return partial(_diags, log_dir, data_format(arguments))
 
 
-def _diags(log_dir: str | None, as_json: bool) -> None:
+def _diags(log_dir: str | None, form: str | None) -> None:
     if log_dir is None:
         log_dir = _log_dir()
     found = list(archive.sources(log_dir).items())
     path = archive.collect(with_progress(found, "collecting"))
-    if as_json:
-        print_json({"file": str(path)})
+    if form:
+        print_data({"file": str(path)}, form)
     else:
         print(f"Diagnostics are in {path}")
 

@@ -26,8 +26,8 @@ Options:
                          default: all
   --detailed             one row per endpoint; default: counts per host
   --no-trunc             show everything on a terminal, however wide it is
-  -o, --output=<FORMAT>  json: an array, with the fields of the endpoints as
-                         in etcd; default: a table
+  -o, --output=<FORMAT>  json or yaml: an array, with the fields of the
+                         endpoints as in etcd; default: a table
 
 A workload's id is that of its Docker container, or the path of its namespace
 with every / as -. On a terminal, a Docker container is shown by its name,
@@ -69,7 +69,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, InvalidValue, NotFound, NotRoot, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse, require_root
-from calicoctl.output import abridges, first_few, print_json, print_table, wants_json, warn
+from calicoctl.output import abridges, data_format, first_few, print_data, print_table, warn
 from calicoctl.workloads import docker_networks, libnetwork, network_profiles
 from calicoctl.workloads.docker_networks import Connection
 from calicoctl.workloads.libnetwork import LIBNETWORK
@@ -105,7 +105,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 
 def _show(arguments: dict[str, Any]) -> None:
-    as_json = wants_json(arguments)
+    form = data_format(arguments)
     datastore = DatastoreClient.from_environment()
     endpoints = _matching(datastore, arguments, arguments["--endpoint"])
     filters = [f for f in ("--host", "--orchestrator", "--workload", "--endpoint") if arguments[f] is not None]
@@ -122,8 +122,8 @@ def _show(arguments: dict[str, Any]) -> None:
         (host, orchestrator, len({endpoint.id.workload for endpoint in some}), len(some))
         for (host, orchestrator), some in sorted(counts.items())
     ]
-    if as_json:
-        print_json([dict(zip(("host", "orchestrator", "workloads", "endpoints"), row)) for row in rows])
+    if form:
+        print_data([dict(zip(("host", "orchestrator", "workloads", "endpoints"), row)) for row in rows], form)
     else:
         columns = ["Hostname", "Orchestrator ID", "Number of Workloads", "Number of Endpoints"]
         print_table(columns, rows, complete=arguments["--no-trunc"])
@@ -181,12 +181,12 @@ def _unconnected_matching(host: str, arguments: dict[str, Any], endpoints: list[
 
 
 def _profile(arguments: dict[str, Any], names: list[str]) -> None:
-    as_json = wants_json(arguments)
+    form = data_format(arguments)
     id = arguments["<ENDPOINT_ID>"]
     datastore = DatastoreClient.from_environment()
     endpoint = _only(_matching(datastore, arguments, id), id)
     if arguments["show"]:
-        show_profiles(endpoint, as_json)
+        show_profiles(endpoint, form)
         return
     connection = None
     if endpoint.id.orchestrator == LIBNETWORK:
@@ -313,8 +313,9 @@ def show_endpoints(
     def status_of(id: EndpointId) -> tuple[str, str | None]:
         return ("error", reason_of[id]) if id in reason_of else stored_status_of(id)
 
-    if wants_json(arguments):
-        print_json(_as_json(endpoint, *status_of(endpoint.id)) for endpoint in endpoints)
+    form = data_format(arguments)
+    if form:
+        print_data((_as_json(endpoint, *status_of(endpoint.id)) for endpoint in endpoints), form)
         return
     short = abridges(arguments)
     rows = (_row(endpoint, status_of(endpoint.id)[0], short) for endpoint in endpoints)  # not all at once
@@ -386,10 +387,10 @@ def _duration(since: str) -> str:
     return f"for {seconds}s"
 
 
-def show_profiles(endpoint: Endpoint, as_json: bool) -> None:
+def show_profiles(endpoint: Endpoint, form: str | None) -> None:
     """Print the names of an endpoint's profiles, in the order of evaluation."""
-    if as_json:
-        print_json(endpoint.profile_ids)
+    if form:
+        print_data(endpoint.profile_ids, form)
     else:
         print("".join(f"{printable(name)}\n" for name in endpoint.profile_ids), end="")
 

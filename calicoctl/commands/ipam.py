@@ -11,7 +11,7 @@ Options:
   --force                release the address even if an endpoint uses it
   --fix                  repair what can be repaired safely, on this host (as
                          root)
-  -o, --output=<FORMAT>  json; default: text, or a table
+  -o, --output=<FORMAT>  json or yaml; default: text, or a table
 
 `info` shows the owner of an address and its block of 64; the exit status is 1
 if the address is not assigned. `show` counts the addresses of each pool:
@@ -44,7 +44,7 @@ from calicoctl.datastore.usage import counter, usages
 from calicoctl.diagnose import audit
 from calicoctl.errors import CalicoError, NotFound, for_each, one_line
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import first_few, print_json, print_table, quantity, wants_json, warn
+from calicoctl.output import data_format, first_few, print_data, print_table, quantity, warn
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -53,16 +53,16 @@ if TYPE_CHECKING:
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     if arguments["info"]:
-        return partial(_info, parse_address(arguments["<IP>"]), wants_json(arguments))
+        return partial(_info, parse_address(arguments["<IP>"]), data_format(arguments))
     if arguments["release"]:
         addresses = [parse_address(text) for text in arguments["<IPS>"]]
         return partial(_release, list(dict.fromkeys(addresses)), arguments["--force"])
     if arguments["show"]:
-        return partial(_show, wants_json(arguments))
-    return partial(_check, arguments["--fix"], wants_json(arguments))
+        return partial(_show, data_format(arguments))
+    return partial(_check, arguments["--fix"], data_format(arguments))
 
 
-def _info(address: IPAddress, as_json: bool) -> None:
+def _info(address: IPAddress, form: str | None) -> None:
     from netaddr.ip import IPNetwork
 
     datastore = DatastoreClient.from_environment()
@@ -92,8 +92,8 @@ def _info(address: IPAddress, as_json: bool) -> None:
         "namespace": facts.get("namespace"),
         "in_use": user is not None,
     }
-    if as_json:
-        print_json(shown)
+    if form:
+        print_data(shown, form)
     elif owner is not None or user is not None:
         print(f"IP {address} is {'in use' if user else 'assigned, but no endpoint has it'}.")
         for name, value in (
@@ -141,7 +141,7 @@ def _named(id: EndpointId) -> str:
     return f"{id.orchestrator} {short_id(id.workload)} on {id.host}"
 
 
-def _show(as_json: bool) -> None:
+def _show(form: str | None) -> None:
     datastore = DatastoreClient.from_environment()
     found = []
     for version in (4, 6):
@@ -150,14 +150,14 @@ def _show(as_json: bool) -> None:
         for error in sorted(invalid, key=lambda error: error.key):
             warn(f"Warning: {error}")
         found += usages(pools, counts)
-    if as_json:
-        print_json([asdict(usage) for usage in found])
+    if form:
+        print_data([asdict(usage) for usage in found], form)
     else:
         rows = [[usage.pool or "(in no pool)", *astuple(usage)[1:]] for usage in found]
         print_table(["Pool", "Addresses", "Used", "Free", "Borrowed"], rows)
 
 
-def _check(fix: bool, as_json: bool) -> None:
+def _check(fix: bool, form: str | None) -> None:
     datastore = DatastoreClient.from_environment()
     findings, unread = audit.check(datastore)
     if unread:
@@ -171,7 +171,7 @@ def _check(fix: bool, as_json: bool) -> None:
         why_not = audit.repair(finding) if fix else finding.advice
         fixed = fix and why_not is None
         left += not fixed
-        if as_json:
+        if form:
             shown.append({**finding.to_dict(), "fixed": fixed})
         else:
             if fixed:
@@ -181,8 +181,8 @@ def _check(fix: bool, as_json: bool) -> None:
             else:
                 ending = "--fix repairs it" if finding.fix else str(why_not)
             print(one_line(f"{finding.kind} {finding.subject}: {finding.problem} ({ending})"))
-    if as_json:
-        print_json(shown)
+    if form:
+        print_data(shown, form)
     elif not findings:
         print("Blocks, handles and endpoints agree.")
     if left:

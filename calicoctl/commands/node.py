@@ -57,8 +57,8 @@ Options:
   <PEER_IP>              the address of a router
   <AS_NUM>               its AS number, as 64512 or as 0.64512
   --ipv4, --ipv6         show IPv4, or IPv6, peers only
-  -o, --output=<FORMAT>  json: an array, of the peers as they stand in etcd,
-                         or of the hosts; default: a table
+  -o, --output=<FORMAT>  json or yaml: an array, of the peers as they stand
+                         in etcd, or of the hosts; default: a table
   --remove-endpoints     remove the host's endpoints, too; without it, a host
                          that has some is not removed
 
@@ -139,7 +139,7 @@ from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.plugin_process import PluginProcess
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.netlink import OUR_PROTOCOLS
-from calicoctl.output import print_json, print_table, quantity, wants_json, warn
+from calicoctl.output import data_format, print_data, print_table, quantity, warn
 from calicoctl.workloads import connected, docker_hook, docker_networks, libnetwork, locks, network_profiles
 
 AT_ONCE = 8
@@ -151,7 +151,7 @@ def prepare(argv: list[str]) -> Prepared:
     if arguments["bgp"]:
         return bgp.prepare_peers(arguments, of_this_host=True)
     if arguments["show"]:
-        return partial(_show, wants_json(arguments))
+        return partial(_show, data_format(arguments))
     require_root()
     if arguments["remove"] and arguments["--docker-hook"]:
         return _remove_hook
@@ -584,10 +584,10 @@ def _warn_of_networks() -> None:
             )
 
 
-def _show(as_json: bool) -> None:
+def _show(form: str | None) -> None:
     hosts = DatastoreClient.from_environment().hosts.summaries()
-    if as_json:
-        print_json([asdict(host) for host in hosts])
+    if form:
+        print_data([asdict(host) for host in hosts], form)
         return
     rows = [[h.name, h.ipv4, h.ipv6, h.as_num, h.agent, _counted(h.endpoints)] for h in hosts]
     print_table(["Host", "IPv4", "IPv6", "AS number", "Agent", "Endpoints"], rows)

@@ -27,8 +27,8 @@ Options:
                          they stay in use
   --ipv4                 show IPv4 pools only
   --ipv6                 show IPv6 pools only
-  -o, --output=<FORMAT>  json: an array of the pools, with the fields that
-                         they have in etcd; default: a table
+  -o, --output=<FORMAT>  json or yaml: an array of the pools, with the fields
+                         that they have in etcd; default: a table
 
 Adding an existing pool replaces its options. Pools must not overlap. A range
 is added as the fewest CIDRs that cover exactly the range. Nothing is changed
@@ -56,7 +56,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import NEVER, VXLAN_MODES, Pool
 from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import first_few, print_json, print_table, quantity, wants_json, warn
+from calicoctl.output import data_format, first_few, print_data, print_table, quantity, warn
 from calicoctl.workloads import host_network
 
 if TYPE_CHECKING:
@@ -217,12 +217,12 @@ def _remove(pools: list[IPNetwork | str], force: bool) -> None:
 
 
 def _show(arguments: dict[str, Any]) -> None:
-    as_json = wants_json(arguments)
+    form = data_format(arguments)
     datastore = DatastoreClient.from_environment()
     versions = [v for v, other in ((4, "--ipv6"), (6, "--ipv4")) if not arguments[other]]
     pools = {version: readable_pools(datastore, version) for version in versions}
-    if as_json:
-        print_json([_shown(pool) for version in versions for pool in pools[version]])
+    if form:
+        print_data([_shown(pool) for version in versions for pool in pools[version]], form)
         return
     for version in versions:
         rows = []

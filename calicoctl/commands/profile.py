@@ -31,7 +31,7 @@ Options:
                          it is evaluated, it then denies every packet
   --at=<POSITION>        a rule's position, counted from 1; default: after the
                          last one
-  -o, --output=<FORMAT>  json, for scripts; default: text
+  -o, --output=<FORMAT>  json or yaml, for scripts; default: text
 
 A rule is one of
 
@@ -80,7 +80,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotFound, UsageError, for_each, one_line, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import abridges, first_few, print_json, print_table, quantity, wants_json, warn
+from calicoctl.output import abridges, data_format, first_few, print_data, print_table, quantity, warn
 from calicoctl.policy.rules import check_name
 from calicoctl.workloads import network_profiles
 from calicoctl.workloads.workload import short_id
@@ -120,21 +120,21 @@ def _add(names: list[str]) -> None:
 
 
 def _show(arguments: dict[str, Any]) -> None:
-    as_json = wants_json(arguments)
+    form = data_format(arguments)
     datastore = DatastoreClient.from_environment()
     names = datastore.profile_names()
     if not arguments["--detailed"]:
-        if as_json:
-            print_json([{"name": name} for name in names])
+        if form:
+            print_data([{"name": name} for name in names], form)
         else:
             print_table(["Name"], [[name] for name in names], complete=arguments["--no-trunc"])
         return
     endpoints = readable_endpoints(datastore)
-    if as_json:
+    if form:
         copy, unread = datastore.copied(keys.PROFILES)  # of each by itself, there would be two requests
         for entry in unread:
             warn(f"Warning: {InvalidValue(entry.key, str(entry.problem))}")
-        print_json([_as_json(copy, name, endpoints) for name in names if copy.profile_exists(name)])
+        print_data([_as_json(copy, name, endpoints) for name in names if copy.profile_exists(name)], form)
         return
     short = abridges(arguments)
     rows: list[list[str]] = []
@@ -229,8 +229,9 @@ def _has_keys(datastore: DatastoreClient, profile: str) -> bool:
 
 def _tag_show(profile: str, arguments: dict[str, Any]) -> None:
     tags = DatastoreClient.from_environment().tags(profile)
-    if wants_json(arguments):
-        print_json(tags)
+    form = data_format(arguments)
+    if form:
+        print_data(tags, form)
     else:
         print("".join(f"{printable(tag)}\n" for tag in tags), end="")
 
@@ -267,7 +268,7 @@ def _remove_tag(datastore: DatastoreClient, profile: str, tag: str) -> None:
 
 def _prepare_rule(profile: str, arguments: dict[str, Any]) -> Prepared:
     if arguments["show"]:
-        return partial(_rule_show, profile, wants_json(arguments))
+        return partial(_rule_show, profile, data_format(arguments))
     if arguments["json"]:
         return partial(_rule_json, profile)
     if arguments["update"]:
@@ -281,12 +282,12 @@ def _prepare_rule(profile: str, arguments: dict[str, Any]) -> Prepared:
     return partial(_rule_add, profile, direction, position, rule)
 
 
-def _rule_show(profile: str, as_json: bool) -> None:
+def _rule_show(profile: str, form: str | None) -> None:
     from calicoctl.policy.rules import text
 
     rules = DatastoreClient.from_environment().rules(profile)
-    if as_json:
-        print_json([rules.to_dict()])
+    if form:
+        print_data([rules.to_dict()], form)
         return
     for heading, some in (("Inbound rules:", rules.inbound), ("Outbound rules:", rules.outbound)):
         print(heading)
@@ -295,7 +296,7 @@ def _rule_show(profile: str, as_json: bool) -> None:
 
 
 def _rule_json(profile: str) -> None:
-    print_json(DatastoreClient.from_environment().rules(profile).to_dict())
+    print_data(DatastoreClient.from_environment().rules(profile).to_dict(), "json")
 
 
 def _rule_update(profile: str) -> None:
@@ -385,11 +386,11 @@ def _prepare_trace(arguments: dict[str, Any]) -> Prepared:
 def _trace(arguments: dict[str, Any], protocol: str, port: int | None, source_port: int | None) -> None:
     from calicoctl.diagnose import trace
 
-    as_json = wants_json(arguments)
+    form = data_format(arguments)
     datastore = DatastoreClient.from_environment()
     found = trace.trace(datastore, arguments["<FROM>"], arguments["<TO>"], protocol, port, source_port)
-    if as_json:
-        print_json(found.to_dict())
+    if form:
+        print_data(found.to_dict(), form)
     else:
         for line in _trace_lines(found, datastore.host):
             print(one_line(line))

@@ -4,8 +4,8 @@ Usage:
   calicoctl status [--output=<FORMAT>]
 
 Options:
-  -o, --output=<FORMAT>  json: an object with all that the agent reports;
-                         default: text
+  -o, --output=<FORMAT>  json or yaml: an object with all that the agent
+                         reports; default: text
 
 Shows since when the agent runs, and the age of its report; since when reads,
 writes and watches of etcd work or fail; how many endpoints are up, down and
@@ -53,7 +53,7 @@ from calicoctl.diagnose.host_status import AGENT, CONTAINER, KEY, STORE, Issue
 from calicoctl.errors import CalicoError, one_line
 from calicoctl.felix import events
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, quantity, wants_json
+from calicoctl.output import data_format, print_data, quantity
 
 _WORKS = {True: "works", False: "fails", None: "has not been tried,"}
 
@@ -63,14 +63,14 @@ MOST_LINES = 10
 
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
-    return partial(_status, wants_json(arguments))
+    return partial(_status, data_format(arguments))
 
 
-def _status(as_json: bool) -> None:
+def _status(form: str | None) -> None:
     status = host_status.read(hostname())
     issues = host_status.issues(status)
-    if as_json:
-        print_json(status)
+    if form:
+        print_data(status, form)
     elif status["report"]["time"] is not None:
         for line in [*_lines(status), *_issue_lines(issues, any(status["left_out"].values()))]:
             print(one_line(line))

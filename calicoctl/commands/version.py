@@ -4,8 +4,8 @@ Usage:
   calicoctl version [--output=<FORMAT>]
 
 Options:
-  -o, --output=<FORMAT>  json: an object with the version; default: the
-                         version alone
+  -o, --output=<FORMAT>  json or yaml: an object with the version; default:
+                         the version alone
 
 Examples:
   calicoctl version
@@ -18,16 +18,16 @@ from functools import partial
 
 from calicoctl import __version__
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import print_json, wants_json
+from calicoctl.output import data_format, print_data
 
 
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
-    return partial(_version, wants_json(arguments))
+    return partial(_version, data_format(arguments))
 
 
-def _version(as_json: bool) -> None:
-    if as_json:
-        print_json({"version": __version__})
+def _version(form: str | None) -> None:
+    if form:
+        print_data({"version": __version__}, form)
     else:
         print(__version__)

@@ -101,7 +101,7 @@ def test_values(host: Host, blue: str, words: str, says: str) -> None:
         ("profile web rule add inbound permit", "did you mean 'allow'?"),
         ("profile web rule add inbound allow icmp code 3", "needs an ICMP type"),
         ("profile web rule add inbound allow icmp to ports 3", "goes with tcp and udp"),
-        ("profile show --output=yaml", "--output=yaml: it must be text or json"),
+        ("profile show --output=xml", "--output=xml: it must be text, json or yaml"),
         ("pool show --ipv4 --ipv6", "'--ipv4' and '--ipv6' do not go together"),
         ("version 7", "'7' does not fit"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calicoctl import output
-from calicoctl.output import first_few, fit, print_json, print_table, quantity
+from calicoctl.output import first_few, fit, print_data, print_table, quantity
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 ROW = ["host1", "docker", "web", "8573cd44e783", "192.168.0.1\nfd80::1", "aa:bb:cc:dd:ee:01", "a\nb", "active"]
@@ -87,9 +87,10 @@ def test_a_number_has_its_noun_in_the_singular_or_the_plural() -> None:
     assert [quantity(n, "address", "addresses") for n in (1, 2)] == ["1 address", "2 addresses"]
 
 
+@pytest.mark.parametrize("form", ["json", "yaml"])
 @pytest.mark.parametrize("items", [[], [1], [{"a": [1, "two\nlines"], "b": {}}, {"c": None}]])
-def test_an_iterator_is_printed_as_an_array(items: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    print_json(iter(items))
+def test_an_iterator_is_printed_as_an_array(items: list[Any], form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    print_data(iter(items), form)
     printed = capsys.readouterr().out
-    print_json(items)
+    print_data(items, form)
     assert printed == capsys.readouterr().out

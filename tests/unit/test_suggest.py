@@ -46,7 +46,7 @@ from calicoctl.grammar import COMMANDS
         ("container remove web --wait=3", "'--wait' does not go with 'calicoctl container remove'"),
         ("status now", "'now' does not fit after 'calicoctl status', which takes no more words"),
         ("profile 'web", "After"),
-        ("version -o xml", "--output=xml: it must be text or json"),
+        ("version -o xml", "--output=xml: it must be text, json or yaml"),
         ("--verbose status", "'--verbose' is not a calicoctl option"),
         ("--version status", "'status' does not fit after 'calicoctl --version', which takes no more words"),
         ("node start", "did you mean 'calicoctl node'?"),
