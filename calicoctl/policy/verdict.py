@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from calicoctl.addresses import BITS, number_of, version_of
 from calicoctl.datastore.model import Rule, Rules
@@ -22,6 +22,22 @@ neighbour solicitation and advertisement. Source: RFC 2710 and RFC 4861."""
 
 TagContains = Callable[[str, str], bool]
 """A function (tag, canonical address) -> whether an endpoint with this tag has this address."""
+
+
+class Party(NamedTuple):
+    """An address as one of the two parties of connections.
+
+    It is the source of a connection's first packet if `originates` is true, else the destination, as the packet has it
+    where it is forwarded.
+    """
+
+    address: str
+    originates: bool
+
+
+def either_party(addresses: Iterable[str]) -> set[Party]:
+    """Return each of these addresses as both parties."""
+    return {Party(address, originates) for address in addresses for originates in (True, False)}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.nft import NftError
 from calicoctl.felix.dataplane.vxlan import Route
 from calicoctl.felix.events import BgpChanged
+from calicoctl.policy.verdict import Packet, Party
 from calicoctl.workloads.mtu import Underlay
 
 Tables = dict[str, dict[str, list[str]]]
@@ -205,6 +206,11 @@ class FakeRoutes:
         self.routes.pop(index, None)
 
 
+def parties_of(packet: Packet) -> set[Party]:
+    """Return the parties of the connection that a packet begins."""
+    return {Party(packet.source, True), Party(packet.destination, False)}
+
+
 class FakeConntrack:
     """Open connections, as the driver Conntrack shows them. Listings are made when a test calls `answer`.
 
@@ -214,31 +220,31 @@ class FakeConntrack:
     def __init__(self, journal: list[str]) -> None:
         self.journal = journal
         self.connections: list[Connection] = []
-        self.requests: list[frozenset[str]] = []
+        self.requests: list[frozenset[Party]] = []
         self.count = 0
         self.error: str | None = None
 
-    def request(self, addresses: Collection[str], urgent: bool = False) -> int:
-        if addresses:
+    def request(self, parties: Collection[Party], urgent: bool = False) -> int:
+        if parties:
             self.count += 1
-            self.journal.append(f"request {' '.join(sorted(addresses))}")
-            self.requests.append(frozenset(addresses))
+            self.journal.append(f"request {' '.join(sorted({party.address for party in parties}))}")
+            self.requests.append(frozenset(parties))
         return self.count
 
     def answer(self) -> Listing:
         """Return the listing that answers all requests so far."""
-        addresses = frozenset().union(*self.requests)
+        parties = frozenset().union(*self.requests)
         self.requests = []
-        listing = self.list(addresses)
+        listing = self.list(parties)
         listing.number = self.count
         return listing
 
-    def list(self, addresses: Collection[str]) -> Listing:
+    def list(self, parties: Collection[Party]) -> Listing:
         self.journal.append("list")
         if self.error is not None:
-            return Listing(addresses, [], (), self.error)
-        found = [c for c in self.connections if {c.forwarded.source, c.forwarded.destination}.intersection(addresses)]
-        return Listing(addresses, found, ("192.0.2.2",))
+            return Listing(parties, [], (), self.error)
+        found = [c for c in self.connections if parties_of(c.forwarded).intersection(parties)]
+        return Listing(parties, found, ("192.0.2.2",))
 
     def delete(self, connections: Sequence[Connection]) -> None:
         if self.error is not None:

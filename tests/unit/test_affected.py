@@ -18,6 +18,7 @@ from calicoctl.desired.snapshot import Snapshot
 from calicoctl.felix.dataplane.conntrack_manager import allowed
 from calicoctl.felix.dataplane.ruleset import Ruleset
 from calicoctl.policy.verdict import Packet
+from tests.unit.kernel import parties_of
 from tests.unit.snapshots import HOST, Store, in_pools
 
 LOCAL, REMOTE = (1, 2), (3, 4)
@@ -117,4 +118,4 @@ def test_what_a_change_denies_is_affected_by_it(rounds: list[list[tuple[str, Any
             store.put(key, value)
         affected = ruleset.update(snapshot, snapshot.take_dirty()).affected
         for packet in before - allowed_packets():
-            assert {packet.source, packet.destination} & affected, f"{packet} is denied by {json.dumps(round)}"
+            assert parties_of(packet) & affected, f"{packet} is denied by {json.dumps(round)}"

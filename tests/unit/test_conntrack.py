@@ -14,7 +14,7 @@ import pytest
 from calicoctl import netlink
 from calicoctl.felix.dataplane import conntrack
 from calicoctl.felix.dataplane.conntrack import Conntrack, parse
-from calicoctl.policy.verdict import Packet
+from calicoctl.policy.verdict import Packet, Party, either_party
 
 NESTED = 0x8000
 
@@ -40,7 +40,9 @@ def tuple_of(kind: int, source: str, destination: str, protocol: int, **fields: 
 
 def found(original: bytes, reply: bytes, *addresses: str, more: bytes = b"") -> Packet | None:
     status = attribute(3, bytes(4))
-    connection = parse(original + reply + status + more, {packed(address) for address in addresses})
+    connection = parse(
+        original + reply + status + more, {(packed(address), o) for address in addresses for o in (True, False)}
+    )
     assert connection is None or connection.entry == original + more
     return None if connection is None else connection.forwarded
 
@@ -81,29 +83,32 @@ def test_the_keys_of_gre_are_no_ports() -> None:
 def test_what_is_no_connection() -> None:
     whole = tuple_of(1, "192.168.0.1", "192.168.0.2", 6, sport=1, dport=2)
     for message in (b"", b"\0", whole, whole[:-4], whole + attribute(2, b""), whole + attribute(2, attribute(1, b"x"))):
-        assert parse(message, {packed("192.168.0.1")}) is None
+        assert parse(message, {(packed("192.168.0.1"), True)}) is None
+
+
+BOTH = {Party("192.168.0.1", True), Party("192.168.0.2", True)}
 
 
 def test_one_listing_answers_the_requests_that_wait() -> None:
     driver = Conntrack(lambda _: None)
-    assert [driver.request([f"192.168.0.{number}"]) for number in (1, 2, 3)] == [1, 2, 3]
+    assert [driver.request([Party(f"192.168.0.{number}", True)]) for number in (1, 2, 3)] == [1, 2, 3]
     assert driver.request([]) == 3, "nothing is requested"
     found = driver._next_requests(time.monotonic() + 0.01, 0.0)
-    assert found == (3, {"192.168.0.1", "192.168.0.2", "192.168.0.3"})
+    assert found == (3, {Party("192.168.0.1", True), Party("192.168.0.2", True), Party("192.168.0.3", True)})
 
 
 def test_an_urgent_request_does_not_wait_and_takes_others_with_it() -> None:
     driver = Conntrack(lambda _: None)
-    driver.request(["192.168.0.1"])
-    threading.Timer(0.05, lambda: driver.request(["192.168.0.2"], urgent=True)).start()
-    assert driver._next_requests(time.monotonic() + 20, 0.0) == (2, {"192.168.0.1", "192.168.0.2"})
+    driver.request([Party("192.168.0.1", True)])
+    threading.Timer(0.05, lambda: driver.request([Party("192.168.0.2", True)], urgent=True)).start()
+    assert driver._next_requests(time.monotonic() + 20, 0.0) == (2, BOTH)
 
 
 def test_urgent_requests_in_close_succession_share_a_listing() -> None:
     driver = Conntrack(lambda _: None)
-    driver.request(["192.168.0.1"], urgent=True)
-    threading.Timer(0.05, lambda: driver.request(["192.168.0.2"], urgent=True)).start()
-    assert driver._next_requests(0.0, time.monotonic() + 0.5) == (2, {"192.168.0.1", "192.168.0.2"})
+    driver.request([Party("192.168.0.1", True)], urgent=True)
+    threading.Timer(0.05, lambda: driver.request([Party("192.168.0.2", True)], urgent=True)).start()
+    assert driver._next_requests(0.0, time.monotonic() + 0.5) == (2, BOTH)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +131,11 @@ def test_the_pauses_after_a_listing_grow_with_its_cost_and_are_bounded(
     ],
 )
 def test_the_kernel_filters_in_a_large_table_for_few_addresses(addresses: list[str], least: int) -> None:
-    assert conntrack._filters_pay(addresses, least) and not conntrack._filters_pay(addresses, least - 1000)
-    assert not conntrack._filters_pay([f"192.168.0.{number}" for number in range(4)], 10_000_000)
+    parties = either_party(addresses)
+    assert conntrack._filters_pay(parties, least) and not conntrack._filters_pay(parties, least - 1000)
+    many = either_party(f"192.168.0.{number}" for number in range(4))
+    assert not conntrack._filters_pay(many, 10_000_000)
+    assert conntrack._filters_pay([Party("192.168.0.1", True)], 1_000), "a single walk pays always"
 
 
 def entry(source: str, destination: str) -> bytes:
@@ -167,9 +175,20 @@ def test_a_kernel_that_does_not_filter_is_asked_to_only_once(
     monkeypatch.setattr(conntrack, "_entries", lambda: 100_000)
     driver = Conntrack(lambda _: None)
     for _ in range(2):
-        listed = [found.forwarded for found in driver.list([ONE]).connections]
+        listed = [found.forwarded for found in driver.list([Party(ONE, True), Party(ONE, False)]).connections]
         assert listed == [Packet(ONE, OTHER, 6, 4000, 80), Packet(OTHER, ONE, 6, 4000, 80)]
     assert kernel.asked == asked
+
+
+@pytest.mark.parametrize("filters", [True, False])
+def test_a_party_is_that_of_its_own_side_alone(monkeypatch: pytest.MonkeyPatch, filters: bool) -> None:
+    kernel = Kernel(filters)
+    monkeypatch.setattr(netlink, "dump", kernel.dump)
+    monkeypatch.setattr(conntrack, "_entries", lambda: 100_000)
+    for originates, packet in ((True, Packet(ONE, OTHER, 6, 4000, 80)), (False, Packet(OTHER, ONE, 6, 4000, 80))):
+        listed = Conntrack(lambda _: None).list([Party(ONE, originates)]).connections
+        assert [found.forwarded for found in listed] == [packet]
+    assert kernel.asked == ([True, True] if filters else [True, False, True, False])
 
 
 def test_the_kernel_is_not_asked_to_filter_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +196,7 @@ def test_the_kernel_is_not_asked_to_filter_ipv6(monkeypatch: pytest.MonkeyPatch)
     kernel = Kernel(True)
     monkeypatch.setattr(netlink, "dump", kernel.dump)
     monkeypatch.setattr(conntrack, "_entries", lambda: 100_000)
-    listed = Conntrack(lambda _: None).list([ONE, "fd00::9"]).connections
+    listed = Conntrack(lambda _: None).list(either_party([ONE, "fd00::9"])).connections
     assert kernel.asked == [True, True, False]
     assert Packet("fd00::1", "fd00::9", 6, 4000, 80) in [found.forwarded for found in listed]
 
@@ -186,4 +205,4 @@ def test_an_empty_table_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(True)
     monkeypatch.setattr(netlink, "dump", kernel.dump)
     monkeypatch.setattr(conntrack, "_entries", lambda: 0)
-    assert Conntrack(lambda _: None).list([ONE]).connections == [] and kernel.asked == []
+    assert Conntrack(lambda _: None).list(either_party([ONE])).connections == [] and kernel.asked == []

@@ -8,7 +8,7 @@ from calicoctl.felix.dataplane.conntrack import Connection
 from calicoctl.felix.dataplane.conntrack_manager import ConntrackManager, allowed
 from calicoctl.felix.dataplane.policy_manager import PolicyManager
 from calicoctl.felix.events import Tick
-from calicoctl.policy.verdict import Packet
+from calicoctl.policy.verdict import Packet, either_party
 from tests.unit.kernel import FakeConntrack, FakeNft
 from tests.unit.snapshots import World, endpoint_id
 
@@ -188,7 +188,7 @@ def test_listings_that_come_while_the_tables_are_unknown_are_made_again(world: C
     world.verify()
     assert world.conntrack.connections
     world.manager.on_event(Tick())
-    assert world.conntrack.requests == [frozenset({A, "fe80::ff:fe00:1"})]
+    assert world.conntrack.requests == [either_party([A, "fe80::ff:fe00:1"])]
     world.round()
     world.verify()
     assert not world.conntrack.connections and world.nft.has_fast_path()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from calicoctl.datastore.reserved import HostNetwork, Network, Servers
 from calicoctl.felix.dataplane.host_rules import BASE_CHAINS, Ports
+from calicoctl.policy.verdict import either_party
 from tests.unit.test_ruleset import Tables
 
 A, B, C, B6 = "192.168.0.1", "192.168.1.1", "192.168.2.1", "fd80::1"
@@ -40,7 +41,7 @@ class Hosts(Tables):
         dirty.topology = True
         update = self.ruleset.update(self.snapshot, dirty, None, ports)
         self.nft.run(update.commands)
-        return update.affected
+        return {party.address for party in update.affected}
 
     def owner(self, address: str) -> str | None:
         elements = self.nft.set(f"owners{6 if ':' in address else 4}")
@@ -242,10 +243,10 @@ def test_connections_of_a_host_that_is_gone_or_of_a_pool_are_verified() -> None:
     tables = Hosts()
     tables.nft.run(tables.ruleset.restore_established_fast_path())
     tables.store.put("/calico/bgp/v1/host/host2/ip_addr_v4", None)
-    assert tables.update()[1] == {TWO}
+    assert tables.update()[1] == either_party([TWO])
     assert tables.nft.set("hosts4") == [ONE, THREE] and "chain inet calico host/host2" not in tables.nft.objects
     tables.store.put("/calico/v1/ipam/v4/pool/192.168.0.0-16", None)
-    assert tables.update()[1] == {THREE}
+    assert tables.update()[1] == either_party([THREE])
     tables.register("host2", TWO)
     assert tables.update()[1] == set(), "a new host denies nothing"
 

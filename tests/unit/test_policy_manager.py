@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.felix.dataplane import policy_manager
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.manager import PendingAddresses
 from calicoctl.felix.dataplane.policy_manager import BACKOFF, PolicyManager
-from calicoctl.felix.events import BgpChanged, LinkChanged, TablesChanged, Tick
+from calicoctl.felix.events import BgpChanged, LinkChanged, TablesChanged
+from calicoctl.policy.verdict import Party
 from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import World, endpoint_id
 
@@ -49,14 +49,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> PolicyWorld:
 def test_the_first_apply_loads_the_tables_as_a_whole(world: PolicyWorld) -> None:
     assert world.manager.in_sync and world.manager.reloaded
     assert world.nft.set("from") == ['"cali1" : goto from/web'] and "delete table" in world.nft.transactions[0]
-    assert A in world.manager.affected
+    assert Party(A, True) in world.manager.affected
 
 
 def test_a_change_is_one_transaction_of_what_differs(world: PolicyWorld) -> None:
     world.store.profile("web", ALLOW)
     assert world.apply() == 1 and not world.manager.reloaded
     assert world.nft.chain("inbound/web") == ["accept"]
-    assert "delete table" not in world.nft.transactions[-1] and A in world.manager.affected
+    assert "delete table" not in world.nft.transactions[-1] and Party(A, True) in world.manager.affected
     assert not world.manager.needs_apply and world.apply() == 0
 
 
@@ -100,51 +100,8 @@ def test_tables_that_another_process_has_modified_are_reloaded(world: PolicyWorl
     assert not world.manager.needs_apply
     world.manager.on_event(TablesChanged(frozenset(["calico"])))
     world.apply()
-    assert world.manager.reloaded and world.nft.set("from")
-
-
-def test_what_proves_the_macs_of_hosts_outlives_the_tables(world: PolicyWorld) -> None:
-    world.store.put("/calico/bgp/v1/host/host2/ip_addr_v4", "172.18.0.12")
-    world.store.put("/calico/bgp/v1/host/host2/macs", ["02:00:00:00:00:12"])
-    eth0 = Network.of("172.18.0.0", 24, "eth0")
-    reached = {"172.18.0.12": frozenset(["eth0"])}
-    world.snapshot.set_network(HostNetwork(networks=(eth0,), reached=reached))
-    world.apply()
-    assert world.nft.set("proven/host2") == []
-    world.nft.run('add element inet calico proven/host2 { "eth0" }')  # as a packet does
-    world.manager.invalidate(-1)
-    world.apply()
-    assert world.manager.reloaded and world.nft.set("proven/host2") == ['"eth0"']
-
-
-def test_lost_notifications_mean_a_reload_only_if_the_tables_are_gone(world: PolicyWorld) -> None:
-    world.manager.on_event(TablesChanged(frozenset([""])))
-    assert world.manager.in_sync, "the notifications were those of our own changes"
-    world.nft.flush_ruleset()
-    world.manager.on_event(TablesChanged(frozenset([""])))
-    assert not world.manager.in_sync
-
-
-def test_while_the_store_must_not_be_used_the_tables_are_restored_as_they_were(world: PolicyWorld) -> None:
-    before = world.nft.objects
-    world.manager.restore_established_fast_path()
-    world.store.profile("web", ALLOW)  # not applied: the store is not ready
-    world.manager.restore()
-    assert len(world.nft.transactions) == 2, "the tables are as they were"
-    world.nft.flush_ruleset()
-    world.manager.on_event(TablesChanged(frozenset(["calico"])))
-    world.nft.refusals = 1
-    world.manager.restore()
-    world.manager.restore()
-    assert not world.manager.in_sync and not world.nft.objects, "a failure is retried at the next tick only"
-    assert "by order of the test" in str(world.health.last_error)
-    assert "by order of the test" in str(world.health.last_error)
-    world.manager.on_event(Tick())
-    world.manager.restore()
-    assert world.manager.in_sync and world.nft.objects == before, "without the fast path"
-    world.manager.affected = set()
-    assert world.apply() == 1 and world.nft.chain("inbound/web") == ["accept"]
-    assert world.manager.reloaded and A in world.manager.affected, "connections may have begun without the tables"
+    assert world.manager.reloaded, "connections may have begun without the tables"
+    assert Party(A, True) in world.manager.affected
     assert not world.manager.needs_apply
 
 

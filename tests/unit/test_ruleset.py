@@ -6,6 +6,7 @@ import pytest
 
 from calicoctl.desired.snapshot import Dirty, Snapshot
 from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
+from calicoctl.policy.verdict import Party, either_party
 from tests.random_changes import check_random_updates
 from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import Store, endpoint_id, in_pools
@@ -25,8 +26,8 @@ class Tables:
         self.nft.run(self.ruleset.load(self.snapshot).commands)
         self.snapshot.take_dirty()
 
-    def update(self, pending: dict | None = None) -> tuple[str, set[str]]:
-        """Apply what has changed; return the commands, and the addresses that they affect."""
+    def update(self, pending: dict | None = None) -> tuple[str, set[Party]]:
+        """Apply what has changed; return the commands, and the parties that they affect."""
         update = self.ruleset.update(self.snapshot, self.snapshot.take_dirty(), pending)
         if update.commands:
             self.nft.run(update.commands)
@@ -47,7 +48,7 @@ def test_an_endpoint_is_in_every_set_and_leaves_each() -> None:
     assert tables.nft.set("from") == ['"cali1" : goto from/web'] and tables.nft.set("to") == ['"cali1" : goto to/web']
     assert tables.nft.set("senders4") == [f'"cali1" . 02:00:00:00:00:01 . {A}'] == tables.nft.set("senders", "arp")
     assert f'"cali1" . 02:00:00:00:00:01 . {A6}' in tables.nft.set("senders6")
-    assert affected == {A, A6, "fe80::ff:fe00:1"}
+    assert affected == either_party([A, A6, "fe80::ff:fe00:1"])
     assert tables.nft.chain("inbound/web") == ["drop"], "a profile that cannot be read denies"
     tables.store.endpoint(1)
     tables.update()
@@ -64,7 +65,7 @@ def test_the_commands_grow_with_the_change_and_not_with_the_host() -> None:
     tables.store.endpoint(1, "10.0.0.1", "10.0.1.1")
     commands, affected = tables.update()
     assert "10.0.0.2" not in commands and len(commands.splitlines()) < 40
-    assert affected == {"10.0.0.1", "10.0.1.1", "fe80::ff:fe00:1"}
+    assert affected == either_party(["10.0.0.1", "10.0.1.1", "fe80::ff:fe00:1"])
     assert tables.update() == ("", set())
 
 
@@ -102,18 +103,19 @@ def test_a_tag_in_use_has_the_addresses_of_all_hosts() -> None:
 @pytest.mark.parametrize(
     ("action", "by_joining", "by_leaving"), [("allow", set(), {B, A6}), ("deny", {B, A6}, set()), ("log", set(), set())]
 )
+@pytest.mark.parametrize(("side", "originates"), [("src_tag", True), ("dst_tag", False)])
 def test_an_address_in_a_tag_is_affected_when_a_connection_of_its_may_be_denied(
-    action: str, by_joining: set[str], by_leaving: set[str]
+    action: str, by_joining: set[str], by_leaving: set[str], side: str, originates: bool
 ) -> None:
     tables = Tables()
-    tables.store.profile("web", {"action": action, "src_tag": "db"}, ALLOW)
+    tables.store.profile("web", {"action": action, side: "db"}, ALLOW)
     tables.store.profile("db", tags=["db"])
     tables.store.endpoint(1, A)
     tables.update()
     tables.store.endpoint(2, B, A6, host="elsewhere", profile_ids=["db"])
-    assert tables.update()[1] == by_joining
+    assert tables.update()[1] == {Party(address, originates) for address in by_joining}
     tables.store.endpoint(2, host="elsewhere")
-    assert tables.update()[1] == by_leaving
+    assert tables.update()[1] == {Party(address, originates) for address in by_leaving}
 
 
 def test_rules_that_change_while_an_address_leaves_their_tag_affect_their_endpoints() -> None:
@@ -125,7 +127,7 @@ def test_rules_that_change_while_an_address_leaves_their_tag_affect_their_endpoi
     tables.update()
     tables.store.endpoint(2, host="elsewhere")
     tables.store.profile("web", {"action": "deny", "src_tag": "db"})
-    assert A in tables.update()[1], "a connection from B to A is denied now"
+    assert either_party([A]) <= tables.update()[1], "a connection from B to A is denied now"
 
 
 def test_endpoints_with_the_same_profiles_share_chains() -> None:
@@ -169,7 +171,7 @@ def test_the_hosts_action_and_pools_are_in_the_tables() -> None:
     tables.update()
     assert tables.nft.chain("host-action") == ["accept"]
     tables.store.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "DROP")
-    assert A in tables.update()[1] and tables.nft.chain("host-action") == ["drop"]
+    assert Party(A, True) in tables.update()[1] and tables.nft.chain("host-action") == ["drop"]
     for cidr in ("10.0.0.0/9", "10.128.0.0/9"):
         key = f"/calico/v1/ipam/v4/pool/{cidr.replace('/', '-')}"
         tables.store.put(key, {"cidr": cidr, "masquerade": True})

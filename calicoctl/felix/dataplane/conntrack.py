@@ -31,7 +31,7 @@ from calicoctl.addresses import FAMILIES, pack, unpack, version_of
 from calicoctl.errors import CalicoError
 from calicoctl.output import quantity
 from calicoctl.policy.rules import ICMP, ICMPV6, WITH_PORTS
-from calicoctl.policy.verdict import Packet
+from calicoctl.policy.verdict import Packet, Party
 from calicoctl.workloads import host_network
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
@@ -67,14 +67,14 @@ class Connection:
 
 @dataclass
 class Listing:
-    """The answer to one or more requests for the connections from or to some addresses.
+    """The answer to one or more requests for the connections of some parties.
 
     If the connections could not be listed, `error` says why, and `connections` is empty. `host_addresses` are this
     host's own addresses; it is empty if `connections` is. `number` is the number of the last request that this listing
     answers. It is 0 if `Conntrack.list` was called directly, without a request.
     """
 
-    addresses: Collection[str]
+    parties: Collection[Party]
     connections: Sequence[Connection]
     host_addresses: Collection[str]
     error: str | None = None
@@ -83,10 +83,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class _Request:
-    """A request for the connections of some addresses. If `urgent` is True, it is answered after a shorter pause."""
+    """A request for the connections of some parties. If `urgent` is True, it is answered after a shorter pause."""
 
     number: int
-    addresses: frozenset[str]
+    parties: frozenset[Party]
     urgent: bool
 
 
@@ -102,77 +102,77 @@ class Conntrack(threading.Thread):
         self._kernel_filters = True
         """Whether the kernel can list the connections of one address alone, as far as is known (since Linux 5.8)."""
 
-    def request(self, addresses: Collection[str], urgent: bool = False) -> int:
-        """Request a listing of the connections from or to these addresses. Return the number of the request.
+    def request(self, parties: Collection[Party], urgent: bool = False) -> int:
+        """Request a listing of the connections of these parties. Return the number of the request.
 
         Requests are numbered from 1. The Listing is passed to `put`. After the previous listing, the thread waits for
         up to _LONGEST_PAUSE seconds before it begins this one, or up to _LONGEST_URGENT_PAUSE if the request is urgent.
-        If `addresses` is empty, nothing is requested, and the number of the previous request is returned, 0 if there
+        If `parties` is empty, nothing is requested, and the number of the previous request is returned, 0 if there
         was none.
         """
-        if addresses:
+        if parties:
             self._count += 1
-            self._requests.put(_Request(self._count, frozenset(addresses), urgent))
+            self._requests.put(_Request(self._count, frozenset(parties), urgent))
         return self._count
 
     def run(self) -> None:
         not_before = urgent_not_before = 0.0
         while True:
-            number, addresses = self._next_requests(not_before, urgent_not_before)
+            number, parties = self._next_requests(not_before, urgent_not_before)
             start = time.thread_time()
             try:
-                listing = self.list(addresses)
+                listing = self.list(parties)
             except Exception as error:  # the next listing may succeed
                 why = f"connections could not be listed ({type(error).__name__}: {error})"
-                listing = Listing(addresses, [], (), why)
+                listing = Listing(parties, [], (), why)
             listing.number = number
             pause, urgent_pause = _pauses_after(time.thread_time() - start)
             now = time.monotonic()
             not_before, urgent_not_before = now + pause, now + urgent_pause
             self._put(listing)
 
-    def _next_requests(self, not_before: float, urgent_not_before: float) -> tuple[int, set[str]]:
+    def _next_requests(self, not_before: float, urgent_not_before: float) -> tuple[int, set[Party]]:
         """Wait for a request, and then for more until `not_before`, or until `urgent_not_before` if one is urgent.
 
-        Both are times of the monotonic clock. Return the number of the last request, and the addresses of all of them.
+        Both are times of the monotonic clock. Return the number of the last request, and the parties of all of them.
         """
         request: _Request | None = self._requests.get()
-        number, addresses, urgent = 0, set[str](), False
+        number, parties, urgent = 0, set[Party](), False
         while request is not None:
             number, urgent = request.number, urgent or request.urgent
-            addresses |= request.addresses
+            parties |= request.parties
             until = urgent_not_before if urgent else not_before
             try:
                 request = self._requests.get(timeout=max(0.0, until - time.monotonic()))
             except Empty:
                 request = None
-        return number, addresses
+        return number, parties
 
-    def list(self, addresses: Collection[str]) -> Listing:
-        """Return the connections from or to these addresses. Blocks the calling thread.
+    def list(self, parties: Collection[Party]) -> Listing:
+        """Return the connections of these parties. Blocks the calling thread.
 
         If the connections cannot be listed, `error` of the result says why.
         """
         try:
-            found = self._connections_of(addresses, _entries()) if addresses else []
-            return Listing(addresses, found, host_network.own_addresses() if found else ())
+            found = self._connections_of(parties, _entries()) if parties else []
+            return Listing(parties, found, host_network.own_addresses() if found else ())
         except CalicoError as error:
-            return Listing(addresses, [], (), str(error))
+            return Listing(parties, [], (), str(error))
 
-    def _connections_of(self, addresses: Collection[str], entries: int | None) -> Sequence[Connection]:
-        """Return the connections whose first packet, or whose replies, come from these addresses. Raises CalicoError.
+    def _connections_of(self, parties: Collection[Party], entries: int | None) -> Sequence[Connection]:
+        """Return the connections of these parties. Raises CalicoError.
 
         `entries` is the number of entries of the table, None if it is unknown.
         """
         if entries == 0:
             return []
         try:
-            if entries is not None and self._kernel_filters and _filters_pay(addresses, entries):
-                found = _filtered(addresses)
+            if entries is not None and self._kernel_filters and _filters_pay(parties, entries):
+                found = _filtered(parties)
                 if found is not None:
                     return found
                 self._kernel_filters = False
-            return _unfiltered(addresses)
+            return _unfiltered(parties)
         except OSError as error:
             raise CalicoError(f"open connections cannot be listed: {error.strerror or error}") from None
 
@@ -217,73 +217,72 @@ def _entries() -> int | None:
         return None
 
 
-def _filters_pay(addresses: Collection[str], entries: int) -> bool:
+def _filters_pay(parties: Collection[Party], entries: int) -> bool:
     """Return whether `_filtered` takes less CPU time than `_unfiltered`, for a table with this number of `entries`.
 
     Each dump walks through the whole table, which takes as long as to send 5,000 entries if the table is empty, and for
     each entry an eighth of the time to send it (measured with the usual 262,144 buckets).
     """
-    walks = sum(2 if version_of(address) == 4 else 0 for address in addresses)
-    walks += any(version_of(address) == 6 for address in addresses)
+    walks = sum(version_of(party.address) == 4 for party in parties)
+    walks += any(version_of(party.address) == 6 for party in parties)
     return walks * (5000 + entries / 8) < 5000 + entries
 
 
-def _filtered(addresses: Collection[str]) -> list[Connection] | None:
-    """Return the connections of these addresses: of each IPv4 address by dumps that the kernel filters.
+def _filtered(parties: Collection[Party]) -> list[Connection] | None:
+    """Return the connections of these parties: of each with an IPv4 address by a dump that the kernel filters.
 
-    Those of IPv6 addresses are found by `_unfiltered`. Return None if the kernel ignores the filter, as it does before
+    Those of the others are found by `_unfiltered`. Return None if the kernel ignores the filter, as it does before
     Linux 5.8. Raises OSError.
     """
     found: dict[bytes, Connection] = {}
-    for address in addresses:
-        if version_of(address) == 6:
+    for party in parties:
+        if version_of(party.address) == 6:
             continue
-        packed = pack(address)
+        packed = pack(party.address)
         source = netlink.attribute(netlink.NESTED | _TUPLE_IP, netlink.attribute(_IPV4_SRC, packed))
-        for of_tuple, flags in ((_TUPLE_ORIG, _FILTER_ORIG_FLAGS), (_TUPLE_REPLY, _FILTER_REPLY_FLAGS)):
-            which = netlink.attribute(flags, struct.pack("=I", _BY_SOURCE))
-            request = _header(socket.AF_INET) + netlink.attribute(netlink.NESTED | of_tuple, source)
-            request += netlink.attribute(netlink.NESTED | _FILTER, which)
-            for body in netlink.dump(netlink.NETLINK_NETFILTER, _GET, request):
-                if packed not in body:
-                    return None
-                connection = parse(body[4:], (packed,))
-                if connection is not None:
-                    found[connection.entry] = connection
+        of_tuple, flags = (_TUPLE_ORIG, _FILTER_ORIG_FLAGS) if party.originates else (_TUPLE_REPLY, _FILTER_REPLY_FLAGS)
+        request = _header(socket.AF_INET) + netlink.attribute(netlink.NESTED | of_tuple, source)
+        which = netlink.attribute(flags, struct.pack("=I", _BY_SOURCE))
+        request += netlink.attribute(netlink.NESTED | _FILTER, which)
+        for body in netlink.dump(netlink.NETLINK_NETFILTER, _GET, request):
+            if packed not in body:
+                return None
+            connection = parse(body[4:], {(packed, party.originates)})
+            if connection is not None:
+                found[connection.entry] = connection
     # Linux (6.18, say) compares IPv6 addresses the wrong way round: it leaves out the entries that were asked for
-    of_ipv6 = [address for address in addresses if version_of(address) == 6]
+    of_ipv6 = [party for party in parties if version_of(party.address) == 6]
     return [*found.values(), *(_unfiltered(of_ipv6) if of_ipv6 else ())]
 
 
-def _unfiltered(addresses: Collection[str]) -> list[Connection]:
-    """Return the connections of these addresses, found among all that the kernel lists. Raises OSError."""
-    desired = {pack(address) for address in addresses}
-    families = {FAMILIES[version_of(address)] for address in addresses}
+def _unfiltered(parties: Collection[Party]) -> list[Connection]:
+    """Return the connections of these parties, found among all that the kernel lists. Raises OSError."""
+    families = {FAMILIES[version_of(party.address)] for party in parties}
     # both at once: for each dump, the kernel walks its whole table, which takes 10 ms also if it is almost empty
     family = families.pop() if len(families) == 1 else socket.AF_UNSPEC
     # most entries of a busy host are not worth parsing
-    few = desired if len(desired) < 16 else None
+    wanted = {(pack(party.address), party.originates) for party in parties}
+    few = {packed for packed, _ in wanted} if len(wanted) < 16 else None
     found = []
     for body in netlink.dump(netlink.NETLINK_NETFILTER, _GET, _header(family), containing=few):
-        connection = parse(body[4:], desired)
+        connection = parse(body[4:], wanted)
         if connection is not None:
             found.append(connection)
     return found
 
 
-def parse(message: bytes, addresses: Collection[bytes]) -> Connection | None:
+def parse(message: bytes, wanted: Collection[tuple[bytes, bool]]) -> Connection | None:
     """Return the connection that the netlink attributes in `message` describe.
 
-    Return None if neither the connection's first packet nor its replies come from one of `addresses` (packed), or if
-    the attributes cannot be parsed.
+    Return None if neither of its parties is in `wanted`, which contains each Party with its address packed, or if the
+    attributes cannot be parsed.
     """
     try:
         entry = netlink.attributes(message)
         original = netlink.attributes(entry[_TUPLE_ORIG])
         reply = netlink.attributes(entry[_TUPLE_REPLY])
-        source = _source(original)
-        answerer = _source(reply)
-        if source not in addresses and answerer not in addresses:
+        source, answerer = _source(original), _source(reply)
+        if (source, True) not in wanted and (answerer, False) not in wanted:
             return None
         first, answer = netlink.attributes(original[_TUPLE_PROTO]), netlink.attributes(reply[_TUPLE_PROTO])
         number = first[_NUMBER][0]

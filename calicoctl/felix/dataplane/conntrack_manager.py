@@ -3,15 +3,16 @@
 While an address is pending, nothing is programmed for it, so the endpoint cannot use it.
 
 Packets of an established connection pass without evaluation of the rules (the established fast path). So after a change
-of policy, the addresses that the change affects are *unverified*. Their connections are listed (conntrack.py, in a
-thread of its own) and *verified*: those that policy denies now are deleted. Until all addresses are verified, the
-tables evaluate the rules for all packets in a connection's first direction (ruleset.py).
+of policy, the parties (verdict.Party) that the change affects are *unverified*. Their connections are listed
+(conntrack.py, in a thread of its own) and *verified*: those that policy denies now are deleted. Until all parties are
+verified, the tables evaluate the rules for all packets in a connection's first direction (ruleset.py).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.datastore.model import Rules
@@ -22,7 +23,7 @@ from calicoctl.felix.dataplane.conntrack import Listing
 from calicoctl.felix.dataplane.manager import Context, Manager, PendingAddresses
 from calicoctl.felix.events import Tick
 from calicoctl.felix.health import Status
-from calicoctl.policy.verdict import Packet, TagContains, decide, is_from_host, is_host_service
+from calicoctl.policy.verdict import Packet, Party, TagContains, decide, either_party, is_from_host, is_host_service
 
 if TYPE_CHECKING:
     from calicoctl.datastore.keys import EndpointId
@@ -43,12 +44,12 @@ class ConntrackManager(Manager):
         self._pending = context.pending
         self._admitted: set[EndpointId] = set()
         """Endpoints whose pending addresses have been verified. The next `defer_new_addresses` adds them to `dirty`."""
-        self._affected: set[str] = set()
-        """Unverified addresses for which no listing has been requested yet."""
-        self._unverified: dict[str, int] = {}
-        """Unverified address -> the number of the request whose listing must be verified; 0 before the request."""
-        self._failed: set[str] = set()
-        """Addresses whose connections are listed again at the next Tick, since listing, verifying or deleting them
+        self._affected: set[Party] = set()
+        """Unverified parties for which no listing has been requested yet."""
+        self._unverified: dict[Party, int] = {}
+        """Unverified party -> the number of the request whose listing must be verified; 0 before the request."""
+        self._failed: set[Party] = set()
+        """Parties whose connections are listed again at the next Tick, since listing, verifying or deleting them
         failed.
         """
         self._listings: list[Listing] = []
@@ -58,7 +59,7 @@ class ConntrackManager(Manager):
             self._listings.append(event)
         elif isinstance(event, Tick):
             number = self._conntrack.request(self._failed)
-            self._unverified.update({address: number for address in self._failed if address in self._unverified})
+            self._unverified.update({party: number for party in self._failed if party in self._unverified})
             self._failed = set()
 
     def defer_new_addresses(self, dirty: Dirty) -> None:
@@ -84,19 +85,20 @@ class ConntrackManager(Manager):
             if new:
                 if self._policy.in_sync and not self._policy.ruleset.has(id):
                     dirty.endpoints.discard(id)
-                self._pending[id] = PendingAddresses(new, self._conntrack.request(new, urgent=True))
+                self._pending[id] = PendingAddresses(new, self._conntrack.request(either_party(new), urgent=True))
         dirty.endpoints |= self._admitted
         self._admitted.clear()
 
     def mark_unverified(self) -> None:
-        """Mark as unverified the addresses that the PolicyManager's last `apply` has affected.
+        """Mark as unverified the parties that the PolicyManager's last `apply` has affected.
 
-        Policy may deny open connections of these addresses now. If that `apply` has reloaded the tables, all addresses
-        that are unverified or pending must be verified again, so they are marked, too.
+        Policy may deny open connections of these parties now. If that `apply` has reloaded the tables, all parties that
+        are unverified, and all pending addresses, must be verified again, so they are marked, too.
         """
         affected = set(self._policy.affected)
         if self._policy.reloaded:  # what was being verified is verified again
-            affected |= self._failed.union(self._unverified, *(pending.addresses for pending in self._pending.values()))
+            affected |= self._failed.union(self._unverified)
+            affected |= either_party(chain.from_iterable(pending.addresses for pending in self._pending.values()))
             self._failed = set()
         self._unverified.update(dict.fromkeys(affected, 0))
         self._affected |= affected
@@ -106,7 +108,7 @@ class ConntrackManager(Manager):
         return bool(self._affected)
 
     def apply(self) -> None:
-        """Request a listing of the connections of the addresses marked as unverified since the last request.
+        """Request a listing of the connections of the parties marked as unverified since the last request.
 
         The Listing arrives as an event.
         """
@@ -114,7 +116,7 @@ class ConntrackManager(Manager):
         self._unverified.update(dict.fromkeys(affected, self._conntrack.request(affected)))
 
     def verify_now(self) -> None:
-        """List and verify the connections of the unverified addresses at once, in this thread.
+        """List and verify the connections of the unverified parties at once, in this thread.
 
         Called at the agent's start, before the host forwards packets. A failure is reported, and the connections are
         listed again at the next Tick.
@@ -132,21 +134,21 @@ class ConntrackManager(Manager):
     def discard_listings(self) -> None:
         """Discard the listings that have arrived. Called while the snapshot must not be applied.
 
-        They cannot be verified then. The connections of their addresses are listed again at the next Tick.
+        They cannot be verified then. The connections of their parties are listed again at the next Tick.
         """
         for listing in self._listings:
-            self._failed.update(listing.addresses)
+            self._failed.update(listing.parties)
         self._listings = []
 
     def _on_conntrack_listing(self, listing: Listing) -> None:
         if not self._policy.in_sync:
-            self._failed.update(listing.addresses)  # listed again when the tables are reloaded
+            self._failed.update(listing.parties)  # listed again when the tables are reloaded
             return
         why = self._end_denied_connections(listing)
         verified = [
             id
             for id, pending in self._pending.items()
-            if pending.requested <= listing.number and pending.addresses <= set(listing.addresses)
+            if pending.requested <= listing.number and either_party(pending.addresses) <= set(listing.parties)
         ]
         for id in verified:
             if why is None:
@@ -158,8 +160,8 @@ class ConntrackManager(Manager):
     def _end_denied_connections(self, listing: Listing) -> str | None:
         """Delete the listed connections that policy denies. Return None if that succeeds, or the reason if it fails.
 
-        After a success, mark the listing's addresses as verified. After a failure, report it, and have the connections
-        of the same addresses listed again at the next Tick.
+        After a success, mark the listing's parties as verified. After a failure, report it, and have the connections
+        of the same parties listed again at the next Tick.
         """
         try:
             if listing.error is not None:
@@ -173,7 +175,7 @@ class ConntrackManager(Manager):
             self._conntrack.delete(denied)
         except CalicoError as error:
             self._context.health.error(str(error))
-            self._failed.update(listing.addresses)
+            self._failed.update(listing.parties)
             return str(error)
         if denied:
             log.info("ended %d open connections that policy denies now", len(denied))
@@ -183,9 +185,9 @@ class ConntrackManager(Manager):
     def _mark_verified(self, listing: Listing) -> None:
         if not self._unverified or not self._policy.in_sync:
             return
-        for address in listing.addresses:
-            if self._unverified.get(address, listing.number + 1) <= listing.number:
-                del self._unverified[address]
+        for party in listing.parties:
+            if self._unverified.get(party, listing.number + 1) <= listing.number:
+                del self._unverified[party]
         if not self._unverified:
             self._policy.restore_established_fast_path()
 

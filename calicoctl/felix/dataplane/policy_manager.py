@@ -25,6 +25,7 @@ from calicoctl.felix.events import BgpChanged, Failure, LinkChanged, OverlayBloc
 
 if TYPE_CHECKING:
     from calicoctl.felix.dataplane.nft import Nft
+    from calicoctl.policy.verdict import Party
 
 log = logging.getLogger("calico.felix")
 
@@ -59,8 +60,8 @@ class PolicyManager(Manager):
         """Why the last `apply` failed; None if it succeeded."""
         self.reloaded = False
         """Whether the last `apply` reloaded the tables as a whole."""
-        self.affected: set[str] = set()
-        """The addresses whose established connections the last `apply` may deny."""
+        self.affected: set[Party] = set()
+        """The parties whose established connections the last `apply` may deny."""
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, Dirty):
@@ -151,7 +152,7 @@ class PolicyManager(Manager):
                 log.warning("%s", error)
         self._succeeded(update.affected)
 
-    def _succeeded(self, affected: set[str]) -> None:
+    def _succeeded(self, affected: set[Party]) -> None:
         self.in_sync, self.error, self._retry_at = True, None, 0.0
         self.affected = affected
         self._context.health.record(Failure(None, "tables"))
@@ -182,7 +183,7 @@ class PolicyManager(Manager):
     def restore_established_fast_path(self) -> None:
         """Let packets of established connections pass again without an evaluation of the rules.
 
-        Called when the connections of all affected addresses have been verified. If this fails, the next `apply`
+        Called when the connections of all affected parties have been verified. If this fails, the next `apply`
         reloads the tables.
         """
         try:

@@ -36,7 +36,7 @@ from calicoctl.felix.dataplane import host_rules
 from calicoctl.felix.dataplane.changes import Change, spelled
 from calicoctl.felix.dataplane.host_rules import HostRules, Moved, Ports
 from calicoctl.policy.rules import ICMP, ICMPV6, protocol_number, versions
-from calicoctl.policy.verdict import HOST_ICMPV6_TYPES, may_deny, port_ranges
+from calicoctl.policy.verdict import HOST_ICMPV6_TYPES, Party, either_party, may_deny, port_ranges
 
 TABLES = (("inet", "calico"), ("arp", "calico"))
 
@@ -124,13 +124,13 @@ def _replace_tables(commands: str) -> str:
 
 @dataclass
 class Update:
-    """The commands of one transaction. `affected` are the addresses whose open connections they may deny.
+    """The commands of one transaction. `affected` are the parties whose open connections they may deny.
 
     `commands` is "" if nothing must be changed.
     """
 
     commands: str
-    affected: set[str]
+    affected: set[Party]
 
 
 class Ruleset:
@@ -228,11 +228,11 @@ class Ruleset:
         addresses that they must not use yet. `ports` says which ports to protect.
 
         If `affected` of the result is not empty, the commands remove the established fast path. When the connections of
-        all these addresses have been verified, the caller must call `restore_established_fast_path`.
+        all these parties have been verified, the caller must call `restore_established_fast_path`.
         """
         change = Change(self._elements, self._chains, _BASE_CHAINS)
         affected, moved = self._update_members(snapshot, dirty, change)
-        affected |= self._hosts.update(snapshot, dirty, moved, ports, change)
+        affected |= either_party(self._hosts.update(snapshot, dirty, moved, ports, change))
         profiles = set(dirty.profiles)
         ids = [id for id in dirty.endpoints if id.host == snapshot.host]
         # all removals before all additions: an interface may have passed from one endpoint to another
@@ -251,7 +251,7 @@ class Ruleset:
             if profile in dirty.profiles:
                 for list_of in self._lists_of_profile.get(profile, ()):
                     for id in self._endpoints_of_list[list_of]:
-                        affected.update(self._endpoints[id].sources)
+                        affected |= either_party(self._endpoints[id].sources)
         if dirty.pools:
             _update_pools(snapshot, change)
         if dirty.settings:
@@ -262,7 +262,7 @@ class Ruleset:
                 if self._chains.get(chain) != rules:
                     change.set_chain(chain, rules)
                     for endpoint in self._endpoints.values():
-                        affected.update(endpoint.sources)
+                        affected |= either_party(endpoint.sources)
         if affected or "to-host" not in self._chains:
             self._set_base_chains(change, fast_path=not affected)
         return Update(change.commands(), affected)
@@ -279,8 +279,8 @@ class Ruleset:
 
     # A tag's addresses: those of all endpoints, of all hosts, that have a profile with that tag
 
-    def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: Change) -> tuple[set[str], list[Moved]]:
-        """Update the addresses of all tags. Return the addresses whose open connections may be denied as a result.
+    def _update_members(self, snapshot: Snapshot, dirty: Dirty, change: Change) -> tuple[set[Party], list[Moved]]:
+        """Update the addresses of all tags. Return the parties whose open connections may be denied as a result.
 
         Also return a Moved for each endpoint, of any host, whose addresses have changed.
         """
@@ -309,11 +309,17 @@ class Ruleset:
                 self._members_of_profile[profile].add(id)
                 for tag in self._tags.get(profile, ()):
                     changed.update((tag, address) for address in addresses)
-        affected = set()
+        affected: set[Party] = set()
         # most changes of other hosts can deny nothing, and require no listing of connections: see verdict.may_deny. If
         # the rules of a profile change at the same time, its endpoints are affected anyway
         rules = {tag: self._rules_that_name(tag, snapshot) for tag, _ in changed if self._profiles_of_tag.get(tag)}
-        denying = {(tag, joins) for tag in rules for joins in (True, False) for r in rules[tag] if may_deny(r, joins)}
+        denying = {
+            (tag, joins, originates)
+            for tag, joins in itertools.product(rules, (True, False))
+            for rule in rules[tag]
+            for originates, named in ((True, rule.src_tag), (False, rule.dst_tag))
+            if named == tag and may_deny(rule, joins)
+        }
         for (tag, address), difference in changed.items():
             before = self._addresses[tag][address]
             if difference == 0:
@@ -323,8 +329,7 @@ class Ruleset:
                 del self._addresses[tag][address]
             joins = before == 0
             if joins != (before + difference == 0) and tag in rules:
-                if (tag, joins) in denying:
-                    affected.add(address)
+                affected.update(Party(address, o) for o in (True, False) if (tag, joins, o) in denying)
                 name = set_of_tag(tag, version_of(address))
                 if joins:
                     change.add(("inet", name), address)
@@ -348,7 +353,7 @@ class Ruleset:
         now: LocalEndpoint | None,
         change: Change,
         profiles: set[str],
-        affected: set[str],
+        affected: set[Party],
     ) -> None:
         before = self._endpoints.pop(id, None)
         if now is not None:
@@ -380,7 +385,7 @@ class Ruleset:
         # connections
         if now is not None and (before is None or _policy_of(before) != _policy_of(now)):
             for endpoint in (before, now):
-                affected.update(endpoint.sources if endpoint is not None else ())
+                affected.update(either_party(endpoint.sources if endpoint is not None else ()))
 
     # Profiles that endpoints of this host have
 
