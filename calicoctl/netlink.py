@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -547,8 +548,29 @@ def _ask(kind: int, body: bytes) -> bytes:
 
 
 def delete_link(index: int) -> None:
-    """Delete the interface with this index. Raises OSError, also if there is none."""
-    do(socket.NETLINK_ROUTE, RTM_DELLINK, 0, struct.pack("=BBHiII", 0, 0, 0, index, 0, 0))
+    """Delete the interface with this index; return when there is none any more. Raises OSError, also if there was none.
+
+    The kernel answers only when nothing in it refers to the interface any more, 15 ms later or more. A thread waits for
+    this answer. Source: netdev_run_todo() in the kernel's net/core/dev.c.
+    """
+    answered = threading.Event()
+    failures: list[OSError] = []
+
+    def delete() -> None:
+        try:
+            do(socket.NETLINK_ROUTE, RTM_DELLINK, 0, struct.pack("=BBHiII", 0, 0, 0, index, 0, 0))
+        except OSError as error:
+            failures.append(error)
+        finally:
+            answered.set()
+
+    threading.Thread(target=delete, name=f"deleting interface {index}", daemon=True).start()
+    while not answered.wait(0.0005):
+        with suppress(OSError):
+            if interface_at(index) is None:
+                return
+    if failures:
+        raise failures[0]
 
 
 def devices_below(master: int) -> list[Device]:

@@ -1,15 +1,19 @@
-"""An interrupt during an operation in a namespace, which no command can be made to meet on demand."""
+"""What no command can be made to meet on demand: an interrupt in a namespace, and what the kernel leaves for later."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import threading
 from types import FrameType
 
 import pytest
 
+from calicoctl.netlink import delete_link, interface_at
 from calicoctl.workloads.netns import Namespace
+from tests.system.support import run
 
 
 class Interrupt(BaseException):
@@ -41,3 +45,16 @@ def test_an_interrupt_waits_for_what_is_being_done_in_the_namespace() -> None:
         assert done.is_set()
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_deleted_interface_is_gone_with_its_other_end_when_the_call_returns(blue: str) -> None:
+    for _ in range(5):
+        run("ip", "link", "add", "cali1", "type", "veth", "peer", "name", "eth7", "netns", "blue")
+        for prefix, name in ((["ip"], "cali1"), (["ip", "-n", "blue"], "eth7")):
+            run(*prefix, "link", "set", name, "up")
+        index = socket.if_nametoindex("cali1")
+        delete_link(index)
+        assert interface_at(index) is None and "eth7" not in run("ip", "-n", "blue", "link").out
+    with pytest.raises(OSError) as refused:
+        delete_link(index)
+    assert refused.value.errno == errno.ENODEV
