@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -622,11 +622,26 @@ def do(protocol: int, kind: int, flags: int, body: bytes) -> None:
 
     `protocol` is the netlink family, and `kind` the type of the message. REQUEST and ACK are added to `flags`.
     """
+    do_together(protocol, [(kind, flags, body)])
+
+
+def do_together(protocol: int, requests: Sequence[tuple[int, int, bytes]]) -> None:
+    """Do what `do` does for several requests, each as (kind, flags, body), which are sent together.
+
+    Raises the OSError for the first one that the kernel refuses. It carries out those after it as well.
+    """
+    codes: dict[int, int] = {}
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
         netlink.settimeout(_TIMEOUT)
         netlink.bind((0, 0))
-        netlink.send(message(kind, REQUEST | ACK | flags, 0, body))
-        for type, answer in messages(netlink.recv(2**16)):
-            code = refusal(answer)[1] if type == ERROR else 0
-            if code:
-                raise OSError(code, os.strerror(code))
+        netlink.send(
+            b"".join(
+                message(kind, REQUEST | ACK | flags, number, body)
+                for number, (kind, flags, body) in enumerate(requests)
+            )
+        )
+        while len(codes) < len(requests):
+            codes.update(refusal(answer) for type, answer in messages(netlink.recv(2**16)) if type == ERROR)
+    for number in sorted(codes):
+        if codes[number]:
+            raise OSError(codes[number], os.strerror(codes[number]))

@@ -1,7 +1,7 @@
-"""Changes interfaces, addresses, routes and neighbour entries of the calling thread's network namespace.
+"""Requests that change interfaces, addresses, routes and neighbour entries of the calling thread's network namespace.
 
-Each function sends one request to the kernel, and raises OSError if the kernel refuses it. pyroute2 needs ten times the
-time for each, and its import alone takes a third of the time in which a command connects a workload.
+Each function but `send` returns a request, for `send` to send to the kernel. pyroute2 needs ten times the time for
+each, and its import alone takes a third of the time in which a command connects a workload.
 
 Source: the kernel's uapi/linux/rtnetlink.h, if_link.h, if_addr.h, neighbour.h, veth.h and net_namespace.h.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from calicoctl import netlink
 from calicoctl.addresses import BITS, FAMILIES, pack, version_of
@@ -37,36 +38,53 @@ class End:
     namespace: int | None = None
 
 
-def add_veth(end: End, peer: End) -> None:
+class Request(NamedTuple):
+    """A message to the kernel: its type, its flags, besides those of every request, and its body."""
+
+    kind: int
+    flags: int
+    body: bytes
+
+
+def send(*requests: Request) -> None:
+    """Send requests together, and wait for the answers; raise OSError for the first one that the kernel refuses.
+
+    The kernel carries them out in their order, those after a refused one as well.
+    """
+    if requests:
+        netlink.do_together(socket.NETLINK_ROUTE, requests)
+
+
+def add_veth(end: End, peer: End) -> Request:
     """Create a veth pair. Both ends are down."""
     data = attribute(netlink.NESTED | _VETH_INFO_PEER, _link(0) + _described(peer))
     info = attribute(_INFO_KIND, b"veth") + attribute(netlink.NESTED | _INFO_DATA, data)
     body = _link(0) + _described(end) + attribute(netlink.NESTED | _IFLA_LINKINFO, info)
-    _do(netlink.RTM_NEWLINK, netlink.CREATE | netlink.EXCLUSIVE, body)
+    return Request(netlink.RTM_NEWLINK, netlink.CREATE | netlink.EXCLUSIVE, body)
 
 
-def set_up(index: int, up: bool = True) -> None:
+def set_up(index: int, up: bool = True) -> Request:
     """Bring an interface up or down."""
-    _do(netlink.RTM_NEWLINK, 0, _link(index, netlink.IFF_UP if up else 0, netlink.IFF_UP))
+    return Request(netlink.RTM_NEWLINK, 0, _link(index, netlink.IFF_UP if up else 0, netlink.IFF_UP))
 
 
-def set_mtu(index: int, mtu: int) -> None:
-    _do(netlink.RTM_NEWLINK, 0, _link(index) + attribute(_IFLA_MTU, struct.pack("=I", mtu)))
+def set_mtu(index: int, mtu: int) -> Request:
+    return Request(netlink.RTM_NEWLINK, 0, _link(index) + attribute(_IFLA_MTU, struct.pack("=I", mtu)))
 
 
-def put_address(index: int, address: str, length: int) -> None:
+def put_address(index: int, address: str, length: int) -> Request:
     """Add an address, with a prefix length, to an interface, or replace the same address.
 
     An IPv6 address can be used at once, without duplicate address detection.
     """
-    _do(netlink.RTM_NEWADDR, netlink.CREATE | netlink.REPLACE, _address(index, address, length))
+    return Request(netlink.RTM_NEWADDR, netlink.CREATE | netlink.REPLACE, _address(index, address, length))
 
 
-def delete_address(index: int, address: str, length: int) -> None:
-    _do(netlink.RTM_DELADDR, 0, _address(index, address, length))
+def delete_address(index: int, address: str, length: int) -> Request:
+    return Request(netlink.RTM_DELADDR, 0, _address(index, address, length))
 
 
-def put_route(version: int, index: int, destination: str | None = None, gateway: str | None = None) -> None:
+def put_route(version: int, index: int, destination: str | None = None, gateway: str | None = None) -> Request:
     """Add a static route of an IP version through an interface to the main table, or replace the one to `destination`.
 
     The route leads to the address `destination`; to all addresses if that is None. `gateway` is the address of the next
@@ -76,36 +94,32 @@ def put_route(version: int, index: int, destination: str | None = None, gateway:
     body = _route(version, index, destination, scope, netlink.UNICAST)
     if gateway is not None:
         body += attribute(netlink.RTA_GATEWAY, pack(gateway))
-    _do(netlink.RTM_NEWROUTE, netlink.CREATE | netlink.REPLACE, body)
+    return Request(netlink.RTM_NEWROUTE, netlink.CREATE | netlink.REPLACE, body)
 
 
-def delete_route(version: int, index: int, destination: str | None = None) -> None:
+def delete_route(version: int, index: int, destination: str | None = None) -> Request:
     """Delete the static route to the address `destination`, or the default route, through an interface."""
-    _do(netlink.RTM_DELROUTE, 0, _route(version, index, destination, _SCOPE_NOWHERE, 0))
+    return Request(netlink.RTM_DELROUTE, 0, _route(version, index, destination, _SCOPE_NOWHERE, 0))
 
 
-def put_neighbour(index: int, address: str, mac: str) -> None:
+def put_neighbour(index: int, address: str, mac: str) -> Request:
     """Add a permanent neighbour entry to an interface, or replace the one of this address."""
     body = _neighbour(index, address, netlink.NUD_PERMANENT) + attribute(netlink.NDA_LLADDR, _packed_mac(mac))
-    _do(netlink.RTM_NEWNEIGH, netlink.CREATE | netlink.REPLACE, body)
+    return Request(netlink.RTM_NEWNEIGH, netlink.CREATE | netlink.REPLACE, body)
 
 
-def delete_neighbour(index: int, address: str) -> None:
-    _do(netlink.RTM_DELNEIGH, 0, _neighbour(index, address, 0))
+def delete_neighbour(index: int, address: str) -> Request:
+    return Request(netlink.RTM_DELNEIGH, 0, _neighbour(index, address, 0))
 
 
-def put_proxy(index: int, address: str) -> None:
+def put_proxy(index: int, address: str) -> Request:
     """Add a proxy entry to an interface: the host answers there for this address, if proxy_ndp or proxy_arp is on."""
     body = _neighbour(index, address, 0, netlink.NTF_PROXY)
-    _do(netlink.RTM_NEWNEIGH, netlink.CREATE | netlink.REPLACE, body)
+    return Request(netlink.RTM_NEWNEIGH, netlink.CREATE | netlink.REPLACE, body)
 
 
-def delete_proxy(index: int, address: str) -> None:
-    _do(netlink.RTM_DELNEIGH, 0, _neighbour(index, address, 0, netlink.NTF_PROXY))
-
-
-def _do(kind: int, flags: int, body: bytes) -> None:
-    netlink.do(socket.NETLINK_ROUTE, kind, flags, body)
+def delete_proxy(index: int, address: str) -> Request:
+    return Request(netlink.RTM_DELNEIGH, 0, _neighbour(index, address, 0, netlink.NTF_PROXY))
 
 
 def _link(index: int, flags: int = 0, change: int = 0) -> bytes:

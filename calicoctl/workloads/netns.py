@@ -221,7 +221,7 @@ class Namespace:
             if not before.ipv6:
                 _write_sysctl("net/ipv6/conf/lo/disable_ipv6", "1")
             if not before.up:
-                rtnetlink.set_up(LOOPBACK_INDEX, False)
+                rtnetlink.send(rtnetlink.set_up(LOOPBACK_INDEX, False))
 
         with _explained(f"{self.name}: removing what was configured on lo"):
             self.run(work)
@@ -237,19 +237,21 @@ class Namespace:
 
         def work() -> str:
             index = _index(interface)
-            rtnetlink.set_up(LOOPBACK_INDEX)
-            rtnetlink.set_up(index)
             if any(version_of(net) == 6 for net in nets):
                 # Docker disables IPv6 on every interface of a container
                 for name in ("lo", interface):
                     _write_sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "0")
+            requests = [rtnetlink.set_up(LOOPBACK_INDEX), rtnetlink.set_up(index)]
             for net in nets:
                 address, _, length = net.partition("/")
-                rtnetlink.put_address(index, address, int(length))
+                requests.append(rtnetlink.put_address(index, address, int(length)))
             for version, next_hop in next_hops.items():
-                rtnetlink.put_route(version, index, next_hop)
-                rtnetlink.put_route(version, index, gateway=next_hop)
-            _add_neighbours(index, host_mac)
+                requests.append(rtnetlink.put_route(version, index, next_hop))
+                requests.append(rtnetlink.put_route(version, index, gateway=next_hop))
+                requests.append(rtnetlink.put_neighbour(index, next_hop, host_mac))
+            rtnetlink.send(*requests)
+            unknown = _missing_next_hops(index, host_mac, FAMILIES.keys() - next_hops.keys())
+            rtnetlink.send(*(rtnetlink.put_neighbour(index, hop, host_mac) for hop in unknown))
             found = interface_at(index)
             return "" if found is None else found.mac
 
@@ -258,7 +260,7 @@ class Namespace:
 
     def set_mtu(self, interface: str, mtu: int) -> None:
         with _explained(f"{self.name}: setting the MTU of {interface}"):
-            self.run(lambda: rtnetlink.set_mtu(_index(interface), mtu))
+            self.run(lambda: rtnetlink.send(rtnetlink.set_mtu(_index(interface), mtu)))
 
     def update_next_hops(self, interface: str, host_mac: str) -> bool:
         """Add or change neighbour entries, so that each next hop of `interface` has a permanent one with `host_mac`.
@@ -273,9 +275,9 @@ class Namespace:
             unknown = _missing_next_hops(index, host_mac)
             if not unknown:
                 return False
-            _add_neighbours(index, host_mac)
-            # for workloads that an older version has connected
-            rtnetlink.set_up(LOOPBACK_INDEX)
+            # the loopback interface: for workloads that an older version has connected
+            neighbours = [rtnetlink.put_neighbour(index, hop, host_mac) for hop in unknown]
+            rtnetlink.send(*neighbours, rtnetlink.set_up(LOOPBACK_INDEX))
             if any(version_of(address) == 6 for address in unknown):
                 _write_sysctl("net/ipv6/conf/lo/disable_ipv6", "0")
             return True
@@ -305,13 +307,13 @@ class Namespace:
                 for route in list(routes(FAMILIES[version], lengths, PROTOCOL_STATIC, index, MOST)):
                     if route.gateway:  # before the route, which names the gateway
                         with _ignoring(errno.ENOENT):
-                            rtnetlink.delete_neighbour(index, route.gateway)
+                            rtnetlink.send(rtnetlink.delete_neighbour(index, route.gateway))
                     with _ignoring(errno.ESRCH):
-                        rtnetlink.delete_route(version, index, route.destination)
+                        rtnetlink.send(rtnetlink.delete_route(version, index, route.destination))
             for net in nets:
                 address, _, length = net.partition("/")
                 with _ignoring(errno.EADDRNOTAVAIL):
-                    rtnetlink.delete_address(index, address, int(length))
+                    rtnetlink.send(rtnetlink.delete_address(index, address, int(length)))
 
         with _explained(f"{self.name}: removing what was configured on {interface}"):
             self.run(work)
@@ -325,7 +327,7 @@ def create_veth(name: str, namespace: Namespace, interface: str, mtu: int, mac: 
     """
     with _explained(f"{namespace.name}: creating the veth pair {name} and {interface}"):
         peer = rtnetlink.End(interface, mtu, mac, namespace.fileno())
-        rtnetlink.add_veth(rtnetlink.End(name, mtu, HOST_MAC), peer)
+        rtnetlink.send(rtnetlink.add_veth(rtnetlink.End(name, mtu, HOST_MAC), peer))
 
 
 def create_veth_here(name: str, peer: str, mtu: int, mac: str) -> None:
@@ -336,7 +338,7 @@ def create_veth_here(name: str, peer: str, mtu: int, mac: str) -> None:
     """
     with _explained(f"creating the veth pair {name} and {peer}"):
         _delete(name)
-        rtnetlink.add_veth(rtnetlink.End(name, mtu, HOST_MAC), rtnetlink.End(peer, mtu, mac))
+        rtnetlink.send(rtnetlink.add_veth(rtnetlink.End(name, mtu, HOST_MAC), rtnetlink.End(peer, mtu, mac)))
         try:
             _set_up(name)
         except BaseException:
@@ -354,13 +356,13 @@ def _set_up(name: str) -> None:
     with suppress(FileNotFoundError):  # a kernel without IPv6
         for setting, value in HOST_END_IPV6.items():
             _write_sysctl(f"net/ipv6/conf/{name}/{setting}", value)
-    rtnetlink.set_up(_index(name))
+    rtnetlink.send(rtnetlink.set_up(_index(name)))
 
 
 def set_mtu(name: str, mtu: int) -> None:
     """Set the MTU of an interface of the host."""
     with _explained(f"setting the MTU of interface {name}"):
-        rtnetlink.set_mtu(_index(name), mtu)
+        rtnetlink.send(rtnetlink.set_mtu(_index(name), mtu))
 
 
 def find_interface(name: str) -> Interface | None:
@@ -467,27 +469,19 @@ def _find(name: str) -> int | None:
         return None
 
 
-def _missing_next_hops(index: int, mac: str) -> set[str]:
+def _missing_next_hops(index: int, mac: str, versions: Collection[int] = (4, 6)) -> set[str]:
     """Return the gateways of an interface's default routes that have no permanent neighbour entry with this MAC.
 
-    A gateway of another IP version than its route is left out.
+    `versions` are the IP versions of the routes. A gateway of another version than its route is left out.
     """
     found: set[str] = set()
-    for version, family in FAMILIES.items():
+    for version in versions:
+        family = FAMILIES[version]
         hops = {route.gateway for route in routes(family, lengths=(0,), index=index, most=MOST)} - {None}
         if hops:
             hops -= {entry.address for entry in neighbours(family, index=index, most=MOST) if entry.mac == mac}
         found |= {hop for hop in hops if hop is not None and version_of(hop) == version}
     return found
-
-
-def _add_neighbours(index: int, mac: str) -> None:
-    """Add or change the neighbour entries of the gateways of an interface's default routes.
-
-    Then each gateway has a permanent entry with this MAC.
-    """
-    for hop in _missing_next_hops(index, mac):
-        rtnetlink.put_neighbour(index, hop, mac)
 
 
 def _read_sysctl(path: str) -> str:

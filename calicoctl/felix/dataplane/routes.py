@@ -159,13 +159,13 @@ class Routes:
                 scope = {"scope": netlink.SCOPE_LINK} if family == socket.AF_INET else {}
                 self._netlink.route("del", family=family, dst=host_net(address), oif=index, proto=PROTOCOL, **scope)
             elif kind == "neighbour" and verb == "add":
-                rtnetlink.put_neighbour(index, address, item[2])
+                rtnetlink.send(rtnetlink.put_neighbour(index, address, item[2]))
             elif kind == "neighbour":
-                rtnetlink.delete_neighbour(index, address)
+                rtnetlink.send(rtnetlink.delete_neighbour(index, address))
             elif verb == "add":
-                rtnetlink.put_proxy(index, address)
+                rtnetlink.send(rtnetlink.put_proxy(index, address))
             else:
-                rtnetlink.delete_proxy(index, address)
+                rtnetlink.send(rtnetlink.delete_proxy(index, address))
         except (NetlinkError, OSError) as error:
             code = int(error.code if isinstance(error, NetlinkError) else error.errno or 0)
             if code not in ignored:

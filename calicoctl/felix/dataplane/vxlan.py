@@ -452,9 +452,9 @@ def _change_neighbour(index: int, address: str, mac: str | None) -> None:
     """Set a device's permanent IPv6 neighbour entry for `address` to `mac`. If `mac` is None, remove the entry."""
     with _explained(f"the kernel refused to change the neighbour {address}", *(() if mac else (errno.ENOENT,))):
         if mac is None:
-            rtnetlink.delete_neighbour(index, address)
+            rtnetlink.send(rtnetlink.delete_neighbour(index, address))
         else:
-            rtnetlink.put_neighbour(index, address, mac)
+            rtnetlink.send(rtnetlink.put_neighbour(index, address, mac))
 
 
 @contextmanager
