@@ -26,7 +26,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.diagnose.trace import trace
 from calicoctl.felix.dataplane.conntrack import Conntrack
-from calicoctl.policy.verdict import Packet
+from calicoctl.policy.verdict import Packet, Party, either_party
 from tests.system.agent import A4, A6, ALLOW, B4, B6, C4, C6, AgentHost, holds, outside_host
 from tests.system.conftest import clear_host
 from tests.system.support import Etcd, links, run, wait_for
@@ -931,11 +931,16 @@ def test_the_kernel_lists_the_connections_of_one_address_alone(monkeypatch: pyte
         fill_connection_table(10_000)
         run("conntrack", "-A", *back.split())
         driver = Conntrack(lambda _: None)
-        of_one = {Packet(one, server, 17, 1024, 53), Packet(server, one, 17, 80, 9)}
-        assert {found.forwarded for found in driver.list([one]).connections} == of_one
+        started, answered = Packet(one, server, 17, 1024, 53), Packet(server, one, 17, 80, 9)
+
+        def listed(parties: set[Party]) -> set[Packet]:
+            return {found.forwarded for found in driver.list(parties).connections}
+
+        assert listed({Party(one, originates=True)}) == {started}
+        assert listed({Party(one, originates=False)}) == {answered}
         assert len(answers) == 2, "the kernel has sent these alone"
-        of_both = {found.forwarded for found in driver.list([one, other]).connections}
-        assert of_both == of_one | {Packet(other, server, 17, 1024, 53)}
+        assert listed(either_party([one])) == {started, answered}
+        assert listed(either_party([one, other])) == {started, answered, Packet(other, server, 17, 1024, 53)}
     finally:
         run("conntrack", "-F")
 
