@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -63,7 +63,7 @@ def is_met(bound: str, value: float) -> bool:
     for words, met in (("at most", operator.le), ("under", operator.lt), ("at least", operator.ge)):
         number = re.match(rf"{words} ([\d.]+)", bound)
         if number:
-            return met(value, float(number[1]))
+            return bool(met(value, float(number[1])))
     return True
 
 
@@ -97,7 +97,7 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-def endpoint_record(host: str, number: int, profile: str) -> tuple[str, dict]:
+def endpoint_record(host: str, number: int, profile: str) -> tuple[str, dict[str, Any]]:
     """Return the key and the value of an endpoint of a host, which has a workload, a name and an address of its own."""
     id = f"{number:011x}".ljust(32, "0")
     record = {

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Callable, TypeVar
 from unittest import mock
 
 from agent import crowd
@@ -66,8 +66,7 @@ entry()
 """
 """Runs a command, and prints on standard error which functions take the most time of their own."""
 
-Sided = Callable[[Host], float]
-"""A measurement on a host, whose store is one of the two."""
+H = TypeVar("H", bound=Host)
 
 
 class UserHost(Host):
@@ -95,8 +94,9 @@ def both_stores(*options: str) -> Iterator[tuple[Host, Host]]:
 
 
 def side_by_side(
-    title: str, bound: str, measure: Sided, hosts: tuple[Host, Host], pairs: int, unit: str = "ms"
+    title: str, bound: str, measure: Callable[[H], float], hosts: tuple[H, H], pairs: int, unit: str = "ms"
 ) -> bool:
+    """Compare a measurement on two hosts, whose stores are v3 and v2."""
     v3, v2 = hosts
     return compare(title, bound, lambda: measure(v3), lambda: measure(v2), pairs, unit)
 
@@ -172,7 +172,7 @@ def lists(pairs: int) -> None:
         )
         side_by_side("endpoint show with 10,000 endpoints", "at most 1.2", command, hosts, pairs)
         title = "endpoint show with 10,000 endpoints, peak memory of the process"
-        side_by_side(title, "", lambda host: peak(host, "endpoint", "show") / 1024, hosts, pairs, "MiB")
+        side_by_side(title, "", lambda host: peak(host, HOME, "endpoint", "show") / 1024, hosts, pairs, "MiB")
 
 
 _numbers = itertools.count()

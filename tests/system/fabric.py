@@ -38,6 +38,8 @@ exec sleep infinity
 class FabricHost(Machine):
     """A host of the fabric: what is run on it sees its own network, `/run/calico`, `/run/netns`, `/var/lib`, logs."""
 
+    namespace: str
+
     def __init__(self, etcd: Etcd, number: int, network: int = 0) -> None:
         """`number` is the last part of its addresses, and of its name; `network` the number of its bridge."""
         super().__init__(etcd, f"host{number}")
