@@ -150,9 +150,11 @@ def _show(form: str | None) -> None:
     settings = EtcdSettings.from_environment()
     members = cluster.members(settings)
     # those that do not answer are asked last, and only for what decides which API is used
-    healthy = tuple(member for member, info in zip(settings.members, members) if info.healthy)
-    others = tuple(member for member in settings.members if member not in healthy)
-    backends = Backends(replace(settings, members=healthy + others), SHOW_PATIENCE)
+    infos = list(zip(settings.members, members))
+    healthy = tuple(member for member, info in infos if info.healthy)
+    others = tuple(member for member, info in infos if info.version is not None and not info.healthy)
+    silent = tuple(member for member in settings.members if member not in healthy + others)
+    backends = Backends(replace(settings, members=healthy + others + silent), SHOW_PATIENCE)
     choice: Choice | None = None
     error: str | None = None
     try:
@@ -160,15 +162,14 @@ def _show(form: str | None) -> None:
     except (InvalidValue, StoreError) as refused:
         error = str(refused)
     settings = replace(settings, members=healthy or others)
-    backends = Backends(settings, PATIENCE)
+    backends = Backends(settings, PATIENCE if healthy else SHOW_PATIENCE)
     state: State | None = None
-    with suppress(InvalidValue, StoreError):  # it is said above what is wrong
-        state = Run(settings.urls, lambda: (backends.open(V2), backends.open(V3)), lambda text: None).state()
-    users = cluster.users(settings)
-    apis = {
-        version: _contents(backends, api, users[number])
-        for number, (version, api) in enumerate((("v2", V2), ("v3", V3)))
-    }
+    apis = {version: _fields(None, error or "no member answers") for version in ("v2", "v3")}
+    if settings.members:
+        with suppress(InvalidValue, StoreError):  # it is said above what is wrong
+            state = Run(settings.urls, lambda: (backends.open(V2), backends.open(V3)), lambda text: None).state()
+        for version, api, users in zip(apis, (V2, V3), cluster.users(settings)):
+            apis[version] = _contents(backends, api, users)
     if form:
         print_data(
             {
@@ -189,20 +190,18 @@ def _show(form: str | None) -> None:
         raise CalicoError(error if form else "No API of etcd can be used.")
 
 
-def _contents(backends: Backends, api: str, users: bool | None) -> dict[str, Any]:
-    """Return the fields of one API in the JSON of `show`; a field is None if its value is not known.
+def _fields(users: bool | None, error: str | None) -> dict[str, Any]:
+    """Return the fields of one API in the JSON of `show`, before the API is asked. A field is None if it is not known.
 
     The field "ready" is the value of the key Ready, "keys" is the number of keys below /calico, and "bytes" is the size
-    of these keys and their values. The argument `users` becomes the field of that name.
+    of these keys and their values. The arguments become the fields of their names.
     """
-    found: dict[str, Any] = {
-        "served": True,
-        "ready": None,
-        "keys": None,
-        "bytes": None,
-        "users": users,
-        "error": None,
-    }
+    return {"served": True, "ready": None, "keys": None, "bytes": None, "users": users, "error": error}
+
+
+def _contents(backends: Backends, api: str, users: bool | None) -> dict[str, Any]:
+    """Ask one API, and return its fields: see `_fields`."""
+    found = _fields(users, None)
     try:
         store = backends.open(api)
         ready = store.get(keys.READY)

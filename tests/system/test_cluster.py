@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -108,6 +109,18 @@ def test_a_member_that_hangs_is_waited_for_once(host: Host) -> None:
         host.ctl("profile", "add", "db")
         host.ctl("batch", input="profile show\n" * 3)
         assert count() == first
+
+
+def test_an_etcd_that_hangs_is_shown_within_seconds(bare_host: Host) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        bare_host.endpoints = f"http://127.0.0.1:{hanging.getsockname()[1]}"
+        since = time.monotonic()
+        said = bare_host.ctl("datastore", "show", "--output=json", env={"DATASTORE_TYPE": ""}, status=1)
+        assert time.monotonic() - since < 30, "nothing that cannot be answered is asked again and again"
+    shown = json.loads(said.out)
+    assert shown["used"] is None and "did not answer" in said.err
+    for found in (*shown["apis"].values(), *shown["members"]):
+        assert "did not answer" in found["error"], shown
 
 
 def test_without_a_majority_the_user_is_told_and_nothing_is_lost(clustered: Host, members: list[Etcd]) -> None:

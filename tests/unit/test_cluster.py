@@ -39,6 +39,7 @@ def test_a_ready_that_is_neither_true_nor_false_is_shown(
     store = MemoryStore()
     store.create(keys.READY, "perhaps")
     monkeypatch.setenv("ETCD_ENDPOINTS", "http://127.0.0.1:1")
+    monkeypatch.setattr(cluster, "members", lambda _: [cluster.MemberInfo("http://127.0.0.1:1", healthy=True)])
     monkeypatch.setattr(Backends, "open", lambda *_: store)
     monkeypatch.setattr(Backends, "choose", lambda *_: decide(Shown(ready="perhaps"), Shown(), "here"))
     with pytest.raises(CalicoError, match=f"{keys.READY} .*neither true nor false"):
