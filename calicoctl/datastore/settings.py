@@ -37,7 +37,8 @@ class EtcdSettings:
     `scheme` is "http" or "https". `ca_cert`, `cert` and `key` are the paths of the TLS files (PEM), None for a file
     that is not set. If `is_default` is true, none of the variables ETCD_ENDPOINTS, ETCD_AUTHORITY and ETCD_SCHEME is
     set, so port 2379 of this host is used. `api` is V2 or V3, None if the environment does not select an API.
-    `username` and `password` are both set or both None.
+    `username` and `password` are both set or both None. `password_file` is the path of the file that `password` was
+    read from, None if it was not in a file.
     """
 
     scheme: str
@@ -49,6 +50,7 @@ class EtcdSettings:
     api: str | None = None
     username: str | None = None
     password: str | None = field(default=None, repr=False)
+    password_file: str | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> EtcdSettings:
@@ -107,6 +109,10 @@ class EtcdSettings:
         """The URLs of all members, for messages."""
         return ", ".join(map(self.url, self.members))
 
+    def current_password(self) -> str | None:
+        """Return the user's password, which is read again if it is in a file. Raises StoreError if it is unusable."""
+        return self.password if self.password_file is None else _password_in(self.password_file)
+
     @property
     def basic(self) -> str | None:
         """The value of the header `Authorization` in requests to the v2 API; None if no user is set."""
@@ -130,8 +136,8 @@ class EtcdSettings:
         return ""
 
 
-def _user(environment: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Return the name and the password of etcd's user, or (None, None) if the environment names no user.
+def _user(environment: Mapping[str, str]) -> tuple[str | None, str | None, str | None]:
+    """Return the name of etcd's user, the password, and the path of the file that has it; None for each not set.
 
     Raises StoreError if a variable is missing or invalid, or if the file with the password cannot be used. The error
     messages contain no password.
@@ -148,7 +154,7 @@ def _user(environment: Mapping[str, str]) -> tuple[str | None, str | None]:
         raise StoreError("ETCD_USERNAME must be printable UTF-8 text, and is not: set it to the name of a user of etcd")
     if password is not None and not _is_utf8(password):
         raise StoreError("ETCD_PASSWORD is not UTF-8 text, as etcd's passwords are: set it in a terminal with UTF-8")
-    return username, password if path is None else _password_in(path)
+    return username, password if path is None else _password_in(path), path
 
 
 def _is_utf8(text: str) -> bool:

@@ -67,10 +67,11 @@ def forget() -> None:
 def _logged_in(member: Connection, settings: EtcdSettings) -> str | None:
     """Log in; return the token, None if authentication is disabled in etcd.
 
-    Raises StoreError if etcd refuses the login, and what Connection.exchange raises.
+    Raises StoreError if etcd refuses the login or if the password cannot be read, and what Connection.exchange raises.
     """
     member.token = None  # etcd refuses a password that comes with a token that it does not know
-    user = {"name": settings.username, "password": settings.password}
+    # an agent may have been started before the password was changed
+    user = {"name": settings.username, "password": settings.current_password()}
     try:
         token = member.exchange("POST", "/v3/auth/authenticate", user).get("token")
     except ErrorAnswer as error:

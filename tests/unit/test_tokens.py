@@ -71,6 +71,20 @@ def is_new(member: Member, *refused: str) -> bool:
     return authorize(member, refused)[1]  # type: ignore[arg-type]
 
 
+def test_a_login_uses_the_password_that_is_in_the_file_now(member: Member, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.touch(0o600)
+    file.write_text("hunter2\n")
+    settings = EtcdSettings.from_environment({"ETCD_USERNAME": "calico", "ETCD_PASSWORD_FILE": str(file)})
+    old = get(member, settings=settings)
+    assert old == "calico.2retnuh.1"
+    file.write_text("swordfish\n")
+    assert get(member, settings=settings) == old and get(member, old, settings=settings) == "calico.hsifdrows.2"
+    file.unlink()
+    with pytest.raises(StoreError, match="cannot read"):
+        get(member, old, "calico.hsifdrows.2", settings=settings)
+
+
 def test_without_a_user_there_is_no_token() -> None:
     assert tokens.authorize(EtcdSettings("http", (("a", 1),))) is None
 
