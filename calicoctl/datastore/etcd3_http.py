@@ -255,9 +255,10 @@ class Connection:
         except (http.client.HTTPException, OSError, MemoryError) as error:
             if is_shortage(error):
                 raise StoreUnavailable(f"etcd cannot be asked: {why(error)}") from error
-            kind: type[RequestFailed] = Unanswered if isinstance(error, socket.timeout) else ConnectionLost
             if _REFUSED_CERTIFICATE.search(str(getattr(error, "reason", ""))):
-                kind = NotSent
+                text = f"it wants a certificate that it trusts, as ETCD_CERT_FILE and ETCD_KEY_FILE: {why(error)}"
+                raise NotSent(f"{self.url} ({text})", type(error).__name__ in _GARBLED) from error
+            kind: type[RequestFailed] = Unanswered if isinstance(error, socket.timeout) else ConnectionLost
             raise kind(f"{self.url} did not answer ({why(error)})", type(error).__name__ in _GARBLED) from error
 
     def _parsed(self, status: int, content: str) -> dict[str, Any]:

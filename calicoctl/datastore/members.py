@@ -270,5 +270,5 @@ def why(cause: BaseException) -> str:
             return words.lower()
     if "resol" in text or "Name or service" in text:
         return "unknown host name"
-    text = re.sub(r"\(_ssl\.c:\d+\)", "", text)
+    text = re.sub(r"\[SSL: \w+\] |\(_ssl\.c:\d+\)", "", text)
     return text.rpartition(": ")[2].strip("()'\" ,") or type(cause).__name__

@@ -267,6 +267,8 @@ def test_etcd_over_tls(bare_host: Host, tmp_path: Path) -> None:
         assert "certificate" in bare_host.ctl("profile", "show", env=other_ca, status=1).err
         nobody = {"ETCD_ENDPOINTS": url, "ETCD_CA_CERT_FILE": tls["ETCD_CA_CERT_FILE"]}
         since = time.monotonic()
+        said = bare_host.ctl("profile", "show", env={**nobody, "DATASTORE_TYPE": "etcdv3"}, status=1).err
+        assert "wants a certificate that it trusts, as ETCD_CERT_FILE and" in said and "]" not in said
         assert "certificate" in bare_host.ctl("profile", "show", env=nobody, status=1).err
         assert time.monotonic() - since < 10, "it is not asked again and again"
         # what speaks TLS, and what does not, asked the wrong way
