@@ -2,13 +2,15 @@
 
 http.client and urllib3 bound only the time until the next byte, so a server could keep a request waiting for ever, or
 fill the memory. Inside `bounded` and `bounded_here`, all bytes read from a connection are counted, headers and chunk
-headers included. The content of answers is not checked here, except for its encoding.
+headers included. The content of answers is not checked here, except for its encoding and, by `parsed`, for the number
+of its elements.
 """
 
 from __future__ import annotations
 
 import http.client
 import io
+import json
 import socket
 import threading
 import time
@@ -24,6 +26,12 @@ SLOWEST = 64 * 1024
 
 LONGEST = 60.0
 """The maximum time for a whole answer, in seconds."""
+
+ELEMENTS = 2**20
+"""The maximum number of elements in the JSON of an answer: of objects and lists, and of commas, outside of strings.
+
+Each element may take up to some 200 bytes of memory, but only two or three bytes of the answer.
+"""
 
 PART = 2**16
 """The maximum number of bytes that `Lines` reads at once. It bounds what is kept beyond one line."""
@@ -106,6 +114,38 @@ class Bounds:
         self._received += received
         if self._received > self.size:
             raise TooLarge(f"the answer is larger than {self.size // 1024} KiB")
+
+
+_scan_string: Any = json.decoder.scanstring  # type: ignore[attr-defined]
+"""The C function of the module json that finds the end of a JSON string."""
+
+
+def parsed(content: str | bytes) -> Any:
+    """Return the value of a JSON text. Raise ValueError if it is no JSON, or has more than ELEMENTS elements.
+
+    Raises RecursionError if it is nested too deeply.
+    """
+    text = content if isinstance(content, str) else content.decode()
+    check_elements(text)
+    return json.loads(text)
+
+
+def check_elements(text: str) -> None:
+    """Raise ValueError if a JSON text has more than ELEMENTS elements, or, in some cases, if it is no JSON."""
+    if _elements(text, 0, len(text)) <= ELEMENTS:  # also those in strings: fast, and true of nearly all answers
+        return
+    count = position = 0
+    while position < len(text):
+        quote = text.find('"', position)
+        end = quote if quote >= 0 else len(text)
+        count += _elements(text, position, end)
+        if count > ELEMENTS:
+            raise ValueError(f"an answer with more than {ELEMENTS} elements")
+        position = _scan_string(text, end + 1, True)[1] if quote >= 0 else end
+
+
+def _elements(text: str, begin: int, end: int) -> int:
+    return sum(text.count(mark, begin, end) for mark in ",[{")
 
 
 _bounds = threading.local()

@@ -8,11 +8,11 @@ Source: https://github.com/etcd-io/etcd/blob/release-3.4/Documentation/metrics.m
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from dataclasses import dataclass
 
+from calicoctl import answers
 from calicoctl.datastore import keys
 from calicoctl.datastore.etcd3_http import Connection, ErrorAnswer
 from calicoctl.datastore.etcd3_json import base64, encoded
@@ -103,7 +103,7 @@ def _page(connection: Connection, path: str) -> str:
 
 def _version(page: str) -> str | None:
     try:
-        found = json.loads(page)["etcdserver"]
+        found = answers.parsed(page)["etcdserver"]
     except (LookupError, RecursionError, TypeError, ValueError):
         return None
     return found if isinstance(found, str) else None
@@ -118,7 +118,7 @@ def _number(metrics: dict[str, str], name: str) -> int | None:
 
 def _users_of_v2(connection: Connection) -> bool | None:
     status, content = connection.fetch("GET", "/v2/auth/enable", seconds=TIMEOUT)
-    answer = json.loads(content) if status == 200 else None
+    answer = answers.parsed(content) if status == 200 else None
     return answer.get("enabled") is True if isinstance(answer, dict) else None
 
 

@@ -10,12 +10,12 @@ serve it, and Ready is not `true` in v3, the other members are asked as well.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable
 
+from calicoctl import answers
 from calicoctl.datastore import keys
 from calicoctl.datastore.etcd3_http import Connection
 from calicoctl.datastore.members import Members, NotServed, Unanswered
@@ -231,7 +231,7 @@ def _read_ready(member: Connection) -> Shown:
     status, content = member.fetch("GET", f"/v2/keys{keys.READY}?quorum=true")
     member.close()
     try:
-        answer = json.loads(content)
+        answer = answers.parsed(content)
     except (RecursionError, ValueError):
         answer = None
     if not isinstance(answer, dict):

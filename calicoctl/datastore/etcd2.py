@@ -263,7 +263,7 @@ class Etcd2Store:
     def version(self) -> str:
         def read(client: etcd.Client, path: str) -> str:
             answer = client.http.request("GET", f"{client.base_uri}/version", timeout=READ_TIMEOUT, redirect=False)
-            return str(json.loads(answer.data)["etcdserver"])
+            return str(answers.parsed(answer.data)["etcdserver"])
 
         return self._read("", read)
 
@@ -373,10 +373,8 @@ class _Connection:
 
     @cached_property
     def _client(self) -> etcd.Client:
-        import etcd
-
         settings = self._settings
-        client = etcd.Client(
+        client = _client_class()(
             host=self._member[0],
             port=self._member[1],
             protocol=settings.scheme,
@@ -453,6 +451,23 @@ def _tls_context(settings: EtcdSettings) -> Any:
     if settings.ca_cert is None:
         context.load_default_certs()
     return context
+
+
+def _client_class() -> type[etcd.Client]:
+    """Return a subclass of python-etcd's client that parses no answer with too many elements (answers.ELEMENTS)."""
+    import etcd
+
+    class Client(etcd.Client):  # type: ignore[misc]
+        def _handle_server_response(self, response: Any) -> Any:
+            if response.status not in (200, 201):
+                answers.check_elements(response.data.decode())
+            return super()._handle_server_response(response)
+
+        def _result_from_response(self, response: Any) -> Any:
+            answers.check_elements(response.data.decode())
+            return super()._result_from_response(response)
+
+    return Client
 
 
 def _children(client: etcd.Client, path: str) -> tuple[list[str], list[str]]:

@@ -29,7 +29,7 @@ its subdirectories are not requested separately."""
 _scan_string: Any = json.decoder.scanstring  # type: ignore[attr-defined]
 """The C function of the module json that finds the end of a JSON string."""
 
-_SIGNIFICANT = re.compile('["{}]')
+_SIGNIFICANT = re.compile(r'["{}\[]')
 
 _MOST_STRINGS = 64
 """The maximum number of strings between two braces, which bounds the time for an answer that is not etcd's. An object
@@ -140,13 +140,14 @@ def innermost(parts: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield the objects in a JSON text that contain no other objects.
 
     `parts` together are the text: UTF-8 that was decoded as Latin-1, which saves memory. Raises ValueError if the text
-    is not an answer of etcd: if braces do not match, if a directory has no key, or if there are more than _MOST_STRINGS
-    strings between two braces.
+    is not an answer of etcd: if braces do not match, if a directory has no key, if there are more than _MOST_STRINGS
+    strings between two braces, or a list other than that of a directory's nodes.
     """
     parts = iter(parts)
     text = ""
     position = depth = strings = 0
     begin: int | None = None
+    has_list = False
     while depth >= 0:
         match = _SIGNIFICANT.search(text, position)
         end = None if match is None else _string_end(text, match.end()) if match[0] == '"' else match.end()
@@ -167,6 +168,11 @@ def innermost(parts: Iterable[str]) -> Iterator[dict[str, Any]]:
             if strings > _MOST_STRINGS:
                 raise ValueError("there are more strings than etcd writes")
             continue
+        if match[0] == "[":
+            if has_list:
+                raise ValueError("there are more lists than etcd writes")
+            has_list = True
+            continue
         strings = 0
         if match[0] == "{":
             if begin is not None and depth > 1 and '"key"' not in text[begin:position]:
@@ -176,8 +182,11 @@ def innermost(parts: Iterable[str]) -> Iterator[dict[str, Any]]:
         else:
             depth -= 1
             if begin is not None:
+                if has_list:  # it may take 25 times as much memory as it has bytes
+                    raise ValueError("there is a list where etcd writes none")
                 yield json.loads(text[begin:position].encode("latin-1"))
             begin = None
+        has_list = False
     if depth != 0:
         raise ValueError("the JSON is not whole")
 

@@ -25,7 +25,6 @@ etcdserver/api/v2store/watcher_hub.go, watcher.go and event_history.go there.
 from __future__ import annotations
 
 import http.client
-import json
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -202,7 +201,7 @@ class _Request:
         line = self._lines.next(seconds)
         if line is not None and not self._is_stream:
             self._answer.drain_conn()  # so that the next request can use the connection
-        return None if line is None else _parse(json.loads(line))
+        return None if line is None else _parse(answers.parsed(line))
 
     def close(self) -> None:
         """Close the connection, unless the next request can use it."""
@@ -241,7 +240,7 @@ def _refuse(answer: Any) -> None:
     import etcd
 
     try:
-        payload = {**json.loads(answer.data), "status": answer.status}
+        payload = {**answers.parsed(answer.data), "status": answer.status}
     except (TypeError, ValueError):
         payload = {"message": "Bad response", "cause": answer.data[:1000].decode(errors="replace")}
     etcd.EtcdError.handle(payload)

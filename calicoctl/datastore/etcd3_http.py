@@ -268,7 +268,7 @@ class Connection:
         StoreError if the answer is not etcd's, or if etcd does not accept this host's certificate over HTTP.
         """
         try:
-            answer = json.loads(content)
+            answer = answers.parsed(content)
             error = _error(answer)
             if status == 200 and error is None and isinstance(answer, dict):
                 return answer
@@ -332,7 +332,7 @@ class Stream:
         if line is None:
             return None
         try:
-            message = json.loads(line)
+            message = answers.parsed(line)
             error = _error(message)
             if error is None:
                 result = message["result"]

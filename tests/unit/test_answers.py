@@ -302,6 +302,38 @@ def test_an_answer_of_another_shape_is_an_ordinary_error(request_: str, status: 
             assert outcome.seconds < SOON, (what, outcome)
 
 
+MANY = "[],{}," * 500 + "[]"
+"""The items of a list whose lists take 25 times as many bytes of memory as they have in an answer."""
+
+
+@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_an_answer_with_more_elements_than_bytes_of_memory_is_not_parsed(
+    request_: str, status: int, make: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    before = json.loads
+    monkeypatch.setattr(json, "loads", lambda text, **how: parsed.append(text) or before(text, **how))
+    monkeypatch.setattr(answers, "ELEMENTS", 1000)
+    head, get = OK.replace(b"200", b"%d" % status), GET if make is Etcd2Store else GET3
+    if status == 404:
+        get = b'{"errorCode": 100, "message": "Key not found", "error": "x", "code": 5}'
+    many = get[:-1] + b', "x": [%s]}\n' % MANY.encode()
+    (outcome,) = outcomes({"": sends(answer(many, head))}, REQUESTS[request_], make).values()
+    assert isinstance(outcome.result, CalicoError), outcome
+    assert not any(len(text) > len(MANY) for text in parsed)
+
+
+def test_commas_and_brackets_in_a_value_are_no_elements(make: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "ELEMENTS", 1000)
+    many = f'\\"{MANY}"'
+    node = json.dumps({"action": "get", "node": {**NODE, "value": many}})
+    kvs = json.dumps({"header": {"revision": "5"}, "kvs": [KV], "x": many})
+    with serving(sends(answer((node if make is Etcd2Store else kvs).encode()))) as server:
+        entry = store_at(server, make=make).get(KEY)
+    assert entry is not None and entry.value == (many if make is Etcd2Store else "true")
+
+
 def test_a_large_answer_that_comes_slowly_is_read(monkeypatch: pytest.MonkeyPatch, set_timeouts: SetTimeouts) -> None:
     """It takes longer than the timeout, which is for its beginning."""
     set_timeouts(LONG_TIMEOUT)

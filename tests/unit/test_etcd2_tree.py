@@ -67,7 +67,16 @@ def test_an_answer_that_is_not_whole_is_an_error(body: str) -> None:
         list(innermost([body]))
 
 
-@pytest.mark.parametrize("body", ['{"node":{' + "{}" * 100 + "}}", '{"node":' * 100, '{"node":{' + '""' * 1000 + "}}"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"node":{' + "{}" * 100 + "}}",
+        '{"node":' * 100,
+        '{"node":{' + '""' * 1000 + "}}",
+        '{"node":{"nodes":[' + "[]," * 100 + "1]}}",
+        '{"node":{"nodes":[' + "1," * 100 + "1]}}",
+    ],
+)
 def test_an_answer_that_is_not_etcds_is_not_read_to_its_end(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would take minutes and gigabytes to keep every object of a large one."""
     parsed: list[Any] = []
