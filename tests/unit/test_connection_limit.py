@@ -67,7 +67,7 @@ def test_a_kernel_that_cannot_count_is_reported_and_asked_again_now_and_then() -
     assert not world.step(Tick())
 
 
-def test_endpoints_that_have_reached_the_limit_are_named() -> None:
+def test_endpoints_that_have_reached_the_limit_are_named_without_values_of_the_store() -> None:
     world = LimitWorld()
     world.store.endpoint(1, "10.0.0.1")
     world.store.endpoint(2, "10.0.0.2")
@@ -75,7 +75,7 @@ def test_endpoints_that_have_reached_the_limit_are_named() -> None:
     world.nft.counted["refusals"] = 5
     world.nft.objects[f"set inet {TABLE} refused"] = ['"cali2"', '"cali3"']
     text = world.step(Tick())
-    assert "of web (cali2) are dropped" in text and "16384 at a time" in text and "1024 a second" in text
+    assert "of w2 (cali2) are dropped" in text and "16384 at a time" in text and "1024 a second" in text
     assert world.health.refused_connections == 5
     world.nft.counted["refusals"] = 2  # the table was loaded anew
     world.nft.objects[f"set inet {TABLE} refused"] = []

@@ -17,12 +17,15 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from calicoctl import limits
 from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.desired.snapshot import Dirty
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.events import Failure, TablesChanged, Tick
+from calicoctl.limits import shortened
 from calicoctl.output import first_few
+from calicoctl.workloads.workload import short_id
 
 if TYPE_CHECKING:
     from calicoctl.felix.dataplane.nft import Nft
@@ -151,10 +154,11 @@ class ConnectionLimit(Manager):
         self._refusals = now
         snapshot, why = self._context.snapshot, None
         interfaces = {key.rstrip(b"\0").decode(errors="replace") for key in self._nft.keys(TABLE, "refused")}
+        # by their ids: the name of a container is a value of the store, and every user may read this text
         names = sorted(
-            f"{snapshot.endpoints[id].workload_name or id.workload} ({endpoint.interface})"
+            f"{shortened(short_id(id.workload), limits.NAME)} ({endpoint.interface})"
             for id, endpoint in snapshot.local.items()
-            if endpoint.interface in interfaces and id in snapshot.endpoints
+            if endpoint.interface in interfaces
         )
         if names:
             why = (
