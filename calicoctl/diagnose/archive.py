@@ -103,9 +103,9 @@ _WORDS = (
     r"|(?:private|api|access)[ _-]?key|\bauth\b)"
 )
 _NAMES = rf"(?<![\w.-])(?=[\w.-]*{_WORDS})[\w.-]+(?: key)?"  # a look ahead is not repeated: long texts take no time
-_VALUE = r"(?:\\?\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',]+)"
-"""The value of an option: one word, or several in quotes."""
-_NEXT = r"\\?[\"']?,?[ \t]+"
+_VALUE = r"(?:\\?\"[^\"\n]*\"|'[^'\n]*'|(?:[^\s\"',]|[\"',](?=[^\s\"',)\]}]))+)"
+"""The value of an option: one word, or several in quotes. A comma or a quote ends it only where a word can end."""
+_NEXT = r"\\?(?:[\"']?,?[ \t]+|[\"'],)"
 """The text between an option and its value, in a command line or in a list of its words."""
 _SECRETS = (
     (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _HIDDEN),
@@ -115,13 +115,13 @@ _SECRETS = (
     (re.compile(r"(\bbearer\s+)\S+", re.IGNORECASE), rf"\1{_HIDDEN}"),
     (re.compile(r"(\bauthorization\b\\?[\"']?\s*[:=]).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),
     (re.compile(rf"({_NAMES}\\?[\"']?\s*[:=][ \t]*\n?).*", re.IGNORECASE), rf"\1 {_HIDDEN}"),  # or on the next line
-    (re.compile(rf"(\bprivate[ -]key[ \t]+){_VALUE}", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(rf"(\bprivate[ -]keys?[ \t]+(?:is[ \t]+)?){_VALUE}", re.IGNORECASE), rf"\1{_HIDDEN}"),
     (re.compile(rf"(\bredis-cli\b.{{0,200}}?[ \t]-a{_NEXT}){_VALUE}"), rf"\1{_HIDDEN}"),
     # options: --password x, of whatever name; -u user:x; -px, but not the id of a process's namespace (-proc-1-ns-net)
     (re.compile(rf"((?<![\w-])--?(?=[\w-]*{_WORDS})[\w-]+{_NEXT}){_VALUE}", re.IGNORECASE), rf"\1{_HIDDEN}"),
     (
         re.compile(
-            rf"((?<![\w-])(?:-[a-zA-Z]{{0,8}}[uU]|--(?:proxy-)?user)(?:{_NEXT}|=)?)(?=[\"']?[^\s\"':]*:){_VALUE}"
+            rf"((?<![\w-])(?:-[a-zA-Z]{{0,8}}[uU]|--(?:proxy-)?user)(?:{_NEXT}|=)?)(?=\"[^\":\n]*:|'[^':\n]*:|[^\s\"':]*:){_VALUE}"
         ),
         rf"\1{_HIDDEN}",
     ),

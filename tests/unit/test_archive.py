@@ -99,6 +99,13 @@ def test_passwords_in_birds_configuration_are_left_out() -> None:
         "password 'it'\\''s hunter2' x",
         'said "password \\"my hunter2\\""',
         "X-Auth-Token: hunter2",
+        '["cmd","--token","hunter2"]',
+        "cmd --password a,hunter2 b",
+        "cmd --password a'hunter2 b",
+        "mysql -pa,hunter2",
+        "curl -u 'my user:hunter2' h",
+        "curl -u root:a,hunter2 h",
+        "private key is hunter2",
     ],
 )
 def test_secrets_are_left_out(text: str) -> None:
