@@ -88,13 +88,22 @@ def is_listened_at(path: Path) -> bool:
 def listener(path: str) -> int:
     """Return the id of the process that listens at a Unix socket; for a socket of systemd's, that is systemd.
 
-    Raises OSError if nothing accepts connections there. Source: unix(7), SO_PEERCRED.
+    Raises OSError if nothing accepts connections there.
     """
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(5)
         probe.connect(path)
-        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[0])
+        return peer(probe)[0]
+
+
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """Return the ids of the process and of the user at the other end of a Unix socket's connection. Raises OSError.
+
+    For a socket that listens, that is who listens there. Source: unix(7), SO_PEERCRED.
+    """
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, user, _ = struct.unpack("3i", credentials)
+    return pid, user
 
 
 def notify_ready() -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from calicoctl import environment
+from calicoctl import environment, proc
 from calicoctl.cli import command_client as client
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import CalicoError
@@ -69,7 +68,7 @@ class Fit:
 
     def suits(self, connection: socket.socket, hello: Hello) -> bool:
         """Return whether a client may be served. Raises OSError if it has ended."""
-        pid, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        pid, user = proc.peer(connection)
         if user != 0 or os.fsdecode(hello.package) != client.package() or _surroundings(pid) != self._surroundings:
             return False
         if b"" in hello.variables:  # nobody can set it

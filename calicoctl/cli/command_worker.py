@@ -1,7 +1,7 @@
 """A worker of the command server: runs the commands of clients (command_client.py), one at a time.
 
-While it runs a command, its environment, umask, working directory and standard streams are those of the client, and the
-client's signals and end are handled as if they were its own.
+While it runs a command, its environment, umask, scheduling priority, working directory and standard streams are those
+of the client, and the client's signals and end are handled as if they were its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType
 
-from calicoctl import programs
+from calicoctl import proc, programs
 from calicoctl.cli import command_client as client
 from calicoctl.cli import main
 from calicoctl.cli.command_fit import Hello
@@ -38,6 +38,7 @@ class Worker:
         """`server` is the connection to the server, which passes clients on when the worker says that it waits."""
         self._server = server
         self._environment = dict(os.environ)
+        self._priority = os.getpriority(os.PRIO_PROCESS, 0)
         self._threshold = gc.get_threshold()
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._client: socket.socket | None = None
@@ -78,6 +79,8 @@ class Worker:
             raise RuntimeError("too few file descriptors are free")
         umask, errors, *arguments = words.split(client.SEPARATOR)
         try:
+            with suppress(OSError):  # it has ended, or this process may not take its priority
+                os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, proc.peer(connection)[0]))
             self._become(hello.variables, int(umask, 8), errors.decode(), descriptors)
             self._client = connection
             fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
@@ -124,6 +127,8 @@ class Worker:
         _open_streams("strict")
         os.chdir("/")
         os.umask(0o077)
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, self._priority)
         os.environ.clear()
         os.environ.update(self._environment)
         gc.set_threshold(*self._threshold)

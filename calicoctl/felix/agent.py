@@ -12,6 +12,7 @@ host's own settings and firewall (dataplane/host.py).
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -70,6 +71,11 @@ LOG_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.W
 LOG_LEVELS |= {"critical": logging.CRITICAL, "none": logging.CRITICAL + 10}
 
 
+PRIORITY = -5
+"""The scheduling priority of the agent and of what it starts, as nice(1) counts it: what a busy host runs besides, many
+commands for example, must not make policy late."""
+
+
 def run(host: str, options: Options) -> None:
     """Run the host's agent in this process until it receives SIGTERM, SIGINT or SIGHUP. Log why it ends.
 
@@ -93,6 +99,8 @@ def run(host: str, options: Options) -> None:
 def _run(host: str, options: Options) -> None:
     from pyroute2.iproute.linux import IPRoute
 
+    with suppress(PermissionError):  # in a container, for example
+        os.setpriority(os.PRIO_PROCESS, 0, min(PRIORITY, os.getpriority(os.PRIO_PROCESS, 0)))
     if options.local_etcd:
         LocalEtcd(host, options.log_dir or process.DEFAULT_LOG_DIR).supervise()
     if options.libnetwork:

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from calicoctl.cli import command_client
+from calicoctl.felix.agent import PRIORITY
 from tests.system.agent import A4, AgentHost
 from tests.system.support import CALICOCTL, Result, gone, run, wait_for
 from tests.system.test_cni import PLUGIN, Network, namespaces
@@ -137,6 +138,20 @@ def test_paths_are_those_of_the_callers_directory(served: AgentHost, tmp_path: P
     done = served.ctl("--debug", "batch", "lines", cwd=tmp_path)
     assert where(done) and done.out == "Created profile web\n"
     assert worker(served, CALICO_ENV_FILE="node.env") is None, "its path is relative to the caller's directory"
+
+
+def test_the_priority_is_the_callers_and_the_agents_is_higher(served: AgentHost) -> None:
+    priorities = {os.getpriority(os.PRIO_PROCESS, pid) for pid in (served.pid, server(), *workers(server()))}
+    assert priorities == {PRIORITY}
+    served.ctl("profile", "add", "web")
+    command = ("nice", "-n", "7", CALICOCTL, "profile", "web", "rule", "update")
+    with subprocess.Popen(command, env=served.environment(), stdin=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: any(busy(one) for one in workers(server())), "a worker that runs it")
+        (one,) = filter(busy, workers(server()))
+        wait_for(lambda: os.getpriority(os.PRIO_PROCESS, one) == 7, "the caller's priority")
+        process.communicate('{"id": "web", "inbound_rules": [], "outbound_rules": []}')
+    assert process.returncode == 0
+    wait_for(lambda: os.getpriority(os.PRIO_PROCESS, one) == PRIORITY, "its own priority")
 
 
 def test_a_terminal_is_the_callers(served: AgentHost) -> None:
