@@ -17,6 +17,7 @@ from calicoctl.datastore.chosen import ChosenStore
 from calicoctl.datastore.detection import Choice, Shown, ask_v2, ask_v3, detect, foreign
 from calicoctl.datastore.settings import TYPE, V3, EtcdSettings
 from calicoctl.datastore.store import FencedStore
+from calicoctl.errors import NoSuchApi
 
 if TYPE_CHECKING:
     from calicoctl.datastore.etcd3 import Etcd3Store
@@ -110,6 +111,9 @@ class Backends:
             shown = self._shown(api)
             if shown.refused is not None:
                 raise shown.refused
+            if not shown.served:
+                asked = f"its {api[-2:]} API, which {TYPE}={api} asks for: unset that, for all hosts alike"
+                raise NoSuchApi(f"etcd at {self._settings.urls} does not serve {asked}")
             self._refuse_foreign(shown)
             return Choice(api, shown.ready == "false", f"{TYPE} says so", pinned=True, revision=shown.revision)
         if before is not None and before.frozen is False:

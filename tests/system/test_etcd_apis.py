@@ -156,6 +156,8 @@ def test_an_etcd_without_its_gateway_or_without_the_v2_api(free: Chooser) -> Non
         said = free.ctl(*words, status=1).err
         assert "neither its v2 API nor the HTTP gateway of its v3 API" in said and "--enable-grpc-gateway" in said
     restart("--enable-v2=false")
+    shown = json.loads(free.ctl("datastore", "show", "-o", "json", env={"DATASTORE_TYPE": "etcdv2"}, status=1).out)
+    assert shown["used"] is None and "API, which DATASTORE_TYPE=etcdv2 asks for: unset that" in shown["error"]
     said = free.ctl(*NODE, status=1).err
     assert "The data of host host1 was in etcd's v2 API, and there is none now" in said and said.count("\n") == 1
     assert get_v3(etcd, READY) is None and len(calico_links()) == 1
