@@ -79,7 +79,7 @@ def test_a_file_that_cannot_be_read_leads_to_no_other_store(bare_host: Host, els
     said = bare("profile", "add", "web", status=1)
     assert said.err.startswith(f"{FILE}, line 1: 'export ETCD_AUTHORITY' is not the name of a variable")
     assert (bare_host.etcd.tree(), elsewhere.tree()) == before
-    bare("profile", "add", "web", CALICO_ENV_FILE=os.devnull)
+    bare("profile", "add", "web", CALICO_ENV_FILE=os.devnull, ETCD_AUTHORITY=f"127.0.0.1:{bare_host.etcd.port}")
     assert bare_host.etcd.get("/calico/v1/policy/profile/web/tags") == '["web"]'
 
 
