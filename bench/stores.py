@@ -37,7 +37,7 @@ IDLE = 60
 DETECTED = {"DATASTORE_TYPE": ""}
 
 LIST = """
-import re, time
+import re, sys, time
 from calicoctl import slim
 slim.install()
 from calicoctl.datastore import backends, keys
@@ -48,9 +48,14 @@ store = backends.connect(EtcdSettings.from_environment())
 store.tree(keys.PROFILES)
 before, start = peak(), time.perf_counter()
 found = store.tree(keys.HOSTS)
-print(time.perf_counter() - start, peak() - before, len(found))
+end, after = time.perf_counter(), peak()
+entries = sum(sum(map(sys.getsizeof, (one, vars(one), *vars(one).values()))) for one in found) / 2**20
+print(end - start, after - before, entries, len(found))
 """
-"""Lists all endpoints, once all is imported and connected; prints the seconds, the MiB that it takes, and how many."""
+"""Lists all endpoints, once all is imported and connected.
+
+Prints the seconds, the MiB that it takes, the MiB of the entries that are found, and how many there are.
+"""
 
 PROFILED = """
 import cProfile, os, pstats, sys
@@ -167,9 +172,10 @@ def lists(pairs: int) -> None:
         for host in hosts:
             fill(host.etcd, "many", 10_000)
         side_by_side("list of 10,000 endpoints", "at most 1.2", lambda host: listed(host)[0], hosts, pairs)
-        side_by_side(
-            "list of 10,000 endpoints, memory", "at most 0.6", lambda host: listed(host)[1], hosts, pairs, "MiB"
-        )
+        title = "list of 10,000 endpoints, memory"
+        if not side_by_side(title, "at most 0.6", lambda host: listed(host)[1], hosts, pairs, "MiB"):
+            for host in hosts:
+                print(f"    {listed(host)[2]:.1f} MiB over {host.etcd.api} are the entries, which the caller gets")
         side_by_side("endpoint show with 10,000 endpoints", "at most 1.2", command, hosts, pairs)
         title = "endpoint show with 10,000 endpoints, peak memory of the process"
         side_by_side(title, "", lambda host: peak(host, HOME, "endpoint", "show") / 1024, hosts, pairs, "MiB")
