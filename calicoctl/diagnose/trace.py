@@ -1,29 +1,28 @@
 """Evaluates whether a packet would pass between two places, and which rule decides. Sends no packet.
 
-Reads the store, queries Docker for containers' ids, and reads this host's addresses, routes and networks. The policy of
-an endpoint is evaluated as on the endpoint's host: with a snapshot for that host (snapshot.py), and with the agent's
-semantics of rules (verdict.py).
+Reads the store, queries Docker for containers' ids, and reads this host's addresses, routes and networks. Policy is
+evaluated by enforcement.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from calicoctl.addresses import BITS, FAMILIES, check_unicast, number_of, parse_address, version_of
-from calicoctl.datastore.keys import EndpointId, parse_endpoint
-from calicoctl.datastore.model import Endpoint, Pool, Rule
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Endpoint, Pool
 from calicoctl.datastore.reserved import Network
 from calicoctl.desired.local_endpoint import usable_addresses
-from calicoctl.desired.snapshot import Snapshot
 from calicoctl.diagnose import transit
+from calicoctl.diagnose.enforcement import SOURCE_PORT, Cause, Enforcement, Place, Ruling
 from calicoctl.diagnose.transit import Obstacle, Route
 from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound
 from calicoctl.felix import process
 from calicoctl.felix.dataplane.host_rules import BGP_PORT
 from calicoctl.policy.rules import ICMP, ICMPV6, PROTOCOLS
-from calicoctl.policy.verdict import Packet, Verdict, decide, is_from_host, is_host_service
+from calicoctl.policy.verdict import Packet, Verdict
 from calicoctl.workloads.libnetwork import CONTAINER
 from calicoctl.workloads.workload import (
     Workload,
@@ -38,25 +37,7 @@ if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.desired.topology import Topology
 
-SOURCE_PORT = 40000
-"""The default source port. It is in the range of ephemeral ports."""
-
 _ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
-
-
-@dataclass(frozen=True)
-class Place:
-    """One end of a packet's path. `name` is what the user calls it.
-
-    `endpoint` is the id of the endpoint that has the address, None if no endpoint has it. `host` is the endpoint's host
-    or, without an endpoint, the host that has the address itself. It is None if neither an endpoint nor a host has the
-    address.
-    """
-
-    name: str
-    address: str
-    endpoint: EndpointId | None = None
-    host: str | None = None
 
 
 @dataclass(frozen=True)
@@ -174,31 +155,13 @@ def _of(place: Place, version: int) -> bool:
 
 
 class _Store:
-    """A copy of the watched part of the store, and a snapshot for each host, as its agent would derive it from that."""
+    """Resolves names to places, and evaluates paths between them."""
 
     def __init__(self, datastore: DatastoreClient) -> None:
         self._datastore = datastore
-        self._entries = {directory: datastore.list_for_watch(directory)[0] for directory in datastore.followed()}
-        self._snapshots: dict[str, Snapshot] = {}
-        self._endpoints = self._seen_by(datastore.host).endpoints
-        self._members: dict[str, set[str]] = {}
-        """By tag, computed on demand: the addresses of the endpoints with a profile that has the tag."""
-
-    def _seen_by(self, host: str) -> Snapshot:
-        if host not in self._snapshots:
-            snapshot = self._snapshots[host] = Snapshot(host)
-            for directory, entries in self._entries.items():
-                snapshot.replace(directory, (entry for entry in entries if self._concerns(host, entry.key)))
-        return self._snapshots[host]
-
-    def _concerns(self, host: str, key: str) -> bool:
-        """Return whether the snapshot for a host is to contain a key.
-
-        Other hosts' endpoints are only in the snapshot for this host, the one on whose behalf the client acts: what is
-        evaluated for a host does not depend on them, and each copy takes 15 MB for 10,000 endpoints.
-        """
-        id = parse_endpoint(key)
-        return id is None or host in (id.host, self._datastore.host)
+        self._enforcement = Enforcement(datastore)
+        self._endpoints = self._enforcement.endpoints
+        self._seen_by = self._enforcement.seen_by
 
     # From names to places
 
@@ -305,7 +268,7 @@ class _Store:
         if source.endpoint is not None:
             decisions.append(self._outbound(source.endpoint, destination, packet))
             if destination.host != source.host:
-                sent = self._as_sent(source.endpoint.host, packet)
+                sent = self._enforcement.as_sent(source.endpoint.host, packet)
         if destination.endpoint is not None:
             decisions.append(self._inbound(source, destination.endpoint, sent))
         obstacles = [*self._at(source), *self._at(destination)]
@@ -398,67 +361,29 @@ class _Store:
     # Decisions
 
     def _outbound(self, id: EndpointId, destination: Place, packet: Packet) -> Decision:
-        snapshot = self._seen_by(id.host)
-        to_host = destination.endpoint is None and destination.host == id.host
-        if to_host and snapshot.host_services and is_host_service(packet) and id in snapshot.local:
-            why = "DHCP, DNS and neighbour discovery to the host pass, unless EndpointToHostServices is drop"
-            return Decision("outbound", True, why, host=id.host)
-        decision = self._decide("outbound", id, packet)
-        if to_host and decision.allowed:
-            if snapshot.host_action == "DROP":
-                why = f"DefaultEndpointToHostAction of host {id.host} is DROP"
-                return Decision("outbound", False, why, host=id.host)
-            return replace(decision, why=f"{decision.why}; then {id.host}'s own firewall decides")
-        return decision
+        return self._decision("outbound", id, self._enforcement.outbound(id, destination, packet))
 
     def _inbound(self, source: Place, id: EndpointId, packet: Packet) -> Decision:
-        seen = self._seen_by(id.host)
-        pools = (pool.cidr for pool in seen.pools.values())
-        from_host = source.host == id.host or is_from_host(packet, seen.topology.users, pools)
-        if source.endpoint is None and source.host is not None and from_host and id in seen.local:
+        ruling = self._enforcement.inbound(source, id, packet)
+        if ruling.cause is Cause.FROM_HOST:
             whose = "its host" if source.host == id.host else f"host {source.host}"
             return Decision("inbound", True, f"from {whose} everything passes", host=id.host)
-        return self._decide("inbound", id, packet)
+        return self._decision("inbound", id, ruling)
 
-    def _as_sent(self, host: str, packet: Packet) -> Packet:
-        """Return a packet as it leaves `host`.
-
-        If a pool masquerades the packet, its source is the registered address of `host`. If `host` has no such address
-        of the packet's IP version, the packet is returned unchanged.
-        """
-        from netaddr.ip import IPNetwork
-
-        pools = self._seen_by(host).pools.values()
-        of_source = any(pool.masquerade and packet.source in IPNetwork(pool.cidr) for pool in pools)
-        if not of_source or any(packet.destination in IPNetwork(pool.cidr) for pool in pools):
-            return packet
-        version = version_of(packet.source)
-        addresses = [a for a in self._datastore.for_host(host).hosts.own_addresses() if version_of(a) == version]
-        return replace(packet, source=addresses[0]) if addresses else packet
-
-    def _decide(self, direction: str, id: EndpointId, packet: Packet) -> Decision:
+    def _decision(self, direction: str, id: EndpointId, ruling: Ruling) -> Decision:
         snapshot = self._seen_by(id.host)
-        local = snapshot.local.get(id)
-        if local is None:
+        if ruling.cause is Cause.NOT_SET_UP:
             _, reason = snapshot.unusable.get(id, (0, "it no longer exists"))
             why = f"endpoint {id.endpoint} of host {id.host} is not set up: {reason}"
             return Decision(direction, False, why, host=id.host)
-        rules: dict[str, Sequence[Rule] | None] = {}
-        for name in local.profiles:
-            profile = snapshot.profiles.get(name)
-            readable = None if profile is None else profile.rules
-            rules[name] = None if readable is None else getattr(readable, direction)
-        verdict = decide(local.profiles, rules, packet, self._tagged)
-        why = _why(verdict, rules, local.profiles)
-        return Decision(direction, verdict.allowed, why, verdict.profile, verdict.rule, id.host)
-
-    def _tagged(self, tag: str, address: str) -> bool:
-        if tag not in self._members:
-            profiles = self._seen_by(self._datastore.host).profiles
-            with_tag = {name for name, profile in profiles.items() if tag in profile.tags}
-            members = [e for e in self._endpoints.values() if not with_tag.isdisjoint(e.profile_ids)]
-            self._members[tag] = {address for endpoint in members for address in usable_addresses(endpoint)}
-        return address in self._members[tag]
+        if ruling.cause is Cause.HOST_ACTION:
+            why = f"DefaultEndpointToHostAction of host {id.host} is DROP"
+            return Decision(direction, False, why, host=id.host)
+        why = ruling.reason(snapshot.local[id].profiles, self._enforcement.rules(id, direction))
+        if ruling.cause is Cause.HOST_FIREWALL:
+            why = f"{why}; then {id.host}'s own firewall decides"
+        decided = ruling.verdict or Verdict(ruling.allowed)
+        return Decision(direction, ruling.allowed, why, decided.profile, decided.rule, id.host)
 
 
 def is_routed(address: str, pool: str) -> bool:
@@ -479,14 +404,3 @@ def is_routed(address: str, pool: str) -> bool:
     except OSError as error:
         raise CalicoError(f"this host's routes cannot be read: {error}") from None
     return False
-
-
-def _why(verdict: Verdict, rules: Mapping[str, Sequence[Rule] | None], profiles: Sequence[str]) -> str:
-    from calicoctl.policy.rules import text
-
-    if verdict.profile is None:
-        return f"no rule of {', '.join(profiles)} matches" if profiles else "it has no profile"
-    of_profile = rules[verdict.profile]
-    if verdict.rule is None or of_profile is None:
-        return f"profile {verdict.profile} does not exist, or its rules cannot be read"
-    return f"rule {verdict.rule} of profile {verdict.profile}: {text(of_profile[verdict.rule - 1])}"

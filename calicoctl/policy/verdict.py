@@ -141,7 +141,7 @@ def matches(rule: Rule, packet: Packet, tag_contains: TagContains) -> bool:
         (rule.src_net, rule.src_tag, rule.src_ports, packet.source, packet.source_port),
         (rule.dst_net, rule.dst_tag, rule.dst_ports, packet.destination, packet.destination_port),
     ):
-        if net is not None and not _within(address, net):
+        if net is not None and not within(address, net):
             return False
         if tag is not None and not tag_contains(tag, address):
             return False
@@ -170,7 +170,7 @@ def is_from_host(packet: Packet, hosts: Container[str], pools: Iterable[str]) ->
     This is so if the source is in `hosts`, the addresses of all registered hosts, and the destination is in one of
     `pools`, the CIDRs of all pools.
     """
-    return packet.source in hosts and any(_within(packet.destination, cidr) for cidr in pools)
+    return packet.source in hosts and any(within(packet.destination, cidr) for cidr in pools)
 
 
 def port_ranges(ports: Sequence[int | str]) -> list[tuple[int, int]]:
@@ -198,7 +198,8 @@ def _number(address: str) -> tuple[int, int]:
     return number_of(address), BITS[version_of(address)]
 
 
-def _within(address: str, net: str) -> bool:
+def within(address: str, net: str) -> bool:
+    """Return whether an address is in a net. Both are canonical; they may be of different IP versions."""
     base, _, length = net.partition("/")
     number, bits = _number(address)
     other, other_bits = _number(base)
