@@ -25,6 +25,7 @@ COMMANDS = (
     "diags",
     "endpoint",
     "ipam",
+    "map",
     "node",
     "pool",
     "profile",

@@ -38,6 +38,7 @@ Commands:
   diags        collect diagnostics of this host into an archive
   endpoint     show the endpoints of all hosts, change or remove them
   ipam         show address assignments, release addresses, find leaked ones
+  map          show who may reach whom, on which protocols and ports
   node         register this host, and run its agent
   pool         show and change the IP pools
   profile      show and change profiles: network policy as tags and rules

@@ -73,7 +73,7 @@ from calicoctl.output import abridges, data_format, first_few, print_data, print
 from calicoctl.workloads import docker_networks, libnetwork, network_profiles
 from calicoctl.workloads.docker_networks import Connection
 from calicoctl.workloads.libnetwork import LIBNETWORK
-from calicoctl.workloads.workload import DOCKER, short_id
+from calicoctl.workloads.workload import DOCKER, called, short_id
 
 Unconnected = tuple[Endpoint, str]
 """A container that cannot be connected as its labels ask: see `unconnected`."""
@@ -276,11 +276,6 @@ def display_order(endpoint: Endpoint) -> tuple[object, ...]:
 def described(endpoint: Endpoint) -> str:
     """Return a text with an endpoint's id, the display name of its workload (see `called`), and its host."""
     return f"{endpoint.id.endpoint} of {called(endpoint)} on {endpoint.id.host}"
-
-
-def called(endpoint: Endpoint) -> str:
-    """Return the display name of an endpoint's workload: the workload's name or, if that is not known, its short id."""
-    return endpoint.workload_name or short_id(endpoint.id.workload)
 
 
 def workload_cell(endpoint: Endpoint, short: bool) -> str:

@@ -6,7 +6,7 @@ Each endpoint is evaluated with the snapshot of its own host (snapshot.py), and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -73,7 +73,8 @@ class Enforcement:
     """A copy of the watched part of the store, and a snapshot for each host, as its agent would derive it from that."""
 
     def __init__(self, datastore: DatastoreClient) -> None:
-        self._host = datastore.host
+        self.host = datastore.host
+        """The host on whose behalf the store is read. Its snapshot has the endpoints of all hosts."""
         self._entries = {directory: datastore.list_for_watch(directory)[0] for directory in datastore.followed()}
         self._snapshots: dict[str, Snapshot] = {}
         self.endpoints = self.seen_by(datastore.host).endpoints
@@ -96,29 +97,41 @@ class Enforcement:
         for a host does not depend on them, and each copy takes 15 MB for 10,000 endpoints.
         """
         id = parse_endpoint(key)
-        return id is None or host in (id.host, self._host)
+        return id is None or host in (id.host, self.host)
 
     def outbound(self, id: EndpointId, destination: Place, packet: Packet) -> Ruling:
         """Return the decision about a packet that an endpoint sends to another place."""
+        return self.outbound_after(self._verdict("outbound", id, packet), id, destination, packet)
+
+    def outbound_after(self, verdict: Verdict, id: EndpointId, destination: Place, packet: Packet) -> Ruling:
+        """Do what `outbound` does, with the verdict of the endpoint's profiles."""
         snapshot = self.seen_by(id.host)
-        to_host = destination.endpoint is None and destination.host == id.host
-        if to_host and snapshot.host_services and is_host_service(packet) and id in snapshot.local:
+        if id not in snapshot.local:
+            return Ruling(False, Cause.NOT_SET_UP)
+        if destination.endpoint is not None or destination.host != id.host:
+            return Ruling(verdict.allowed, Cause.PROFILES, verdict)
+        if snapshot.host_services and is_host_service(packet):
             return Ruling(True, Cause.HOST_SERVICE)
-        ruling = self._ruling("outbound", id, packet)
-        if to_host and ruling.allowed:
-            if snapshot.host_action == "DROP":
-                return Ruling(False, Cause.HOST_ACTION)
-            return replace(ruling, cause=Cause.HOST_FIREWALL)
-        return ruling
+        if not verdict.allowed:
+            return Ruling(False, Cause.PROFILES, verdict)
+        if snapshot.host_action == "DROP":
+            return Ruling(False, Cause.HOST_ACTION)
+        return Ruling(True, Cause.HOST_FIREWALL, verdict)
 
     def inbound(self, source: Place, id: EndpointId, packet: Packet) -> Ruling:
         """Return the decision about a packet, as it leaves the source's host (see `as_sent`), to an endpoint."""
+        return self.inbound_after(self._verdict("inbound", id, packet), source, id, packet)
+
+    def inbound_after(self, verdict: Verdict, source: Place, id: EndpointId, packet: Packet) -> Ruling:
+        """Do what `inbound` does, with the verdict of the endpoint's profiles."""
         seen = self.seen_by(id.host)
-        pools = (pool.cidr for pool in seen.pools.values())
-        from_host = source.host == id.host or is_from_host(packet, seen.topology.users, pools)
-        if source.endpoint is None and source.host is not None and from_host and id in seen.local:
-            return Ruling(True, Cause.FROM_HOST)
-        return self._ruling("inbound", id, packet)
+        if id not in seen.local:
+            return Ruling(False, Cause.NOT_SET_UP)
+        if source.endpoint is None and source.host is not None:
+            pools = (pool.cidr for pool in seen.pools.values())
+            if source.host == id.host or is_from_host(packet, seen.topology.users, pools):
+                return Ruling(True, Cause.FROM_HOST)
+        return Ruling(verdict.allowed, Cause.PROFILES, verdict)
 
     def as_sent(self, host: str, packet: Packet) -> Packet:
         """Return a packet to another host as it leaves `host`.
@@ -138,30 +151,24 @@ class Enforcement:
         source = next((address for address in addresses if address is not None), None)
         return packet if source is None else replace(packet, source=source)
 
-    def rules(self, id: EndpointId, direction: str) -> dict[str, Sequence[Rule] | None]:
-        """Return the rules of an endpoint's profiles for a direction; None for a profile that denies everything.
+    def rules(self, profiles: Iterable[str], direction: str) -> dict[str, Sequence[Rule] | None]:
+        """Return the rules of profiles for a direction, "inbound" or "outbound".
 
-        `direction` is "inbound" or "outbound". The endpoint must be in the `local` of its host's snapshot.
+        The rules of a profile that denies everything, because it is missing or has invalid rules, are None.
         """
-        snapshot = self.seen_by(id.host)
-        rules: dict[str, Sequence[Rule] | None] = {}
-        for name in snapshot.local[id].profiles:
-            profile = snapshot.profiles.get(name)
-            readable = None if profile is None else profile.rules
-            rules[name] = None if readable is None else getattr(readable, direction)
-        return rules
+        known = self.seen_by(self.host).profiles
+        valid = {name: known[name].rules if name in known else None for name in profiles}
+        return {name: None if rules is None else getattr(rules, direction) for name, rules in valid.items()}
 
-    def _ruling(self, direction: str, id: EndpointId, packet: Packet) -> Ruling:
+    def _verdict(self, direction: str, id: EndpointId, packet: Packet) -> Verdict:
         local = self.seen_by(id.host).local.get(id)
-        if local is None:
-            return Ruling(False, Cause.NOT_SET_UP)
-        verdict = decide(local.profiles, self.rules(id, direction), packet, self.has_tag)
-        return Ruling(verdict.allowed, Cause.PROFILES, verdict)
+        profiles = () if local is None else local.profiles
+        return decide(profiles, self.rules(profiles, direction), packet, self.has_tag)
 
     def has_tag(self, tag: str, address: str) -> bool:
         """Return whether an endpoint with a tag has an address."""
         if tag not in self._members:
-            profiles = self.seen_by(self._host).profiles
+            profiles = self.seen_by(self.host).profiles
             with_tag = {name for name, profile in profiles.items() if tag in profile.tags}
             members = [e for e in self.endpoints.values() if not with_tag.isdisjoint(e.profile_ids)]
             self._members[tag] = {address for endpoint in members for address in usable_addresses(endpoint)}

@@ -379,7 +379,8 @@ class _Store:
         if ruling.cause is Cause.HOST_ACTION:
             why = f"DefaultEndpointToHostAction of host {id.host} is DROP"
             return Decision(direction, False, why, host=id.host)
-        why = ruling.reason(snapshot.local[id].profiles, self._enforcement.rules(id, direction))
+        profiles = snapshot.local[id].profiles
+        why = ruling.reason(profiles, self._enforcement.rules(profiles, direction))
         if ruling.cause is Cause.HOST_FIREWALL:
             why = f"{why}; then {id.host}'s own firewall decides"
         decided = ruling.verdict or Verdict(ruling.allowed)

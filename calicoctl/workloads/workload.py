@@ -483,6 +483,11 @@ def _inspect(name: str) -> dict[str, Any]:
         raise type(error)(f"{sentence}. There is a network namespace of that name: did you mean {path}?") from None
 
 
+def called(endpoint: Endpoint) -> str:
+    """Return the display name of an endpoint's workload: the workload's name or, if that is not known, its short id."""
+    return endpoint.workload_name or short_id(endpoint.id.workload)
+
+
 def short_id(id: str) -> str:
     """Return the first 12 digits of a hexadecimal id, such as a container's; return an id of another kind unchanged."""
     return id[:12] if re.fullmatch("[0-9a-f]+", id) else id

@@ -1,0 +1,79 @@
+"""Show who may reach whom, on which protocols and ports.
+
+Usage:
+  calicoctl map --output=<FORMAT> [--no-trunc]
+
+Options:
+  -o, --output=<FORMAT>  json or yaml, for scripts; text: a matrix
+  --no-trunc             show everything on a terminal, too, whatever its
+                         width; default: the matrix in parts that fit
+
+Policy is evaluated for all pairs of endpoints, and of endpoints and hosts, as
+`profile trace` evaluates it for one packet: for the first packets of
+connections, from source port 40000, which stands for an ephemeral port.
+Endpoints that policy treats alike are a group: they have the same profiles,
+and no rule of these tells their addresses apart. Routes, and whether agents
+run, are left out: see `profile trace`.
+
+In the matrix, `all` means that everything passes, and `-` that nothing does.
+Everything passes from a host to its own endpoints, whatever profiles say.
+What an endpoint sends to its own host is then up to that host's own firewall.
+
+Examples:
+  calicoctl map --output=text
+  calicoctl map --output=json
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.grammar import Prepared, parse
+from calicoctl.output import data_format, print_data, print_table, warn
+
+if TYPE_CHECKING:
+    from calicoctl.diagnose.network_map import NetworkMap
+
+
+def prepare(argv: list[str]) -> Prepared:
+    arguments = parse(str(__doc__), argv)
+    return partial(_show, data_format(arguments), arguments["--no-trunc"])
+
+
+def _show(form: str | None, complete: bool) -> None:
+    network = _network()
+    if form:
+        print_data(network.to_dict(), form)
+        return
+    print_table(["Group", "Members", "Names", "Profiles"], network.legend(), complete=complete)
+    heading, rows = network.table()
+    for columns in _parts(heading, rows, complete):
+        print_table([heading[n] for n in columns], [[row[n] for n in columns] for row in rows], complete=complete)
+    for key, problem in network.problems():
+        warn(f"Warning: {key}: {problem}")
+
+
+def _network() -> NetworkMap:
+    from calicoctl.diagnose.enforcement import Enforcement
+    from calicoctl.diagnose.network_map import NetworkMap
+
+    return NetworkMap(Enforcement(DatastoreClient.from_environment()))
+
+
+def _parts(heading: list[str], rows: list[list[str]], complete: bool) -> list[list[int]]:
+    """Return the columns of the tables that the matrix is printed as: on a terminal, as many as fit its width."""
+    import shutil
+
+    if not sys.stdout.isatty() or complete:
+        return [list(range(len(heading)))]
+    widths = [max(len(row[column]) for row in [heading, *rows]) + 3 for column in range(len(heading))]
+    room = shutil.get_terminal_size().columns - 1
+    parts: list[list[int]] = []
+    for column in range(1, len(heading)):
+        if not parts or sum(widths[n] for n in [*parts[-1], column]) > room:
+            parts.append([0])
+        parts[-1].append(column)
+    return parts
