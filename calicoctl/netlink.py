@@ -31,6 +31,7 @@ RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 _RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGHTBL, _RTM_GETNSID, _RTM_GETNEXTHOP = 18, 22, 26, 66, 90, 106
 _RTM_F_FIB_MATCH = 0x2000
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
+_IFLA_STATS64 = 23
 _IFLA_EXT_MASK, _IFLA_LINK_NETNSID, _IFLA_PERM_ADDRESS = 29, 37, 54
 _IFLA_INFO_KIND, _RTEXT_FILTER_SKIP_STATS, _ARPHRD_ETHER = 1, 8, 1
 _NDTA_THRESH3, _NDTA_STATS = 4, 7
@@ -459,6 +460,28 @@ def all_interfaces(most: int | None = None) -> Iterator[Interface]:
     request = struct.pack("=BBHiII", 0, 0, 0, 0, 0, 0)
     request += attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
     return map(interface_of, dump(socket.NETLINK_ROUTE, _RTM_GETLINK, request, most=most))
+
+
+class Traffic(NamedTuple):
+    """What an interface has received and sent since it was created."""
+
+    received_packets: int
+    sent_packets: int
+    received_bytes: int
+    sent_bytes: int
+
+
+def traffic() -> dict[str, Traffic]:
+    """Return the traffic of each interface, by name. Raises OSError.
+
+    Source: struct rtnl_link_stats64 in the kernel's uapi/linux/if_link.h.
+    """
+    found = {}
+    for body in dump(socket.NETLINK_ROUTE, _RTM_GETLINK, struct.pack("=BBHiII", 0, 0, 0, 0, 0, 0)):
+        link = attributes(body[16:])
+        if _IFLA_STATS64 in link:
+            found[_name_of(link[_IFLA_IFNAME])] = Traffic(*struct.unpack_from("=4Q", link[_IFLA_STATS64]))
+    return found
 
 
 def interface_at(index: int) -> Interface | None:

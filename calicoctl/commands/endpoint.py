@@ -2,7 +2,7 @@
 
 Usage:
   calicoctl endpoint show [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>]
-      [--workload=<WORKLOAD>] [--endpoint=<ENDPOINT>] [--detailed]
+      [--workload=<WORKLOAD>] [--endpoint=<ENDPOINT>] [--detailed | --counters]
       [--no-trunc] [--output=<FORMAT>]
   calicoctl endpoint <ENDPOINT_ID> profile (append|remove|set) [--host=<HOST>]
       [--orchestrator=<ORCHESTRATOR>] [--workload=<WORKLOAD>] [<PROFILES>...]
@@ -25,6 +25,8 @@ Options:
   --endpoint=<ENDPOINT>  the endpoint with this id, or this beginning of it;
                          default: all
   --detailed             one row per endpoint; default: counts per host
+  --counters             what each endpoint of this host has sent and received,
+                         and what was dropped; must be run as root
   --no-trunc             show everything on a terminal, however wide it is
   -o, --output=<FORMAT>  json or yaml: an array, with the fields of the
                          endpoints as in etcd; default: a table
@@ -39,6 +41,14 @@ host is down or has not reported the endpoint yet. Reasons follow the table,
 on standard error. JSON: status, and reason. A container of this host that
 cannot be connected as its labels ask has a row with the state error, without
 an endpoint's id, as long as the agent runs.
+`--counters` shows what a workload has sent and received since its interface was
+created, and the packets from it (outbound) and to it (inbound) that were
+dropped, by reason: a rule denies them (rule), no rule matches (no-rule), a
+profile is missing or invalid (profile), the sender is forged (spoofed), they
+belong to no connection and start none (no-connection), the interface has no
+endpoint that may be used (no-endpoint), or DefaultEndpointToHostAction is DROP
+(host-action). JSON: also the fields of the endpoints as in etcd; sent,
+received, dropped, since.
 Profiles are evaluated in the order of the list; `set` without profiles clears
 it. `show` and `profile` need no root, and work for the endpoints of any host.
 `remove` must be run as root. It removes an endpoint of this host, with its
@@ -69,7 +79,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, InvalidValue, NotFound, NotRoot, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse, require_root
-from calicoctl.output import abridges, data_format, first_few, print_data, print_table, warn
+from calicoctl.output import abridges, data_format, first_few, print_data, print_table, quantity, warn
 from calicoctl.workloads import docker_networks, libnetwork, network_profiles
 from calicoctl.workloads.docker_networks import Connection
 from calicoctl.workloads.libnetwork import LIBNETWORK
@@ -95,6 +105,9 @@ def prepare(argv: list[str]) -> Prepared:
         with about("--host"):
             check_hostname(arguments["--host"])
     if not arguments["profile"] and not arguments["remove"]:
+        if arguments["--counters"]:
+            require_root()
+            return partial(_show_counters, arguments)
         return partial(_show, arguments)
     if not arguments["<ENDPOINT_ID>"]:  # an unset variable of a script, say: it would match the beginning of every id
         raise UsageError("Say which endpoint")
@@ -127,6 +140,38 @@ def _show(arguments: dict[str, Any]) -> None:
     else:
         columns = ["Hostname", "Orchestrator ID", "Number of Workloads", "Number of Endpoints"]
         print_table(columns, rows, complete=arguments["--no-trunc"])
+
+
+def _show_counters(arguments: dict[str, Any]) -> None:
+    from calicoctl.diagnose import counters
+
+    datastore = DatastoreClient.from_environment()
+    if arguments["--host"] not in (None, datastore.host):
+        raise CalicoError(f"Each host counts by itself: run this command on {arguments['--host']}.")
+    arguments = {**arguments, "--host": datastore.host}
+    endpoints = _matching(datastore, arguments, arguments["--endpoint"])
+    found = counters.of_endpoints(endpoints, counters.read())
+    if form := data_format(arguments):
+        print_data(({**asdict(one.id), **one.to_dict(), **counted} for one, counted in zip(endpoints, found)), form)
+        return
+    short = abridges(arguments)
+    rows = [
+        [
+            workload_cell(endpoint, short),
+            short_id(endpoint.id.endpoint) if short else endpoint.id.endpoint,
+            *("" if counted[way] is None else _amount(counted[way]) for way in ("sent", "received")),
+            "\n".join(f"{one['direction']}, {one['reason']}: {_amount(one)}" for one in counted["dropped"]),
+        ]
+        for endpoint, counted in zip(endpoints, found)
+    ]
+    since = f"Dropped since {found[0]['since']}" if found else "Dropped"
+    print_table(
+        ["Workload ID", "Endpoint ID", "Sent", "Received", since], rows, expendable=EXPENDABLE, complete=not short
+    )
+
+
+def _amount(counted: dict[str, Any]) -> str:
+    return f"{quantity(counted['packets'], 'packet')}, {quantity(counted['bytes'], 'byte')}"
 
 
 def _matching(datastore: DatastoreClient, arguments: dict[str, Any], endpoint_id: str | None) -> list[Endpoint]:

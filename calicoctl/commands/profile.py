@@ -10,7 +10,7 @@ Usage:
       <RULE>...
   calicoctl profile <PROFILE> rule remove (inbound|outbound)
       (--at=<POSITION> | <RULE>...)
-  calicoctl profile <PROFILE> rule show [--output=<FORMAT>]
+  calicoctl profile <PROFILE> rule show [--counters] [--output=<FORMAT>]
   calicoctl profile <PROFILE> rule json
   calicoctl profile <PROFILE> rule update
   calicoctl profile trace <FROM> <TO> (tcp|udp|icmp|icmpv6) [<PORT>]
@@ -31,6 +31,8 @@ Options:
                          it is evaluated, it then denies every packet
   --at=<POSITION>        a rule's position, counted from 1; default: after the
                          last one
+  --counters             show what each rule has decided on this host, too; must
+                         be run as root
   -o, --output=<FORMAT>  json or yaml, for scripts; default: text
 
 A rule is one of
@@ -48,6 +50,13 @@ next rule. `rule json` prints a profile's rules, and `rule update` reads them
 from standard input. A new profile has its own name as tag, allows inbound
 packets from that tag, and allows all outbound packets.
 
+`rule show --counters` shows how many connections each rule that allows has let
+begin on this host, and what each rule that denies has dropped. Counting begins
+when an endpoint of this host gets the profile, or the profile the rule, and
+outlives the agent, but not a reboot. JSON: connections, dropped_packets,
+dropped_bytes, since and host of each rule; they are null, but for host, where
+there is nothing to count.
+
 `trace` shows whether a packet (a connection's first one, or an echo request)
 would pass from <FROM> to <TO>, and which rule of which profile decides,
 outbound of <FROM> and inbound of <TO>; between two hosts, also how the packet
@@ -61,6 +70,7 @@ this host are known; of other hosts, those that they are registered with.
 Examples:
   calicoctl profile add web
   calicoctl profile web rule add inbound --at=1 allow tcp from tag lb
+  calicoctl profile web rule show --counters
   calicoctl profile trace workload 192.168.0.2 tcp 80
 """
 
@@ -79,7 +89,7 @@ from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotFound, UsageError, for_each, one_line, printable
-from calicoctl.grammar import Prepared, parse
+from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import abridges, data_format, first_few, print_data, print_table, quantity, warn
 from calicoctl.policy.rules import check_name
 from calicoctl.workloads import network_profiles
@@ -268,7 +278,9 @@ def _remove_tag(datastore: DatastoreClient, profile: str, tag: str) -> None:
 
 def _prepare_rule(profile: str, arguments: dict[str, Any]) -> Prepared:
     if arguments["show"]:
-        return partial(_rule_show, profile, data_format(arguments))
+        if arguments["--counters"]:
+            require_root()
+        return partial(_rule_show, profile, arguments["--counters"], data_format(arguments))
     if arguments["json"]:
         return partial(_rule_json, profile)
     if arguments["update"]:
@@ -282,17 +294,45 @@ def _prepare_rule(profile: str, arguments: dict[str, Any]) -> Prepared:
     return partial(_rule_add, profile, direction, position, rule)
 
 
-def _rule_show(profile: str, form: str | None) -> None:
+def _rule_show(profile: str, with_counters: bool, form: str | None) -> None:
     from calicoctl.policy.rules import text
 
-    rules = DatastoreClient.from_environment().rules(profile)
+    datastore = DatastoreClient.from_environment()
+    rules = datastore.rules(profile)
+    counted = _counted(rules) if with_counters else None
     if form:
-        print_data([rules.to_dict()], form)
+        shown = rules.to_dict()
+        for direction, counters in (counted or {}).items():
+            for rule, found in zip(shown[f"{direction}_rules"], counters):
+                rule.update(found, host=datastore.host)
+        print_data([shown], form)
         return
-    for heading, some in (("Inbound rules:", rules.inbound), ("Outbound rules:", rules.outbound)):
-        print(heading)
-        for position, rule in enumerate(some, start=1):
-            print(one_line(f" {position:3d} {text(rule)}"))
+    where = f" (counted on {datastore.host})" if with_counters else ""
+    for direction, some in (("inbound", rules.inbound), ("outbound", rules.outbound)):
+        print(f"{direction.capitalize()} rules{where}:")
+        texts = [one_line(text(rule)) for rule in some]
+        if counted is not None:
+            width = max(map(len, texts), default=0)
+            texts = [f"{one:{width}}  {_count_text(found)}" for one, found in zip(texts, counted[direction])]
+        for position, line in enumerate(texts, start=1):
+            print(f" {position:3d} {line}")
+
+
+def _counted(rules: Rules) -> dict[str, list[dict[str, Any]]]:
+    from calicoctl.diagnose import counters
+
+    return counters.of_rules(rules, counters.read())
+
+
+def _count_text(found: dict[str, Any]) -> str:
+    """Return the counters of a rule, a dictionary of `counters.of_rules`, as text."""
+    if found["since"] is None:
+        return "not counted"
+    if found["connections"] is not None:
+        what = quantity(found["connections"], "connection")
+    else:
+        what = f"{quantity(found['dropped_packets'], 'packet')}, {quantity(found['dropped_bytes'], 'byte')} dropped"
+    return f"{what} since {found['since']}"
 
 
 def _rule_json(profile: str) -> None:

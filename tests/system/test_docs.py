@@ -55,6 +55,7 @@ BEFORE = {
     "ipam": CONNECTED,
     "profile": CONNECTED,
     "status": NODE,
+    "seeing": f"{WEB_AND_DB}\ncalicoctl profile add db",
     "troubleshooting": WEB_AND_DB,
     "migration": WEB_AND_DB,
 }

@@ -16,7 +16,7 @@ from calicoctl.errors import CalicoError
 from calicoctl.felix.bgp.config import Config
 from calicoctl.felix.dataplane.conntrack import Connection, Listing
 from calicoctl.felix.dataplane.links import Link
-from calicoctl.felix.dataplane.nft import NftError
+from calicoctl.felix.dataplane.nft import Count, NftError
 from calicoctl.felix.dataplane.vxlan import Route
 from calicoctl.felix.events import BgpChanged
 from calicoctl.policy.verdict import Packet, Party
@@ -37,10 +37,14 @@ class FakeNft:
         self.refusals = 0
         self.transactions: list[str] = []
         self.objects: dict[str, list[str]] = {}
-        self.counted: dict[str, int] = {}
+        self.counted: dict[str, Count] = {}
+        self.dropped: list[tuple[bytes, Count]] = []
 
-    def counters(self, table: str) -> dict[str, int]:
+    def counters(self, table: str) -> dict[str, Count]:
         return dict(self.counted)
+
+    def element_counts(self, table: str, set: str) -> list[tuple[bytes, Count]]:
+        return list(self.dropped)
 
     def keys(self, table: str, set: str) -> list[bytes]:
         elements = self.objects.get(f"set inet {table} {set}")
@@ -124,7 +128,7 @@ class FakeNft:
                     if not match:
                         raise NftError(f"nftables refused a change: no such element: {element}")
                     elements.remove(match[0])
-        elif verb == "delete" and kind in ("set", "chain"):
+        elif verb == "delete" and kind in ("set", "chain", "counter"):
             self._get(objects, f"{kind} {name}")
             del objects[f"{kind} {name}"]
             for object, contents in objects.items():
@@ -137,13 +141,13 @@ class FakeNft:
     @staticmethod
     def _references(text: str) -> list[str]:
         """Return the names of the sets and chains that a rule, or an element of a map, refers to."""
-        names = re.findall(r"@(?!th,)(\S+)|\b(?:jump|goto) ([^\s,}]+)", text)
+        names = re.findall(r"@(?!th,)(\S+)|\b(?:jump|goto|counter name) ([^\s,}]+)", text)
         return [one or other for one, other in names]
 
     def _check_references(self, objects: dict[str, list[str]], table: str, text: str) -> None:
         for name in self._references(text):
-            if f"set {table} {name}" not in objects and f"chain {table} {name}" not in objects:
-                raise NftError(f"nftables refused a change: no such set or chain: {name}")
+            if not any(f"{kind} {table} {name}" in objects for kind in ("set", "chain", "counter")):
+                raise NftError(f"nftables refused a change: no such set, chain or counter: {name}")
 
 
 class FakeRoutes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from calicoctl.desired.snapshot import Dirty
 from calicoctl.felix.dataplane.connection_limit import TABLE, ConnectionLimit
+from calicoctl.felix.dataplane.nft import Count
 from calicoctl.felix.events import TablesChanged, Tick
 from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import World
@@ -72,11 +73,11 @@ def test_endpoints_that_have_reached_the_limit_are_named_without_values_of_the_s
     world.store.endpoint(1, "10.0.0.1")
     world.store.endpoint(2, "10.0.0.2")
     world.step(Dirty())
-    world.nft.counted["refusals"] = 5
+    world.nft.counted["refusals"] = Count(5)
     world.nft.objects[f"set inet {TABLE} refused"] = ['"cali2"', '"cali3"']
     text = world.step(Tick())
     assert "of w2 (cali2) are dropped" in text and "16384 at a time" in text and "1024 a second" in text
     assert world.health.refused_connections == 5
-    world.nft.counted["refusals"] = 2  # the table was loaded anew
+    world.nft.counted["refusals"] = Count(2)  # the table was loaded anew
     world.nft.objects[f"set inet {TABLE} refused"] = []
     assert not world.step(Tick()) and world.health.refused_connections == 7

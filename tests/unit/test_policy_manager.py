@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
+from calicoctl.datastore.model import Rule
 from calicoctl.felix.dataplane import policy_manager
 from calicoctl.felix.dataplane.links import Link
 from calicoctl.felix.dataplane.manager import PendingAddresses
+from calicoctl.felix.dataplane.nft import Count
 from calicoctl.felix.dataplane.policy_manager import BACKOFF, PolicyManager
-from calicoctl.felix.events import BgpChanged, LinkChanged, TablesChanged
+from calicoctl.felix.dataplane.ruleset import rule_counters
+from calicoctl.felix.events import BgpChanged, LinkChanged, TablesChanged, Tick
 from calicoctl.policy.verdict import Party
 from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import World, endpoint_id
@@ -40,6 +45,12 @@ class PolicyWorld(World):
             self.manager.apply()
         return len(self.nft.transactions) - before
 
+    def allows(self) -> bool:
+        """Return whether the profile has the rule ALLOW, and no other."""
+        first, counted = self.nft.chain("inbound/web") or ("", "")
+        name = rule_counters("web", "inbound", [Rule()])[0]
+        return first == "ct status confirmed accept" and counted == f"counter name {name} accept"
+
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> PolicyWorld:
@@ -55,7 +66,7 @@ def test_the_first_apply_loads_the_tables_as_a_whole(world: PolicyWorld) -> None
 def test_a_change_is_one_transaction_of_what_differs(world: PolicyWorld) -> None:
     world.store.profile("web", ALLOW)
     assert world.apply() == 1 and not world.manager.reloaded
-    assert world.nft.chain("inbound/web") == ["accept"]
+    assert world.allows()
     assert "delete table" not in world.nft.transactions[-1] and Party(A, True) in world.manager.affected
     assert not world.manager.needs_apply and world.apply() == 0
 
@@ -75,7 +86,7 @@ def test_a_refused_change_is_followed_by_a_reload(world: PolicyWorld) -> None:
     world.store.profile("web", ALLOW)
     world.nft.refusals = 1
     assert world.apply() == 2
-    assert world.manager.in_sync and world.manager.reloaded and world.nft.chain("inbound/web") == ["accept"]
+    assert world.manager.in_sync and world.manager.reloaded and world.allows()
     assert not world.health.failures
 
 
@@ -90,7 +101,7 @@ def test_a_refused_reload_is_reported_and_retried_after_a_backoff(world: PolicyW
     world.clock += BACKOFF
     assert not world.manager.is_backing_off and world.manager.needs_apply
     world.apply()
-    assert world.nft.chain("inbound/web") == ["accept"] and not world.health.failures
+    assert world.allows() and not world.health.failures
     assert world.manager.retry_at is None and world.manager.error is None
 
 
@@ -103,6 +114,33 @@ def test_tables_that_another_process_has_modified_are_reloaded(world: PolicyWorl
     assert world.manager.reloaded, "connections may have begun without the tables"
     assert Party(A, True) in world.manager.affected
     assert not world.manager.needs_apply
+
+
+def test_what_was_counted_outlives_the_tables(world: PolicyWorld) -> None:
+    world.store.profile("web", ALLOW)
+    world.apply()
+    (name,) = rule_counters("web", "inbound", [Rule()])
+    since = "2026-11-27T10:00:00Z"
+    world.nft.counted = {"dropped": Count(9, 900, since), str(name): Count(7, 420, since)}
+    world.nft.dropped = [(struct.pack("=16sI", b"cali1", 8), Count(9, 900)), (struct.pack("=16sI", b'c"', 8), Count(1))]
+    world.manager.on_event(Tick())
+
+    def check() -> None:
+        loaded = world.nft.transactions[-1]
+        assert f'{name} {{ packets 7 bytes 420 ; comment "{since}" ; }}' in loaded
+        assert f'dropped {{ packets 9 bytes 900 ; comment "{since}" ; }}' in loaded
+        assert 'drops { "cali1" . 8 counter packets 9 bytes 900 }' in loaded
+
+    world.manager.invalidate(-1)
+    world.apply()
+    check()
+    world.nft.counted, world.nft.dropped = {}, []  # another process has removed the tables
+    world.nft.flush_ruleset()
+    world.manager.on_event(TablesChanged(frozenset(["calico"])))
+    world.manager.restore()
+    check()
+    world.apply()
+    check()
 
 
 def test_nothing_is_restored_before_the_first_update(world: PolicyWorld) -> None:

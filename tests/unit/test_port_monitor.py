@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from calicoctl.felix.dataplane import port_monitor
+from calicoctl.felix.dataplane.nft import Count
 from calicoctl.felix.dataplane.policy_manager import PolicyManager
 from calicoctl.felix.dataplane.port_monitor import PAUSE, SILENT_CHECKS, PortMonitor
 from calicoctl.felix.events import BgpChanged, Tick
@@ -27,7 +28,7 @@ class PortWorld(World):
         """Let packets come, then check; return what fails."""
         for name, count in counted.items():
             name = name.replace("_", "-")
-            self.nft.counted[name] = self.nft.counted.get(name, 0) + count
+            self.nft.counted[name] = Count(self.nft.counted.get(name, Count()).packets + count)
         self.monitor.on_event(Tick())
         assert self.monitor.needs_apply
         self.monitor.apply()

@@ -245,5 +245,5 @@ def test_every_accepted_rule_can_be_rendered_as_nftables(fields: dict) -> None:
         rule = check_rule({"action": "allow", **fields}, must_match=False)
     except CalicoError:
         return
-    assert all(isinstance(line, str) for line in rule_lines(rule, "here"))
+    assert all(isinstance(line, str) for line in rule_lines(rule, "here", "inbound/web/0", "inbound"))
     assert rule.src_tag is None or isinstance(rule.src_tag, str)

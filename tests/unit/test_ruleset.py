@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from calicoctl.datastore.model import Rule
 from calicoctl.desired.snapshot import Dirty, Snapshot
-from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
+from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands, rule_lines
 from calicoctl.policy.verdict import Party, either_party
 from tests.random_changes import check_random_updates
 from tests.unit.kernel import FakeNft
@@ -34,6 +35,11 @@ class Tables:
         return update.commands, update.affected
 
 
+def counters(tables: Tables) -> list[str]:
+    """Return the names of the counters of rules."""
+    return sorted(name.split()[-1] for name in tables.nft.objects if name.startswith("counter ") and "/" in name)
+
+
 def test_any_order_of_changes_comes_to_what_a_fresh_load_gives() -> None:
     """The same on the kernel's nftables: tests/system/test_ruleset.py."""
     nft = FakeNft([])
@@ -49,7 +55,7 @@ def test_an_endpoint_is_in_every_set_and_leaves_each() -> None:
     assert tables.nft.set("senders4") == [f'"cali1" . 02:00:00:00:00:01 . {A}'] == tables.nft.set("senders", "arp")
     assert f'"cali1" . 02:00:00:00:00:01 . {A6}' in tables.nft.set("senders6")
     assert affected == either_party([A, A6, "fe80::ff:fe00:1"])
-    assert tables.nft.chain("inbound/web") == ["drop"], "a profile that cannot be read denies"
+    assert tables.nft.chain("inbound/web") == ["goto dropped/inbound/profile"], "a profile that cannot be read denies"
     tables.store.endpoint(1)
     tables.update()
     tables.nft.run(tables.ruleset.restore_established_fast_path())
@@ -136,7 +142,7 @@ def test_endpoints_with_the_same_profiles_share_chains() -> None:
     tables.store.endpoint(1, A)
     tables.store.endpoint(2, B)
     tables.update()
-    assert tables.nft.chain("to/web") == ["jump inbound/web", "drop"]
+    assert tables.nft.chain("to/web") == ["jump inbound/web", "goto dropped/inbound/no-rule"]
     tables.store.endpoint(2)
     tables.update()
     assert tables.nft.chain("to/web")
@@ -159,10 +165,40 @@ def test_a_log_rule_writes_the_profile_and_its_number_and_is_limited() -> None:
         tables.store.profile(name, ALLOW, {"action": "log", "protocol": "tcp"})
         tables.store.endpoint(1, A, profile_ids=[name])
         tables.update()
-        (chain,) = [chain for key, chain in tables.nft.objects.items() if " inbound/" in key]
+        (chain,) = [chain for key, chain in tables.nft.objects.items() if key.startswith("chain inet calico inbound/")]
         if name == "web":
-            assert 'log prefix "calico-packet: profile web, inbound rule 2: "' in chain[1]
-        assert chain[1].count('"') == 4 and 'limit rate 10/second burst 50 packets limit name "log-rules"' in chain[1]
+            assert 'log prefix "calico-packet: profile web, inbound rule 2: "' in chain[2]
+        assert chain[2].count('"') == 4 and 'limit rate 10/second burst 50 packets limit name "log-rules"' in chain[2]
+
+
+def test_a_rule_keeps_its_counter_while_others_come_and_go() -> None:
+    tables = Tables()
+    deny = {"action": "deny", "protocol": "tcp"}
+    tables.store.profile("web", deny)
+    assert counters(tables) == [], "no endpoint has the profile"
+    tables.store.endpoint(1, A)
+    tables.update()
+    (of_deny,) = (name for name in counters(tables) if name.startswith("inbound/"))
+    of_deny_alone = counters(tables)
+    tables.store.profile("web", {"action": "log"}, ALLOW, deny, deny)
+    commands, _ = tables.update()
+    assert f"add counter inet calico {of_deny} " not in commands and f"counter name {of_deny} " in commands
+    assert len(counters(tables)) == 4, "two equal rules have one each, and a rule that logs has none"
+    tables.store.profile("web", deny)
+    tables.update()
+    assert counters(tables) == of_deny_alone
+    tables.store.endpoint(1)
+    tables.update()
+    assert counters(tables) == []
+
+
+def test_a_rule_that_allows_counts_connections_and_not_their_packets() -> None:
+    rule = Rule(protocol="icmp")
+    assert rule_lines(rule, "", "X", "inbound") == [
+        "ct status confirmed meta nfproto ipv4 meta l4proto 1 accept",
+        "meta nfproto ipv4 meta l4proto 1 counter name X accept",
+    ]
+    assert rule_lines(Rule("deny"), "", "X", "inbound") == ["counter name X goto dropped/inbound/rule"]
 
 
 def test_the_hosts_action_and_pools_are_in_the_tables() -> None:
@@ -171,7 +207,9 @@ def test_the_hosts_action_and_pools_are_in_the_tables() -> None:
     tables.update()
     assert tables.nft.chain("host-action") == ["accept"]
     tables.store.put("/calico/v1/host/host1/config/DefaultEndpointToHostAction", "DROP")
-    assert Party(A, True) in tables.update()[1] and tables.nft.chain("host-action") == ["drop"]
+    assert Party(A, True) in tables.update()[1] and tables.nft.chain("host-action") == [
+        "goto dropped/outbound/host-action"
+    ]
     for cidr in ("10.0.0.0/9", "10.128.0.0/9"):
         key = f"/calico/v1/ipam/v4/pool/{cidr.replace('/', '-')}"
         tables.store.put(key, {"cidr": cidr, "masquerade": True})

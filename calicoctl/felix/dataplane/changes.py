@@ -47,6 +47,8 @@ class Change:
         self._removed: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
         self._created: dict[str, str] = {}
         self._deleted: set[str] = set()
+        self._new_counters: list[str] = []
+        self._unused_counters: list[str] = []
 
     def add(self, where: tuple[str, str], element: str) -> None:
         """Add one reference to an element of the set or map `where`, which is (family, name).
@@ -96,6 +98,14 @@ class Change:
             self._deleted.add(name)
         self._elements.pop(where, None)
 
+    def create_counter(self, command: str) -> None:
+        """Run `command`, which creates a counter, before the rules that name the counter are added."""
+        self._new_counters.append(command)
+
+    def delete_counter(self, name: str) -> None:
+        """Delete a counter that no rule names any more."""
+        self._unused_counters.append(name)
+
     def set_chain(self, name: str, rules: tuple[str, ...] | None) -> None:
         """Set the rules of a chain; None deletes the chain."""
         self._old_chains.setdefault(name, self._chains.get(name))
@@ -124,7 +134,8 @@ class Change:
         )
         lines += [f"delete chain inet calico {name}" for name in gone]
         lines += [f"delete set inet calico {name}" for name in sorted(self._deleted)]
-        return "".join(line + "\n" for line in lines)
+        lines += [f"delete counter inet calico {name}" for name in self._unused_counters]
+        return "".join(self._new_counters) + "".join(line + "\n" for line in lines)
 
     @staticmethod
     def _element_lines(

@@ -148,7 +148,8 @@ class ConnectionLimit(Manager):
         self._context.health.record(Failure(why, "connection limit"))
 
     def _report(self) -> None:
-        now = self._nft.counters(TABLE).get("refusals", 0)
+        refusals = self._nft.counters(TABLE).get("refusals")
+        now = 0 if refusals is None else refusals.packets
         # a table that was loaded anew begins at 0
         self._context.health.refused_connections += now - self._refusals if now >= self._refusals else now
         self._refusals = now

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from calicoctl import netlink
 from calicoctl.errors import CalicoError
@@ -33,10 +34,20 @@ _NFNLGRP_NFTABLES = 7
 _SUBSYSTEM_NFTABLES = 10
 _NEWGEN, _GETOBJ = 15, 19
 _NFPROTO_INET = 1
-_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA = 1, 2, 3, 4
+_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA, _OBJ_USERDATA = 1, 2, 3, 4, 8
 _GETSETELEM = 13
 _ELEM_LIST_TABLE, _ELEM_LIST_SET, _ELEM_LIST_ELEMENTS, _LIST_ELEM, _ELEM_KEY, _DATA_VALUE = 1, 2, 3, 1, 1, 1
-_OBJECT_COUNTER, _COUNTER_PACKETS = 1, 2
+_ELEM_EXPR, _EXPR_NAME, _EXPR_DATA = 7, 1, 2
+_OBJECT_COUNTER, _COUNTER_BYTES, _COUNTER_PACKETS = 1, 1, 2
+_UDATA_COMMENT = 0
+
+
+class Count(NamedTuple):
+    """The value of a counter. `comment` is the comment of a named counter, "" if there is none."""
+
+    packets: int = 0
+    bytes: int = 0
+    comment: str = ""
 
 
 class NftError(CalicoError):
@@ -83,8 +94,8 @@ class Nft:
             raise NftError(f"nftables refused a change: {' '.join(said.split())[:300]}")
         return str((self._library.nft_ctx_get_output_buffer(self._context) or b"").decode(errors="replace"))
 
-    def counters(self, table: str) -> dict[str, int]:
-        """Return the named counters of a table of the family inet: name -> number of packets. Raises OSError."""
+    def counters(self, table: str) -> dict[str, Count]:
+        """Return the named counters of a table of the family inet, by name. Raises OSError."""
         # by netlink: libnftables lists a counter only together with all elements of all sets, which may take long
         request = struct.pack("=BBH", _NFPROTO_INET, 0, 0)
         request += netlink.attribute(_OBJ_TABLE, table.encode() + b"\0")
@@ -92,8 +103,8 @@ class Nft:
         found = {}
         for body in netlink.dump(NETLINK_NETFILTER, _SUBSYSTEM_NFTABLES << 8 | _GETOBJ, request):
             object = netlink.attributes(body[4:])
-            packets = netlink.attributes(object[_OBJ_DATA]).get(_COUNTER_PACKETS, bytes(8))
-            found[object[_OBJ_NAME].rstrip(b"\0").decode()] = int.from_bytes(packets, "big")
+            name = object[_OBJ_NAME].rstrip(b"\0").decode()
+            found[name] = _count(object[_OBJ_DATA], _comment(object.get(_OBJ_USERDATA, b"")))
         return found
 
     def keys(self, table: str, set: str) -> list[bytes]:
@@ -102,20 +113,53 @@ class Nft:
         An address is in network byte order; an interface's name is followed by NULs.
         Raises OSError, for example if there is no such table or set.
         """
+        return [_key(element) for element in self._elements(table, set)]
+
+    def element_counts(self, table: str, set: str) -> list[tuple[bytes, Count]]:
+        """Return (key, count) for each element of a set whose elements have counters. Otherwise like `keys`."""
+        found = []
+        for element in self._elements(table, set):
+            expression = netlink.attributes(element.get(_ELEM_EXPR, b""))
+            if expression.get(_EXPR_NAME, b"").rstrip(b"\0") == b"counter":
+                found.append((_key(element), _count(expression[_EXPR_DATA])))
+        return found
+
+    @staticmethod
+    def _elements(table: str, set: str) -> Iterator[dict[int, bytes]]:
+        """Yield the attributes of each element of a set or map in a table of the family inet. Raises OSError."""
         request = struct.pack("=BBH", _NFPROTO_INET, 0, 0)
         request += netlink.attribute(_ELEM_LIST_TABLE, table.encode() + b"\0")
         request += netlink.attribute(_ELEM_LIST_SET, set.encode() + b"\0")
-        found = []
         for body in netlink.dump(NETLINK_NETFILTER, _SUBSYSTEM_NFTABLES << 8 | _GETSETELEM, request):
             elements = netlink.attributes(body[4:]).get(_ELEM_LIST_ELEMENTS, b"")
             at = 0
             while at + 4 <= len(elements):
                 length, kind = struct.unpack_from("=HH", elements, at)
                 if kind & 0x3FFF == _LIST_ELEM:
-                    key = netlink.attributes(elements[at + 4 : at + length])[_ELEM_KEY]
-                    found.append(netlink.attributes(key)[_DATA_VALUE])
+                    yield netlink.attributes(elements[at + 4 : at + length])
                 at += max(4, (length + 3) & ~3)
-        return found
+
+
+def _key(element: dict[int, bytes]) -> bytes:
+    return netlink.attributes(element[_ELEM_KEY])[_DATA_VALUE]
+
+
+def _count(data: bytes, comment: str = "") -> Count:
+    """Decode the attributes of a counter."""
+    found = netlink.attributes(data)
+    packets, size = (int.from_bytes(found.get(kind, b""), "big") for kind in (_COUNTER_PACKETS, _COUNTER_BYTES))
+    return Count(packets, size, comment)
+
+
+def _comment(userdata: bytes) -> str:
+    """Return the comment that libnftables has stored with an object. Source: libnftnl's udata.h, of type and length."""
+    at = 0
+    while at + 2 <= len(userdata):
+        kind, length = userdata[at], userdata[at + 1]
+        if kind == _UDATA_COMMENT:
+            return userdata[at + 2 : at + 2 + length].rstrip(b"\0").decode(errors="replace")
+        at += 2 + length
+    return ""
 
 
 def _return_memory() -> None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl.desired.snapshot import Dirty
 from calicoctl.errors import CalicoError
+from calicoctl.felix.dataplane import drops
+from calicoctl.felix.dataplane.drops import Counts
 from calicoctl.felix.dataplane.host_rules import Ports
 from calicoctl.felix.dataplane.lifeline import let_members_pass
 from calicoctl.felix.dataplane.manager import Context, Manager
@@ -48,6 +50,8 @@ class PolicyManager(Manager):
         self._ports = Ports()
         self._retry_at = 0.0
         self._restore_due = False
+        self._counts = Counts()
+        """What the tables had counted when that was last read."""
         self._restored = False
         """Whether `restore` has loaded the tables. Then all connections must be verified, so the next `apply` reloads
         the tables.
@@ -74,6 +78,7 @@ class PolicyManager(Manager):
         elif isinstance(event, Tick):
             self._restore_due = True
             self._read_devices()
+            self._read_counts()
         elif isinstance(event, BgpChanged):
             self._set_ports(replace(self._ports, bgp=event.running))
         elif isinstance(event, OverlayBlocked):
@@ -89,6 +94,15 @@ class PolicyManager(Manager):
             found = self._devices()
             up = frozenset(version for version, is_up in found.items() if is_up)
             self._set_ports(replace(self._ports, vxlan=frozenset(found), up=up))
+
+    def _read_counts(self) -> Counts:
+        """Read what the tables have counted, for the next reload, which continues from there, and return it.
+
+        If the kernel's tables count nothing, since another process has removed the agent's, return what was last read.
+        """
+        with suppress(OSError):
+            self._counts = drops.read(self._nft)
+        return self._counts
 
     def _set_ports(self, ports: Ports) -> None:
         if ports != self._ports:
@@ -136,7 +150,8 @@ class PolicyManager(Manager):
     def _reload(self) -> None:
         ruleset = Ruleset()
         try:
-            update = ruleset.load(self._context.snapshot, self._context.pending_addresses(), self._ports)
+            counts = self._read_counts()
+            update = ruleset.load(self._context.snapshot, self._context.pending_addresses(), self._ports, counts)
             proofs = ruleset.proofs(partial(self._nft.keys, "calico"))
             self._nft.run(update.commands)
         except CalicoError as error:
@@ -175,7 +190,7 @@ class PolicyManager(Manager):
                 self._context.health.error(said)
             return
         try:
-            self._nft.run(self.ruleset.recreate())
+            self._nft.run(self.ruleset.recreate(self._read_counts()))
             self.in_sync, self._restored, self._retry_at = True, True, 0.0
         except CalicoError as error:
             self._context.health.error(str(error))

@@ -79,7 +79,7 @@ class PortMonitor(Manager):
             return
         self._due, self._again_at = False, None
         try:
-            now = self._nft.counters("calico")
+            now = {name: count.packets for name, count in self._nft.counters("calico").items()}
         except OSError:  # checked again at the next Tick
             return
         for key, names in COUNTERS.items():

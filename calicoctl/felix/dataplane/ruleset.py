@@ -11,6 +11,7 @@ The tables (docs/agent.md lists them):
   since `accept` ends the evaluation only of the base chain that it occurs in.
 * An ICMP error belongs to the connection of the packet that it quotes. From an endpoint's interface, it passes only if
   that connection is the endpoint's own.
+* Each drop of an endpoint's packet is counted (drops.py), and so is what each rule of a profile decides.
 * The established fast path: packets of established connections pass without evaluation of the rules. When a change may
   deny open connections, the fast path is left out until the denied connections have been ended: meanwhile, packets in a
   connection's first direction are evaluated like the packets of new connections.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +34,9 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Rule
 from calicoctl.desired.local_endpoint import LocalEndpoint
 from calicoctl.desired.snapshot import Dirty, Snapshot
-from calicoctl.felix.dataplane import host_rules
+from calicoctl.felix.dataplane import drops, host_rules
 from calicoctl.felix.dataplane.changes import Change, spelled
+from calicoctl.felix.dataplane.drops import Counts
 from calicoctl.felix.dataplane.host_rules import HostRules, Moved, Ports
 from calicoctl.policy.rules import ICMP, ICMPV6, protocol_number, versions
 from calicoctl.policy.verdict import HOST_ICMPV6_TYPES, Party, either_party, may_deny, port_ranges
@@ -45,7 +48,13 @@ _LOG = 'limit rate 10/second burst 50 packets limit name "log-rules" log prefix 
 fill the host's disk. The kernel accepts a prefix of up to 127 bytes.
 """
 
+_BEGUN = "ct status confirmed"
+"""Matches packets of a connection whose first packet has passed."""
+
 _TYPES = {4: "ipv4_addr", 6: "ipv6_addr"}
+
+_NO_CONNECTION = "ct state new tcp flags & (fin | syn | rst | ack) != syn"
+"""Matches TCP packets that belong to no connection and start none: they would revive a connection that was ended."""
 
 _SKELETON = """
 add limit inet calico log-rules { rate 50/second burst 200 packets ; }
@@ -60,27 +69,24 @@ add set inet calico masquerade4 { type ipv4_addr; flags interval; }
 add set inet calico masquerade6 { type ipv6_addr; flags interval; }
 
 add chain inet calico sender4
-add rule inet calico sender4 iifname . ether saddr != @macs drop
+add rule inet calico sender4 iifname . ether saddr != @macs SPOOFED
 add rule inet calico sender4 ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
-add rule inet calico sender4 drop
+add rule inet calico sender4 SPOOFED
 
 add chain inet calico sender6
-add rule inet calico sender6 icmpv6 type { nd-router-advert, nd-redirect } drop
-add rule inet calico sender6 icmpv6 type nd-neighbor-advert iifname . @th,64,128 != @targets6 drop
+add rule inet calico sender6 icmpv6 type { nd-router-advert, nd-redirect } SPOOFED
+add rule inet calico sender6 icmpv6 type nd-neighbor-advert iifname . @th,64,128 != @targets6 SPOOFED
 add rule inet calico sender6 iifname . ether saddr . ip6 saddr @senders6 accept
-add rule inet calico sender6 iifname . ether saddr != @macs drop
+add rule inet calico sender6 iifname . ether saddr != @macs SPOOFED
 add rule inet calico sender6 ip6 saddr :: icmpv6 type { 131, 132, 133, 135, 143 } accept
-add rule inet calico sender6 drop
-
-add chain inet calico starts
-add rule inet calico starts ct state new tcp flags & (fin | syn | rst | ack) != syn drop
+add rule inet calico sender6 SPOOFED
 
 add chain inet calico related
 add rule inet calico related iifname . ether saddr . ct original ip saddr @senders4 accept
 add rule inet calico related iifname . ether saddr . ct reply ip saddr @senders4 accept
 add rule inet calico related iifname . ether saddr . ct original ip6 saddr @senders6 accept
 add rule inet calico related iifname . ether saddr . ct reply ip6 saddr @senders6 accept
-add rule inet calico related drop
+add rule inet calico related goto dropped/outbound/no-connection
 
 add chain inet calico anti-spoofing { type filter hook prerouting priority raw; policy accept; }
 add rule inet calico anti-spoofing iifname != "PREFIX*" goto from-outside
@@ -89,8 +95,8 @@ add rule inet calico anti-spoofing meta protocol vmap { ip : goto sender4, ip6 :
 
 add chain inet calico from-host { type filter hook output priority filter - 10; policy accept; }
 add rule inet calico from-host oifname != "PREFIX*" accept
-add rule inet calico from-host oifname != @interfaces drop
-add rule inet calico from-host jump starts
+add rule inet calico from-host oifname != @interfaces goto dropped/inbound/no-endpoint
+add rule inet calico from-host NO_CONNECTION goto dropped/inbound/no-connection
 
 add set arp calico macs { type ifname . ether_addr; }
 add set arp calico senders { type ifname . ether_addr . ipv4_addr; }
@@ -101,6 +107,10 @@ add rule arp calico anti-spoofing iifname . arp saddr ether != @macs drop
 add rule arp calico anti-spoofing arp operation request arp saddr ip 0.0.0.0 accept
 add rule arp calico anti-spoofing iifname . arp saddr ether . arp saddr ip != @senders drop
 """.replace("PREFIX", INTERFACE_PREFIX)
+_SKELETON = _SKELETON.replace("NO_CONNECTION", _NO_CONNECTION).replace("SPOOFED", "goto dropped/outbound/spoofed")
+
+_HOST_ACTIONS = ("accept", f"goto {drops.chain_of('outbound', drops.HOST_ACTION)}")
+"""The rule of the chain `host-action`, without and with DefaultEndpointToHostAction DROP."""
 
 _HOST_SERVICES = (
     "meta nfproto ipv4 udp sport 68 udp dport 67 accept",
@@ -116,10 +126,13 @@ def remove_commands() -> str:
     return "".join(f"add table {family} {name}\ndelete table {family} {name}\n" for family, name in TABLES)
 
 
-def _replace_tables(commands: str) -> str:
-    """Return commands that delete our tables and create them with their static contents, followed by `commands`."""
+def _replace_tables(commands: str, counts: Counts) -> str:
+    """Return commands that delete our tables and create them with their static contents, followed by `commands`.
+
+    `counts` is what the new tables have counted already.
+    """
     tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
-    return remove_commands() + tables + host_rules.SKELETON + _SKELETON + commands
+    return remove_commands() + tables + host_rules.SKELETON + drops.skeleton(counts) + _SKELETON + commands
 
 
 @dataclass
@@ -155,6 +168,10 @@ class Ruleset:
         self._lists_of_profile: dict[str, set[tuple[str, ...]]] = defaultdict(set)
         self._profiles_of_tag: dict[str, set[str]] = defaultdict(set)
         self._tags_used: dict[str, set[str]] = {}
+        self._counters: dict[str, set[str]] = {}
+        """Profile -> the names of the counters of its rules, for the profiles that this host's endpoints have."""
+        self._counts = Counts()
+        """The values with which new counters begin: those of the tables that are being replaced."""
         self._hosts = HostRules()
 
     def load(
@@ -162,15 +179,19 @@ class Ruleset:
         snapshot: Snapshot,
         pending: Mapping[EndpointId, Collection[str]] | None = None,
         ports: Ports = Ports(),  # noqa: B008 it cannot change
+        counts: Counts = Counts(),  # noqa: B008 it cannot change
     ) -> Update:
         """Return the commands that replace the tables as a whole. Must be called on a new Ruleset.
 
-        For the arguments, see `update`.
+        `counts` is what the old tables have counted; the new tables continue from there. For the other arguments, see
+        `update`.
         """
+        self._counts = counts
         everything = Dirty(set(snapshot.endpoints), profiles=set(snapshot.profiles), pools=True, settings=True)
         everything.topology = True
         update = self.update(snapshot, everything, pending, ports)
-        return Update(_replace_tables(update.commands), update.affected)
+        self._counts = Counts()
+        return Update(_replace_tables(update.commands, counts), update.affected)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
         """Return commands that add, to new tables, the elements that packets had added to the old tables.
@@ -179,10 +200,11 @@ class Ruleset:
         """
         return self._hosts.proofs(keys)
 
-    def recreate(self) -> str:
+    def recreate(self, counts: Counts = Counts()) -> str:  # noqa: B008 it cannot change
         """Return the commands that replace the tables as a whole, with the contents that the Ruleset has rendered last.
 
-        The established fast path is left out, since connections may have begun while there were no tables.
+        The established fast path is left out, since connections may have begun while there were no tables. `counts` is
+        what the old tables have counted; the new tables continue from there.
         """
         self._chains.update({name: _base_chain_rules(name, fast_path=False) for name in _POLICY_BASE_CHAINS})
         change = Change(defaultdict(Counter), {}, _BASE_CHAINS)
@@ -190,12 +212,14 @@ class Ruleset:
             for version in (4, 6):
                 change.create_set(set_of_tag(tag, version), _TYPES[version])
         self._hosts.create_sets(change)
+        for name in itertools.chain.from_iterable(self._counters.values()):
+            change.create_counter(drops.counter(name, counts))
         for where, elements in self._elements.items():
             for element in elements:
                 change.add(where, element)
         for name, rules in self._chains.items():
             change.set_chain(name, rules)
-        return _replace_tables(change.commands())
+        return _replace_tables(change.commands(), counts)
 
     @property
     def counts_ports(self) -> bool:
@@ -256,7 +280,7 @@ class Ruleset:
             _update_pools(snapshot, change)
         if dirty.settings:
             for chain, rules in (
-                ("host-action", ("drop" if snapshot.host_action == "DROP" else "accept",)),
+                ("host-action", (_HOST_ACTIONS[snapshot.host_action == "DROP"],)),
                 ("host-services", _HOST_SERVICES if snapshot.host_services else ()),
             ):
                 if self._chains.get(chain) != rules:
@@ -376,8 +400,9 @@ class Ruleset:
             if len(users) == 1:
                 outbound, inbound = _chains_of_list(now.profiles)
                 names = [spelled(profile) for profile in now.profiles]
-                change.set_chain(outbound, (*(f"jump outbound/{name}" for name in names), "drop"))
-                change.set_chain(inbound, (*(f"jump inbound/{name}" for name in names), "drop"))
+                for direction, chain in (("outbound", outbound), ("inbound", inbound)):
+                    unmatched = f"goto {drops.chain_of(direction, drops.NO_RULE)}"
+                    change.set_chain(chain, (*(f"jump {direction}/{name}" for name in names), unmatched))
                 for profile in now.profiles:
                     self._lists_of_profile[profile].add(now.profiles)
                     profiles.add(profile)
@@ -416,6 +441,7 @@ class Ruleset:
                 del self._profiles_of_tag[tag]
                 for version in (4, 6):
                     change.delete_set(set_of_tag(tag, version))
+        counters: set[str] = set()
         for word, of_direction in (
             ("inbound", rules.inbound if rules is not None else None),
             ("outbound", rules.outbound if rules is not None else None),
@@ -424,18 +450,47 @@ class Ruleset:
             if not used:
                 change.set_chain(chain, None)
             elif of_direction is None:
-                change.set_chain(chain, ("drop",))
+                change.set_chain(chain, (f"goto {drops.chain_of(word, drops.PROFILE)}",))
             else:
                 places = (f"profile {spelled(profile)}, {word} rule {number}" for number in itertools.count(1))
-                lines = [line for rule, place in zip(of_direction, places) for line in rule_lines(rule, place)]
-                change.set_chain(chain, tuple(lines))
+                names = rule_counters(profile, word, of_direction)
+                counters.update(name for name in names if name is not None)
+                of_rules = (rule_lines(*each, word) for each in zip(of_direction, places, names))
+                change.set_chain(chain, tuple(itertools.chain.from_iterable(of_rules)))
+        counted = self._counters.pop(profile, set())
+        if counters:
+            self._counters[profile] = counters
+        for name in sorted(counters - counted):
+            change.create_counter(drops.counter(name, self._counts))
+        for name in sorted(counted - counters):
+            change.delete_counter(name)
 
 
-def rule_lines(rule: Rule, where: str) -> list[str]:
+def rule_counters(profile: str, direction: str, rules: Sequence[Rule]) -> list[str | None]:
+    """Return the name of the counter of each rule; None for a rule that logs.
+
+    `rules` are a profile's rules for a direction, validated by verdict.readable. The name depends on the rule, and not
+    on its position, so a rule keeps its counter when other rules come and go. Of equal rules, each has its own counter.
+    """
+    seen: Counter[str] = Counter()
+    names: list[str | None] = []
+    for rule in rules:
+        text = json.dumps(rule.to_dict(), sort_keys=True)
+        seen[text] += 1
+        digest = hashlib.sha256(f"{seen[text]} {text}".encode(errors="surrogatepass")).hexdigest()[:16]
+        names.append(None if rule.action == "log" else f"{direction}/{spelled(profile)}/{digest}")
+    return names
+
+
+def rule_lines(rule: Rule, where: str, counter: str | None, direction: str) -> list[str]:
     """Render a rule as nftables rules. The list is empty if no packet can match the rule.
 
-    If the rule contains a match that differs by IP version, the list has one nftables rule for each IP version that can
-    match. If it contains none, the list has one nftables rule for both versions.
+    If the rule contains a match that differs by IP version, the list has nftables rules for each IP version that can
+    match. If it contains none, the nftables rules are for both versions.
+
+    A rule that denies counts each packet in `counter`. A rule that allows counts connections: it does not count packets
+    of a connection that it has let begin already, such as those of a connection by UDP that nobody has answered.
+    `direction` is "inbound" or "outbound".
 
     Each line that a log rule writes to the kernel's log begins with "calico-packet: ", followed by `where`, a text
     without characters that need escapes in nftables.
@@ -444,7 +499,11 @@ def rule_lines(rule: Rule, where: str) -> list[str]:
     by_version = (
         number in (ICMP, ICMPV6) or rule.ip_version or rule.src_tag or rule.dst_tag or rule.src_net or rule.dst_net
     )
-    verdict = {"allow": "accept", "deny": "drop", "log": _LOG.format(where=where)}[rule.action]
+    verdict = {
+        "allow": f"counter name {counter} accept",
+        "deny": f"counter name {counter} goto {drops.chain_of(direction, drops.RULE)}",
+        "log": _LOG.format(where=where),
+    }[rule.action]
     lines = []
     for version in versions(rule) if by_version else (None,):
         parts = []
@@ -467,18 +526,32 @@ def rule_lines(rule: Rule, where: str) -> list[str]:
             parts.append(f"{icmp} type {rule.icmp_type}")
         if rule.icmp_code is not None:
             parts.append(f"{icmp} code {rule.icmp_code}")
+        if rule.action == "allow":
+            lines.append(" ".join([_BEGUN, *parts, "accept"]))
         lines.append(" ".join([*parts, verdict]))
     return lines
 
 
+_FROM_ENDPOINT = (
+    f"{_NO_CONNECTION} goto dropped/outbound/no-connection",
+    "iifname vmap @from",
+    "goto dropped/outbound/no-endpoint",
+)
+_TO_ENDPOINT = (
+    f"{_NO_CONNECTION} goto dropped/inbound/no-connection",
+    *host_rules.FROM_HOST,
+    "oifname vmap @to",
+    "goto dropped/inbound/no-endpoint",
+)
+
 _POLICY_BASE_CHAINS = {
-    "outbound-forward": ("forward", -11, "iifname", ("jump starts", "iifname vmap @from", "drop")),
-    "inbound-forward": ("forward", -10, "oifname", ("jump starts", *host_rules.FROM_HOST, "oifname vmap @to", "drop")),
-    "outbound-to-host": ("input", -11, "iifname", ("jump host-services", "jump starts", "iifname vmap @from", "drop")),
-    "to-host": ("input", -10, "iifname", ("jump host-services", "jump host-action")),
+    "outbound-forward": ("forward", -11, "outbound", _FROM_ENDPOINT),
+    "inbound-forward": ("forward", -10, "inbound", _TO_ENDPOINT),
+    "outbound-to-host": ("input", -11, "outbound", ("jump host-services", *_FROM_ENDPOINT)),
+    "to-host": ("input", -10, "outbound", ("jump host-services", "jump host-action")),
 }
-"""Name -> base chain that evaluates policy: hook, priority relative to `filter`, the interface to match ("iifname" or
-"oifname"), rules.
+"""Name -> base chain that evaluates policy: hook, priority relative to `filter`, whether the packets that it matches
+are from endpoints ("outbound") or to them ("inbound"), rules.
 """
 
 _BASE_CHAINS = (
@@ -497,8 +570,9 @@ def _base_chain_rules(name: str, fast_path: bool) -> tuple[str, ...]:
 
     `fast_path` says whether the established fast path is one of the rules.
     """
-    _, _, side, ask = _POLICY_BASE_CHAINS[name]
-    rules = [f'{side} != "{INTERFACE_PREFIX}*" accept', "ct state invalid drop", *ask]
+    _, _, direction, ask = _POLICY_BASE_CHAINS[name]
+    invalid = f"ct state invalid goto {drops.chain_of(direction, drops.NO_CONNECTION)}"
+    rules = [f'{drops.INTERFACES[direction]} != "{INTERFACE_PREFIX}*" accept', invalid, *ask]
     if name.startswith("outbound-"):  # the chains that follow accept what these do not drop
         established, related = "ct state established", []
         rules.insert(1, "ct state related goto related")
