@@ -133,6 +133,7 @@ bench: $(VENV)/ready
 	tests/sandbox $(VENV)/bin/python bench/stores.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/agent.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/connections.py $(ARGS)
+	tests/sandbox $(VENV)/bin/python bench/drops.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/restart.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/docker_ways.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/warm.py $(ARGS)

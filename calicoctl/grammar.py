@@ -23,6 +23,7 @@ COMMANDS = (
     "container",
     "datastore",
     "diags",
+    "drops",
     "endpoint",
     "ipam",
     "map",

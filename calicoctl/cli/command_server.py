@@ -30,7 +30,7 @@ from calicoctl import programs, slim
 slim.install()
 programs.look_in_system_folders()
 
-from calicoctl import environment, files  # noqa: E402
+from calicoctl import environment, files, sockets  # noqa: E402
 from calicoctl.cli import command_client as client  # noqa: E402
 from calicoctl.cli.command_fit import Fit, Hello, fingerprint  # noqa: E402
 from calicoctl.cli.command_worker import Worker  # noqa: E402
@@ -222,20 +222,7 @@ class Server:
 
     def _listen(self) -> socket.socket:
         """Create the socket, which only root may use. One of a former server is replaced."""
-        self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        new = self._path.with_suffix(f".{os.getpid()}")
-        new.unlink(missing_ok=True)
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        folder = os.open(new.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        before = os.umask(0o177)
-        try:
-            listening.bind(f"/proc/self/fd/{folder}/{new.name}")  # `new` may exceed 107 bytes, the kernel's limit
-        finally:
-            os.umask(before)
-            os.close(folder)
-        listening.listen(BACKLOG)
-        new.replace(self._path)
-        return listening
+        return sockets.listen(self._path, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK, BACKLOG)
 
     def _fork(self) -> None:
         ours, theirs = socket.socketpair()

@@ -36,6 +36,7 @@ Commands:
   container    connect Docker containers and network namespaces
   datastore    show which store is used, move the data to etcd's v3 API
   diags        collect diagnostics of this host into an archive
+  drops        show which packets policy has dropped on this host
   endpoint     show the endpoints of all hosts, change or remove them
   ipam         show address assignments, release addresses, find leaked ones
   map          show who may reach whom, on which protocols and ports

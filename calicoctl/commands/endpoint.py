@@ -2,8 +2,8 @@
 
 Usage:
   calicoctl endpoint show [--host=<HOST>] [--orchestrator=<ORCHESTRATOR>]
-      [--workload=<WORKLOAD>] [--endpoint=<ENDPOINT>] [--detailed | --counters]
-      [--no-trunc] [--output=<FORMAT>]
+      [--workload=<WORKLOAD>] [--endpoint=<ENDPOINT>]
+      [--detailed | --counters] [--no-trunc] [--output=<FORMAT>]
   calicoctl endpoint <ENDPOINT_ID> profile (append|remove|set) [--host=<HOST>]
       [--orchestrator=<ORCHESTRATOR>] [--workload=<WORKLOAD>] [<PROFILES>...]
   calicoctl endpoint <ENDPOINT_ID> profile show [--host=<HOST>]
@@ -25,8 +25,8 @@ Options:
   --endpoint=<ENDPOINT>  the endpoint with this id, or this beginning of it;
                          default: all
   --detailed             one row per endpoint; default: counts per host
-  --counters             what each endpoint of this host has sent and received,
-                         and what was dropped; must be run as root
+  --counters             what each endpoint of this host has sent and
+                         received, and what was dropped; must be run as root
   --no-trunc             show everything on a terminal, however wide it is
   -o, --output=<FORMAT>  json or yaml: an array, with the fields of the
                          endpoints as in etcd; default: a table
@@ -41,14 +41,14 @@ host is down or has not reported the endpoint yet. Reasons follow the table,
 on standard error. JSON: status, and reason. A container of this host that
 cannot be connected as its labels ask has a row with the state error, without
 an endpoint's id, as long as the agent runs.
-`--counters` shows what a workload has sent and received since its interface was
-created, and the packets from it (outbound) and to it (inbound) that were
+`--counters` shows what a workload has sent and received since its interface
+was created, and the packets from it (outbound) and to it (inbound) that were
 dropped, by reason: a rule denies them (rule), no rule matches (no-rule), a
 profile is missing or invalid (profile), the sender is forged (spoofed), they
 belong to no connection and start none (no-connection), the interface has no
-endpoint that may be used (no-endpoint), or DefaultEndpointToHostAction is DROP
-(host-action). JSON: also the fields of the endpoints as in etcd; sent,
-received, dropped, since.
+endpoint that may be used (no-endpoint), or DefaultEndpointToHostAction is
+DROP (host-action). JSON: also the fields of the endpoints as in etcd; sent,
+received, dropped, since. `calicoctl drops` shows which packets they were.
 Profiles are evaluated in the order of the list; `set` without profiles clears
 it. `show` and `profile` need no root, and work for the endpoints of any host.
 `remove` must be run as root. It removes an endpoint of this host, with its

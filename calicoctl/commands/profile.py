@@ -31,8 +31,8 @@ Options:
                          it is evaluated, it then denies every packet
   --at=<POSITION>        a rule's position, counted from 1; default: after the
                          last one
-  --counters             show what each rule has decided on this host, too; must
-                         be run as root
+  --counters             show what each rule has decided on this host, too;
+                         must be run as root
   -o, --output=<FORMAT>  json or yaml, for scripts; default: text
 
 A rule is one of
@@ -50,12 +50,12 @@ next rule. `rule json` prints a profile's rules, and `rule update` reads them
 from standard input. A new profile has its own name as tag, allows inbound
 packets from that tag, and allows all outbound packets.
 
-`rule show --counters` shows how many connections each rule that allows has let
-begin on this host, and what each rule that denies has dropped. Counting begins
-when an endpoint of this host gets the profile, or the profile the rule, and
-outlives the agent, but not a reboot. JSON: connections, dropped_packets,
-dropped_bytes, since and host of each rule; they are null, but for host, where
-there is nothing to count.
+`rule show --counters` shows how many connections each rule that allows has
+let begin on this host, and what each rule that denies has dropped. Counting
+begins when an endpoint of this host gets the profile, or the profile the
+rule, and outlives the agent, but not a reboot. JSON: connections,
+dropped_packets, dropped_bytes, since and host of each rule; they are null,
+but for host, where there is nothing to count.
 
 `trace` shows whether a packet (a connection's first one, or an echo request)
 would pass from <FROM> to <TO>, and which rule of which profile decides,

@@ -35,16 +35,19 @@ from calicoctl.felix.bgp.manager import BgpManager, BgpThread
 from calicoctl.felix.dataplane.connection_limit import ConnectionLimit
 from calicoctl.felix.dataplane.conntrack import Conntrack
 from calicoctl.felix.dataplane.conntrack_manager import ConntrackManager
+from calicoctl.felix.dataplane.drops_manager import DropsManager
 from calicoctl.felix.dataplane.endpoint_manager import EndpointManager
 from calicoctl.felix.dataplane.host import HostReconciler
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.dataplane.nft import Nft
+from calicoctl.felix.dataplane.packet_log import PacketLog
 from calicoctl.felix.dataplane.policy_manager import PolicyManager
 from calicoctl.felix.dataplane.port_monitor import PortMonitor
 from calicoctl.felix.dataplane.routes import Routes
 from calicoctl.felix.dataplane.sysctls import HostSettings
 from calicoctl.felix.dataplane.vxlan import Vxlan
 from calicoctl.felix.dataplane.vxlan_manager import VxlanManager
+from calicoctl.felix.drop_log import DropLog, DropServer
 from calicoctl.felix.health import Health
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.felix.metrics import Metrics
@@ -169,7 +172,6 @@ class Agent:
         self._health = Health(client.host, __version__, asdict(options), frozenset(self._unread))
         self._health.users = self._snapshot.topology.users
         self._ready: Callable[[], None] | None = ready
-        self._metrics = Metrics(self._health, options.metrics_port)
         self._reporter = StoreReporter(datastore(report.PATIENCE), self._health, queue.put)
         self._file = ReportFile(process.report_file(client.host))
         self._kernel_events = sources.KernelEvents(queue)
@@ -181,6 +183,9 @@ class Agent:
         )
         context = Context(self._snapshot, self._health, self._statuses)
         self._policy = PolicyManager(context, drivers.nft, drivers.vxlan.states)
+        self._drops = DropLog()
+        drops = DropsManager(context, drivers.nft, self._drops)
+        self._metrics = Metrics(self._health, options.metrics_port, drops.counted)
         self._bgp = BgpManager(context, drivers.bgp)
         self._forwarding: list[Manager] = [
             ConnectionLimit(context, drivers.nft),
@@ -188,6 +193,7 @@ class Agent:
             VxlanManager(context, drivers.vxlan, queue.put),
             self._bgp,
             PortMonitor(context, self._policy, drivers.nft),
+            drops,
             # a new manager goes here
         ]
         """The managers that make the host forward packets. They are applied only while policy is in the kernel."""
@@ -212,6 +218,8 @@ class Agent:
         # listen before reading, so that no change is lost between the two
         self._kernel_events.start()
         sources.FirewallEvents(self._events).start()
+        PacketLog(self._events.put).start()
+        DropServer(self._snapshot.host, self._drops).start()
         servers = sources.ServerEvents(self._datastore().members, self._events)
         servers.start()
         for manager in self._managers:

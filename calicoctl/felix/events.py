@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from calicoctl.datastore.reserved import Servers
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.felix.bgp.bird import Session
+from calicoctl.felix.dataplane.drops import Logged
 from calicoctl.felix.dataplane.links import Link
 
 
@@ -153,6 +154,16 @@ class TablesChanged:
     """
 
     names: frozenset[str]
+
+
+@dataclass(frozen=True)
+class PacketsLogged:
+    """The tables have dropped packets, and logged some of them.
+
+    `take` returns, and removes, all that wait when it is called.
+    """
+
+    take: Callable[[], list[Logged]]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.errors import CalicoError
 
 if TYPE_CHECKING:
+    from calicoctl.felix.dataplane.drops_manager import Counted
     from calicoctl.felix.events import BgpChanged
     from calicoctl.felix.health import Health
 
@@ -24,11 +25,11 @@ class _NoTimer:
 class Metrics:
     """Serves the metrics on a TCP port of loopback. If `port` is None, nothing is measured or served.
 
-    `apply_time.time()` returns a context manager that measures how long programming the kernel takes. The constructor
-    raises CalicoError if the port cannot be bound.
+    `apply_time.time()` returns a context manager that measures how long programming the kernel takes. `drops` is called
+    at each scrape, in another thread. The constructor raises CalicoError if the port cannot be bound.
     """
 
-    def __init__(self, health: Health, port: int | None) -> None:
+    def __init__(self, health: Health, port: int | None, drops: Callable[[], Iterable[Counted]] = tuple) -> None:
         self.apply_time: Any = _NoTimer()
         if port is None:
             return
@@ -37,7 +38,7 @@ class Metrics:
         from calicoctl.felix.metrics_server import serve
 
         registry = CollectorRegistry()
-        registry.register(_HealthCollector(health))
+        registry.register(_HealthCollector(health, drops))
         self.apply_time = Histogram(
             "calico_felix_apply_seconds", "Time taken to program the kernel.", registry=registry
         )
@@ -48,10 +49,11 @@ class Metrics:
 
 
 class _HealthCollector:
-    """Turns the agent's health into metrics at each scrape."""
+    """Turns the agent's health, and what the kernel has counted, into metrics at each scrape."""
 
-    def __init__(self, health: Health) -> None:
+    def __init__(self, health: Health, drops: Callable[[], Iterable[Counted]]) -> None:
         self._health = health
+        self._drops = drops
 
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -75,6 +77,14 @@ class _HealthCollector:
             "Packets of new connections that were dropped, since their endpoint had, or started, too many.",
             self._health.refused_connections,
         )
+        dropped = CounterMetricFamily(
+            "calico_felix_dropped_packets",
+            "Packets of endpoints of this host that were dropped.",
+            labels=["endpoint", "direction", "reason"],
+        )
+        for one in self._drops():
+            dropped.add_metric([one.endpoint, one.direction, one.reason], one.packets)
+        yield dropped
         yield GaugeMetricFamily(
             "calico_felix_store_reachable",
             "1 while the store can be read, written and followed.",

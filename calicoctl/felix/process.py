@@ -76,11 +76,16 @@ def settings_file(host: str) -> Path:
     return _file(host, "felix.sysctls")
 
 
+def drops_socket(host: str) -> Path:
+    """Return the path of the socket at which root reads the packets that were dropped: see drop_log.py."""
+    return _file(host, "drops.sock")
+
+
 def leftovers(host: str) -> list[Path]:
     """Return the paths of the files that an agent may leave behind when it ends."""
     return [
         *(_file(host, "felix.pid"), _file(host, "felix.lock")),
-        *(report_file(host), private(report_file(host)), settings_file(host)),
+        *(report_file(host), private(report_file(host)), settings_file(host), drops_socket(host)),
     ]
 
 

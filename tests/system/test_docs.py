@@ -51,6 +51,7 @@ BEFORE = {
     "container": TWO,
     "datastore": f"DATASTORE_TYPE=etcdv2 {NODE}\ncalicoctl node stop --force",
     "docker": f"{NODE} --libnetwork",
+    "drops": NODE,
     "endpoint": CONNECTED,
     "ipam": CONNECTED,
     "profile": CONNECTED,

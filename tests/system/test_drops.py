@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import socket
+import threading
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.system.agent import A4, A6, ALLOW, B4, B6, AgentHost
 from tests.system.conftest import clear_host
-from tests.system.support import AS_NOBODY, CALICOCTL, Etcd, run, wait_for
+from tests.system.support import AS_NOBODY, CALICOCTL, Etcd, free_port, run, wait_for
 from tests.system.traffic import PATIENT, inside, ping, tcp, udp
 
 
@@ -91,3 +96,83 @@ def test_counters_need_root_and_tables_that_count(pair: AgentHost) -> None:
     pair.kill_agent()
     run("nft", "flush", "ruleset")
     assert "Nothing is counted on this host" in pair.ctl("endpoint", "show", "--counters", status=1).err
+
+
+def test_drops_say_who_what_and_why(pair: AgentHost) -> None:
+    pair.profile("b", inbound=[{"action": "allow", "protocol": "tcp"}, {"action": "deny", "protocol": "udp"}])
+    pair.sync()
+    follower = pair.start("drops", "--follow", "--output=json")
+    lines: list[dict] = []
+    reader = threading.Thread(target=lambda: lines.extend(map(json.loads, follower.stdout)), daemon=True)
+    reader.start()
+
+    def seen(**fields: object) -> dict:
+        """Wait for a drop with these fields, and return it."""
+        found = lambda: [one for one in lines if fields.items() <= one.items()]  # noqa: E731
+        wait_for(found, f"a drop with {fields}", 10)
+        return found()[0]
+
+    try:
+        udp("a", "b", B4, source_port=4000)
+        drop = seen(reason="rule")
+        assert (drop["direction"], drop["protocol"], drop["port"], drop["source_port"]) == ("inbound", "udp", 53, 4000)
+        assert (drop["profile"], drop["rule"], drop["host"]) == ("b", 2, "host1")
+        assert drop["why"] == "profile b, inbound rule 2: deny udp"
+        ends = {word: (drop[word]["name"], drop[word]["address"], drop[word]["host"]) for word in ("from", "to")}
+        assert ends == {"from": ("-var-run-netns-a", A4, "host1"), "to": ("-var-run-netns-b", B4, "host1")}
+        traced = pair.ctl(*drop["trace"].split()[1:], status=1)
+        assert drop["trace"] == f"calicoctl profile trace {A4} {B4} udp 53 --from-port=4000"
+        assert "deny udp" in traced.out + traced.err
+        ping("a", B6)
+        assert seen(reason="no-rule", protocol="icmpv6")["from"]["address"] == A6
+        run("ip", "-n", "a", "address", "add", "10.9.9.9/32", "dev", "eth1")
+        inside("a", lambda: send_udp("10.9.9.9", B4))
+        of_spoofed = seen(reason="spoofed", protocol="udp")["trace"]
+        assert of_spoofed.startswith(f"calicoctl profile trace {A4} {B4} udp 9 "), "of the sender's own address"
+    finally:
+        follower.send_signal(signal.SIGINT)
+        follower.wait(10)
+        reader.join(10)
+        said = follower.stderr.read()
+        follower.stderr.close()
+        follower.stdout.close()
+    assert follower.returncode == 130 and "packets were dropped on host1 since" in said
+
+
+def test_a_flood_is_counted_and_a_sample_of_it_is_shown(pair: AgentHost) -> None:
+    port = free_port()
+    pair.kill_agent()
+    pair.start_agent(f"--metrics-port={port}")
+    inside("a", lambda: send_udp(A4, B4, 3000))
+
+    def shown() -> list[str]:
+        return pair.ctl("drops").out.splitlines()
+
+    wait_for(lambda: " times until " in "".join(shown()), "the flood")
+    assert not tcp("a", "b", B4, 8080)  # it is seen beside the flood
+    wait_for(lambda: len(shown()) == 2, "the other packet")
+    flood, other = shown()
+    assert f" -var-run-netns-a ({A4}) to -var-run-netns-b ({B4}), udp 9, inbound: no rule matched; " in flood
+    assert f"), tcp 8080, inbound: no rule matched; calicoctl profile trace {A4} {B4} tcp 8080 --from-port=" in other
+    said = pair.ctl("drops").err
+    total, missing = re.search(
+        r"(\d+) packets were dropped on host1 since \S+; (\d+) of them are not shown", said
+    ).groups()
+    assert int(total) >= 3001 and int(missing) >= 2900
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    labels = f'direction="inbound",endpoint="{pair.key("b").rpartition("/")[2]}",reason="no-rule"'
+    assert float(re.search(rf"^calico_felix_dropped_packets_total{{{labels}}} (.*)", text, re.MULTILINE)[1]) >= 3001
+    # others than root get nothing, and without an agent nobody does
+    assert "must be run as root" in pair.ctl("drops", status=2, command=[*AS_NOBODY, CALICOCTL]).err
+    path = Path("/run/calico/host1/drops.sock")
+    assert (path.stat().st_mode & 0o777, path.stat().st_uid) == (0o600, 0)
+    pair.kill_agent()
+    assert "it is not running. Start it with" in pair.ctl("drops", status=1).err
+
+
+def send_udp(source: str, destination: str, count: int = 1) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.bind((source, 0))
+        for _ in range(count):
+            client.sendto(b"ping", (destination, 9))

@@ -328,14 +328,14 @@ def test_log_rules_are_typed_and_packets_go_on_to_the_next_rule(net: AgentHost) 
     net.sync()
     assert ping("a", B4, patience=PATIENT) and not ping("a", B6)
     lines = [line.strip() for line in run("nft", "list", "chain", "inet", "calico", "inbound/b").out.splitlines()]
-    (line,) = [line for line in lines if " log prefix " in line]
+    (line,) = [line for line in lines if "calico-packet" in line]
     assert "ip saddr @tag4/a" in line.replace('"', "") and "limit rate 10/second" in line
     assert 'log prefix "calico-packet: profile b, inbound rule 1: "' in line and 'limit name "log-rules"' in line
     traced = net.ctl("profile", "trace", A4, B4, "icmp").out
     assert "rule 3 of profile b: allow from tag a" in traced
     net.ctl("profile", "b", "rule", "remove", "inbound", *shown[1].split()[1:])
     net.sync()
-    assert "log prefix" not in run("nft", "list", "table", "inet", "calico").out
+    assert "calico-packet" not in run("nft", "list", "table", "inet", "calico").out
 
 
 def random_rule(chance: random.Random) -> dict:

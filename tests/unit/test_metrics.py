@@ -8,6 +8,7 @@ import pytest
 
 from calicoctl.felix import events, metrics_server
 from calicoctl.felix.bgp.bird import Session
+from calicoctl.felix.dataplane.drops_manager import Counted
 from calicoctl.felix.health import Health
 from calicoctl.felix.metrics import Metrics
 
@@ -34,3 +35,14 @@ def test_sessions_routes_restarts_and_refusals(monkeypatch: pytest.MonkeyPatch) 
         "calico_felix_bgp_bird_restarts_total 2.0",
         "calico_felix_bgp_refused_configurations_total 1.0",
     ]
+
+
+def test_drops_of_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr(metrics_server, "serve", lambda app, address, port: served.append(app))
+    Metrics(Health("host1", "1"), 9091, lambda: [Counted("e1", "inbound", "rule", 7)])
+    environ: dict[str, object] = {}
+    setup_testing_defaults(environ)
+    lines = b"".join(served[0](environ, lambda *_: None)).decode().splitlines()
+    expected = 'calico_felix_dropped_packets_total{direction="inbound",endpoint="e1",reason="rule"} 7.0'
+    assert expected in lines

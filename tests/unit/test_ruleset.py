@@ -55,7 +55,9 @@ def test_an_endpoint_is_in_every_set_and_leaves_each() -> None:
     assert tables.nft.set("senders4") == [f'"cali1" . 02:00:00:00:00:01 . {A}'] == tables.nft.set("senders", "arp")
     assert f'"cali1" . 02:00:00:00:00:01 . {A6}' in tables.nft.set("senders6")
     assert affected == either_party([A, A6, "fe80::ff:fe00:1"])
-    assert tables.nft.chain("inbound/web") == ["goto dropped/inbound/profile"], "a profile that cannot be read denies"
+    assert 'log prefix "inbound profile web"' in tables.nft.chain("inbound/web")[1], (
+        "a profile that cannot be read denies"
+    )
     tables.store.endpoint(1)
     tables.update()
     tables.nft.run(tables.ruleset.restore_established_fast_path())
@@ -198,7 +200,13 @@ def test_a_rule_that_allows_counts_connections_and_not_their_packets() -> None:
         "ct status confirmed meta nfproto ipv4 meta l4proto 1 accept",
         "meta nfproto ipv4 meta l4proto 1 counter name X accept",
     ]
-    assert rule_lines(Rule("deny"), "", "X", "inbound") == ["counter name X goto dropped/inbound/rule"]
+
+
+def test_a_rule_that_denies_counts_and_logs_what_it_drops() -> None:
+    assert rule_lines(Rule("deny", ip_version=4), "", "inbound/web/X", "inbound") == [
+        "meta nfproto ipv4 counter name inbound/web/X jump sample/inbound/rule",
+        'meta nfproto ipv4 log prefix "inbound rule inbound/web/X" group 2015 snaplen 128 drop',
+    ]
 
 
 def test_the_hosts_action_and_pools_are_in_the_tables() -> None:

@@ -1,8 +1,13 @@
 """Renders how our tables drop packets, and reads what they have counted.
 
-Each rule of the tables that drops a packet of an endpoint does so through a chain of this module. The chain counts the
-packet in the set `drops`, whose elements are an interface and a number, which stands for a direction and a reason (see
-KINDS). The counter `dropped` has the total.
+Each rule of the tables that drops a packet of an endpoint does so through chains of this module:
+
+* `sample/DIRECTION/REASON` counts the packet in the set `drops`, whose elements are an interface and a number, which
+  stands for a direction and a reason (see KINDS). Then `sample/DIRECTION` adds it to the counter `dropped`, which has
+  the total. It drops most packets of a flood, so that these cost next to nothing, and returns from the others.
+* These are logged to the agent (packet_log.py), with a prefix that says why they are dropped (see `dropping`), and
+  counted in `logged`. A rule that denies does that itself, since its prefix names the rule. `dropped/DIRECTION/REASON`
+  does it for all other reasons.
 
 The named counters of ruleset.py, one for each rule of a profile that allows or denies, are read here, too. The comment
 of a counter is the time since when it has counted. A reload of the tables creates the counters and elements with the
@@ -52,10 +57,52 @@ REASONS = tuple(dict.fromkeys(reason for _, reason in KINDS.values()))
 INTERFACES = {"outbound": "iifname", "inbound": "oifname"}
 """Direction -> what nftables calls the endpoint's interface in packets of that direction."""
 
+SET = "drops"
+"""The set that counts dropped packets by interface and number in KINDS."""
+
 TOTAL = "dropped"
 """The counter of all packets that are counted in the set `drops`."""
 
-_SET = "drops"
+LOGGED = "logged"
+"""The counter of those of them that are logged to the agent."""
+
+GROUP = 2015
+"""The netlink group to which packets are logged. Each network namespace has its own groups."""
+
+_SNAPLEN = 128
+"""How many bytes of a packet are logged: its headers."""
+
+_FLOW = "@th,16,16 mod 32 limit rate over 2/second burst 5 packets } drop"
+
+_SAMPLING = """
+add limit inet calico sampled { rate 200/second burst 400 packets ; }
+add set inet calico sampling { type ifname . mark; size 65536; flags dynamic,timeout; timeout 1m; }
+""" + "".join(
+    f"add chain inet calico {chain}\n" + "".join(f"add rule inet calico {chain} {rule}\n" for rule in rules)
+    for chain, rules in (
+        (
+            f"sample/{direction}",
+            (
+                f"counter name {TOTAL}",
+                "ip6 daddr ff02::/16 meta l4proto ipv6-icmp drop",
+                f"meta nfproto ipv4 update @sampling {{ {interface} . jhash ip saddr . ip daddr . {_FLOW}",
+                f"meta nfproto ipv6 update @sampling {{ {interface} . jhash ip6 saddr . ip6 daddr . {_FLOW}",
+                f"update @sampling {{ {interface} . 32 limit rate over 50/second burst 100 packets }} drop",
+                f'limit name "sampled" counter name {LOGGED} return',
+                "drop",
+            ),
+        )
+        for direction, interface in INTERFACES.items()
+    )
+)
+"""The commands that create the chains `sample/…`.
+
+Multicasts of neighbour discovery and listeners are left out, since every interface sends some when it is brought up.
+The packets of an interface are divided into 32 parts by a hash of addresses and destination port, so that a flood of
+one connection's packets leaves room for others. There is a limit for each part, one for each interface, which nothing
+can evade, such as packets without ports, and one for all interfaces.
+"""
+
 _SPELLABLE = re.compile(r"[A-Za-z0-9_.-]{1,15}", re.ASCII)
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 
@@ -72,13 +119,41 @@ class Counts:
     drops: Mapping[tuple[str, int], Count] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Logged:
+    """A packet that was logged. `at` is when (seconds since 1970); `prefix` is what the tables say of it.
+
+    `incoming` and `outgoing` are the names of its interfaces, "" if it has none, or if that exists no more. `header` is
+    None if it cannot be read.
+    """
+
+    at: float
+    prefix: str
+    incoming: str
+    outgoing: str
+    header: Header | None
+
+
+@dataclass(frozen=True)
+class Header:
+    """The addresses and the protocol of a packet; ports, or type and code of ICMP, if it has them."""
+
+    source: str
+    destination: str
+    protocol: int
+    source_port: int | None = None
+    port: int | None = None
+    icmp_type: int | None = None
+    icmp_code: int | None = None
+
+
 def read(nft: Nft) -> Counts:
     """Return what our tables have counted. Raises OSError if they do not exist, or count no drops."""
     counters = nft.counters("calico")
     if TOTAL not in counters:
         raise FileNotFoundError(TOTAL)
     found = {}
-    for key, count in nft.element_counts("calico", _SET):
+    for key, count in nft.element_counts("calico", SET):
         name, number = struct.unpack("=16sI", key)  # a concatenation of an interface's name and a mark
         found[name.rstrip(b"\0").decode(errors="replace"), number] = count
     return Counts(counters, found)
@@ -93,24 +168,46 @@ def counter(name: str, counts: Counts) -> str:
 
 def skeleton(counts: Counts) -> str:
     """Return the commands that create, in new tables, what this module needs, with the values in `counts`."""
-    lines = [f"add set inet calico {_SET} {{ type ifname . mark; size 65536; flags dynamic; counter; }}"]
+    lines = [f"add set inet calico {SET} {{ type ifname . mark; size 65536; flags dynamic; counter; }}"]
     for number, (direction, reason) in KINDS.items():
-        chain = chain_of(direction, reason)
+        sample, chain = f"sample/{direction}/{reason}", f"dropped/{direction}/{reason}"
         lines += [
-            f"add chain inet calico {chain}",
-            f"add rule inet calico {chain} update @{_SET} {{ {INTERFACES[direction]} . {number} }}",
-            f"add rule inet calico {chain} counter name {TOTAL} drop",
+            f"add chain inet calico {sample}",
+            f"add rule inet calico {sample} update @{SET} {{ {INTERFACES[direction]} . {number} }}",
+            f"add rule inet calico {sample} goto sample/{direction}",
         ]
+        if reason not in (RULE, PROFILE):
+            lines.append(f"add chain inet calico {chain}")
+            lines += [f"add rule inet calico {chain} {rule}" for rule in dropping(direction, reason)]
     elements = ", ".join(
         f'"{interface}" . {number} counter packets {count.packets} bytes {count.bytes}'
         for (interface, number), count in counts.drops.items()
         if number in KINDS and _SPELLABLE.fullmatch(interface)
     )
     if elements:
-        lines.append(f"add element inet calico {_SET} {{ {elements} }}")
-    return counter(TOTAL, counts) + "".join(line + "\n" for line in lines)
+        lines.append(f"add element inet calico {SET} {{ {elements} }}")
+    return counter(TOTAL, counts) + counter(LOGGED, counts) + _SAMPLING + "".join(line + "\n" for line in lines)
 
 
 def chain_of(direction: str, reason: str) -> str:
-    """Return the name of the chain that counts and drops packets of this kind: see KINDS."""
+    """Return the name of the chain that drops packets of this kind: see KINDS. There is none for RULE and PROFILE."""
     return f"dropped/{direction}/{reason}"
+
+
+def dropping(direction: str, reason: str, subject: str = "", match: str = "", counted: str = "") -> list[str]:
+    """Return the rules that drop packets of this kind (see KINDS): those that `match`, or all.
+
+    `subject` is what else the log is to say: the counter of the rule that denies, or the name of a profile as in names
+    of chains. If `counted` is not empty, it is a statement that counts the packets.
+    """
+    prefix = f"{direction} {reason} {subject}".rstrip()
+    log = f'log prefix "{prefix}" group {GROUP} snaplen {_SNAPLEN} drop'
+    jump = f"{counted} jump sample/{direction}/{reason}"
+    return [" ".join(f"{match} {action}".split()) for action in (jump, log)]
+
+
+def parse_prefix(prefix: str) -> tuple[str, str, str] | None:
+    """Return direction, reason and subject of a prefix that `dropping` has made; None for any other prefix."""
+    direction, _, rest = prefix.partition(" ")
+    reason, _, subject = rest.partition(" ")
+    return (direction, reason, subject) if (direction, reason) in KINDS.values() else None

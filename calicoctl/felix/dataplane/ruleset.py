@@ -450,7 +450,7 @@ class Ruleset:
             if not used:
                 change.set_chain(chain, None)
             elif of_direction is None:
-                change.set_chain(chain, (f"goto {drops.chain_of(word, drops.PROFILE)}",))
+                change.set_chain(chain, tuple(drops.dropping(word, drops.PROFILE, spelled(profile))))
             else:
                 places = (f"profile {spelled(profile)}, {word} rule {number}" for number in itertools.count(1))
                 names = rule_counters(profile, word, of_direction)
@@ -499,11 +499,6 @@ def rule_lines(rule: Rule, where: str, counter: str | None, direction: str) -> l
     by_version = (
         number in (ICMP, ICMPV6) or rule.ip_version or rule.src_tag or rule.dst_tag or rule.src_net or rule.dst_net
     )
-    verdict = {
-        "allow": f"counter name {counter} accept",
-        "deny": f"counter name {counter} goto {drops.chain_of(direction, drops.RULE)}",
-        "log": _LOG.format(where=where),
-    }[rule.action]
     lines = []
     for version in versions(rule) if by_version else (None,):
         parts = []
@@ -528,7 +523,11 @@ def rule_lines(rule: Rule, where: str, counter: str | None, direction: str) -> l
             parts.append(f"{icmp} code {rule.icmp_code}")
         if rule.action == "allow":
             lines.append(" ".join([_BEGUN, *parts, "accept"]))
-        lines.append(" ".join([*parts, verdict]))
+            lines.append(" ".join([*parts, f"counter name {counter} accept"]))
+        elif rule.action == "deny":
+            lines += drops.dropping(direction, drops.RULE, str(counter), " ".join(parts), f"counter name {counter}")
+        else:
+            lines.append(" ".join([*parts, _LOG.format(where=where)]))
     return lines
 
 
