@@ -38,7 +38,7 @@ LEFT_OUT_trixie = $(LEFT_OUT) command_server fault_injection concurrency connect
 LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
 	host_attacks policy host_addresses lifeline vxlan docker_hook cni
 
-.PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean install uninstall install-cni uninstall-cni clean
+.PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean wheel install uninstall install-cni uninstall-cni clean
 
 help:
 	@echo 'make demo         connect three containers for real; make demo-clean removes everything'
@@ -56,6 +56,7 @@ help:
 	@echo '                  etcd'"'s v2 API; RELEASES=trixie selects, ON_RELEASES=test runs make test there"
 	@echo 'make soak         five minutes of random restarts, removals and crashes'
 	@echo 'make bench        benchmarks, as ratios'
+	@echo 'make wheel        a wheel of calicoctl, without its libraries, in dist'
 	@echo 'make install      install or upgrade calicoctl, in a virtual environment of its own, with a systemd unit that is'
 	@echo '                  not enabled; make uninstall removes it'
 	@echo 'make install-cni  install the CNI plugin calico, for podman, containerd and others; make uninstall-cni removes it'
@@ -158,6 +159,10 @@ demo-hosts: $(VENV)/ready
 demo-hosts-clean:
 	demo/hosts-clean
 
+wheel:
+	@demo/packages python3-venv
+	@PYTHON="$(PYTHON)" setup/calicoctl wheel
+
 # with DESTDIR, for packagers, nothing else on this host is changed
 install:
 	@[ -n "$(DESTDIR)" ] || demo/packages $(RUN)
@@ -176,4 +181,4 @@ uninstall:
 	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" CNI_BIN="$(CNI_BIN)" setup/calicoctl uninstall
 
 clean:
-	rm -rf $(VENV) build .tox *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .tox *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,12 +1,26 @@
 """What calicoctl is made of and needs. Settings of the tools around it are in pyproject.toml."""
 
+import os
 import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "calicoctl/__init__.py").read_text()).group(1)
+
+
+class BuildWithCommit(build_py):
+    """Writes the commit, which setup/calicoctl passes in CALICOCTL_COMMIT, into the built copy of the package."""
+
+    def run(self):
+        super().run()
+        commit = os.environ.get("CALICOCTL_COMMIT", "")
+        if re.fullmatch("[0-9a-f]{7,40}(-dirty)?", commit) and not getattr(self, "editable_mode", False):
+            file = Path(self.build_lib) / "calicoctl/__init__.py"
+            file.write_text(file.read_text().replace('__commit__ = ""', f'__commit__ = "{commit}"'))
+
 
 setup(
     name="calicoctl",
@@ -15,6 +29,7 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    cmdclass={"build_py": BuildWithCommit},
     packages=find_packages(include=["calicoctl", "calicoctl.*"]),
     python_requires=">=3.9",
     # The floors are releases without known holes (osv.dev). For Python 3.9, there is none of urllib3 and requests; what

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Callable, Union
 
-from calicoctl import __version__, engine
+from calicoctl import __commit__, __version__, engine
 from calicoctl.datastore import config, keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.hosts import hostname
@@ -228,7 +228,11 @@ def _output(command: tuple[str, ...]) -> str:
 
 
 def _versions() -> str:
-    lines = [f"calicoctl {__version__}", f"Python {platform.python_version()}", " ".join(platform.uname())]
+    lines = [
+        f"calicoctl {__version__} {__commit__}".rstrip(),
+        f"Python {platform.python_version()}",
+        " ".join(platform.uname()),
+    ]
     for package in ("docopt", "python-etcd", "urllib3", "netaddr", "pyroute2", "docker"):
         lines.append(f"{package} {metadata.version(package)}")
     return "\n".join([*lines, Path("/etc/os-release").read_text()])

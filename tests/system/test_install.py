@@ -11,12 +11,14 @@ import re
 import shutil
 import signal
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from calicoctl import __version__
 from tests.system.agent import B4, LOG_DIR, FreeHost
 from tests.system.support import CALICOCTL, HOST_IP, Host, Result, free_port, gone, run, wait_for
 from tests.system.traffic import PATIENT, ping
@@ -86,6 +88,13 @@ def older_version(prefix: Path) -> None:
 def program(pid: int) -> str:
     """Return the path of the interpreter that a process was started with."""
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout as built programs tell it; None in a copy that git knows nothing of."""
+    if not (ROOT / ".git").exists():
+        return None
+    return run("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*", cwd=ROOT).out.strip()
 
 
 def tree(folder: Path) -> set[str]:
@@ -158,6 +167,8 @@ def test_installing_over_a_running_agent_restarts_it_on_whole_files_and_no_packe
     host.sync()  # its environment: it still follows this store
 
     # what is installed, as people and their shells find it
+    told = json.loads(host.ctl("version", "--output=json", command=[program_path]).out)
+    assert told == {"version": __version__, "commit": commit()}
     assert host.ctl("container", "--help", command=[program_path]).out.count("container add") > 1
     assert "calicoctl container add" in run("man", "-l", str(prefix / "share/man/man1/calicoctl.1")).out
     completion = prefix / "share/bash-completion/completions/calicoctl"
@@ -257,3 +268,15 @@ def test_an_agent_of_systemds_is_restarted_and_ended_by_systemd(
         assert tree(prefix) == set()
     finally:
         booted.rmdir()
+
+
+def test_a_wheel_has_the_package_alone_and_its_commit() -> None:
+    file = ROOT / f"dist/calicoctl-{__version__}-py3-none-any.whl"
+    file.unlink(missing_ok=True)
+    done = make("wheel", ROOT)
+    assert done.status == 0 and done.out == f"{file.relative_to(ROOT)}\n", done
+    with zipfile.ZipFile(file) as wheel:
+        ours = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        said = wheel.read("calicoctl/__init__.py").decode()
+    assert ours == {str(path.relative_to(ROOT)) for path in (ROOT / "calicoctl").rglob("*.py")}
+    assert f'__commit__ = "{commit() or ""}"\n' in said
