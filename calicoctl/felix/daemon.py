@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from calicoctl import files, proc
+from calicoctl import files, logs, proc
 from calicoctl.errors import CalicoError
 
 log = logging.getLogger("calico.felix")
@@ -36,6 +36,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """The first and the longest pause in seconds until a daemon that ended is started again. The pause doubles each time.
 It is reset if the daemon has run for longer than the longest pause.
 """
+
+LOG_INTERVAL = 60.0
+"""Seconds between two checks of the size of a supervised daemon's log, which only the daemon itself writes to."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,8 @@ class Daemon:
                 self.await_ready()  # a daemon that takes longer goes on, and is waited for again
                 pid, since = self.process.pid(), time.monotonic()
                 if pid is not None:
-                    proc.await_end(pid)
+                    while not proc.await_end(pid, LOG_INTERVAL):
+                        self._bound_log()
                     self._child_has_ended()
                     log.warning("%s has ended; starting it again", self.process.name)
                     if time.monotonic() - since > LONGEST_PAUSE:
@@ -235,6 +239,11 @@ class Daemon:
     def _child_has_ended(self) -> bool:
         """Return whether the process that this object has started has ended. Return False if it has started none."""
         return self._child is not None and self._child.poll() is not None
+
+    def _bound_log(self) -> None:
+        """Cut the older half off a log that has grown too large: the daemon has it open, so it cannot be renamed."""
+        with suppress(OSError), open(self._log_file, "rb") as file:
+            logs.shorten(file.fileno())
 
     def _last_log_line(self) -> str:
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from calicoctl import files, proc
+from calicoctl import files, logs, proc
 from calicoctl.errors import CalicoError
 from calicoctl.felix import daemon
 from calicoctl.felix.daemon import Daemon, NotServing, Process
@@ -74,6 +74,21 @@ def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
         with suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def test_the_log_of_a_supervised_daemon_does_not_grow_for_ever(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "LARGEST", 10_000)
+    monkeypatch.setattr(daemon, "LOG_INTERVAL", 0.01)
+    script = f"touch {sandbox.ready}; while :; do seq 100000 101000; touch {sandbox.folder}/written; sleep 0.05; done"
+    one = sandbox.daemon()
+    one.supervise(lambda: one.launch(lambda: sandbox.command(script), sandbox.adopted.append))
+    for _ in range(3):  # it goes on writing at the end of what is left
+        (sandbox.folder / "written").unlink(missing_ok=True)
+        wait_for((sandbox.folder / "written").exists)
+        wait_for(lambda: sandbox.log.stat().st_size <= 5_000)
+        assert b"\0" not in sandbox.log.read_bytes()
 
 
 def test_a_daemon_is_started_and_its_output_is_logged(sandbox: Sandbox) -> None:
