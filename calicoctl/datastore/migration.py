@@ -47,7 +47,7 @@ from contextlib import contextmanager
 
 from calicoctl.datastore import copy_plan, keys
 from calicoctl.datastore.copy_plan import difference
-from calicoctl.datastore.migration_run import Run, late_clause, put, taken_over
+from calicoctl.datastore.migration_run import Run, late_clause, put, taken_over, thawed
 from calicoctl.datastore.migration_state import COPYING, LEFT, ROLLING_BACK, Moved, State, check_agents, live_agents
 from calicoctl.datastore.settings import TYPE, V3
 from calicoctl.datastore.store import Delete, Entry, Update, Write
@@ -151,10 +151,7 @@ def _rewritten(run: Run, ready: Entry) -> Entry:
         return run.v2.update(ready, "false")
     except CompareFailed:
         run.refuse_loss_of_note()
-        raise CalicoError(
-            f"Another program has written {keys.READY} in etcd's v2 API: perhaps a 'calicoctl node' of 2015, "
-            "which sets it to true. Nothing has moved."
-        ) from None
+        raise thawed() from None
 
 
 def _copied(run: Run, ready: Entry) -> tuple[Entry, dict[str, Entry]]:

@@ -231,12 +231,16 @@ class Run:
         Agents report this in v2, whichever API was in use. `hosts` are the hosts whose agents were alive before the
         freeze. `before` are the agents' statuses in v2 from before the freeze; they do not count as reports.
 
-        Raises CalicoError if an agent has not reported for AGENTS_PATIENCE, or cannot follow the data.
+        Raises CalicoError if an agent has not reported for AGENTS_PATIENCE, or cannot follow the data, or if another
+        program sets Ready in v2 to `true`.
         """
         until = time.monotonic() + SETTLE
 
         def pending() -> list[str]:
+            ready = self.v2.get(keys.READY)  # before the note: whoever takes that over then writes Ready
             self.refuse_loss_of_note()
+            if ready is None or ready.value != "false":
+                raise thawed()
             agents = live_agents(self.v2)
             check_agents(agents)
             alive = agents.keys() | (hosts & live_agents(self.v3).keys())
@@ -289,6 +293,14 @@ def put(key: str, entry: Entry | None, value: str) -> Write:
 def late_clause(what: Difference) -> str:
     """Return a clause that says what old programs have written to v2 since it was frozen."""
     return f"Old programs have written to etcd's v2 API since it was frozen, and v3 does not have that: {what}"
+
+
+def thawed() -> CalicoError:
+    """Return the error for a Ready in v2 that another program has written while the data moves."""
+    return CalicoError(
+        f"Another program has written {keys.READY} in etcd's v2 API: perhaps a 'calicoctl node' of 2015, which sets it "
+        "to true. End it, and repeat this"
+    )
 
 
 def taken_over() -> StoreError:

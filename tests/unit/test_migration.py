@@ -269,6 +269,22 @@ def test_an_old_program_that_sets_ready_to_true_ends_the_move(world: World) -> N
     assert world.used() == ("v2", False)
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_an_old_program_that_sets_ready_to_true_ends_the_wait_for_agents(world: World, back: bool) -> None:
+    """Agents would not say any more that the data is frozen."""
+    if back:
+        world.move()
+    world.agent(world.v3 if back else world.v2)
+
+    def is_frozen() -> bool:
+        return world.v2.entries[READY].value == "false" and not world.is_live()
+
+    world.v2.before_read = once(lambda: world.v2.put(READY, "true"), is_frozen)
+    with pytest.raises(CalicoError, match="Another program has written /calico/v1/Ready in etcd's v2 API"):
+        roll_back(world.run(), False) if back else world.move()
+    assert world.used() == ("v2", False)
+
+
 def test_what_old_programs_write_after_the_copy_is_reported(world: World) -> None:
     def write() -> None:
         world.v2.put(READY, "true")
