@@ -82,7 +82,10 @@ def users(settings: EtcdSettings) -> tuple[bool | None, bool | None]:
 def _ask(settings: EtcdSettings, member: Member, info: MemberInfo) -> None:
     connection = Connection(settings, member)
     try:
-        info.version = _version(_page(connection, "/version"))
+        page = _page(connection, "/version")
+        info.version = _version(page)
+        if info.version is None:
+            raise connection.no_etcd(page)
         info.healthy = '"health":"true"' in _page(connection, "/health").replace(" ", "")
         metrics = dict(_METRIC.findall(_page(connection, "/metrics")))
         leads = _number(metrics, "etcd_server_is_leader")
