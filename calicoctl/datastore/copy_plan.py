@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from calicoctl.datastore import keys
+from calicoctl.datastore.etcd3 import LARGEST_READ, MOST_KEYS
 from calicoctl.datastore.store import MOST_AT_ONCE, Create, Delete, Entry, Update, Write
 from calicoctl.errors import CalicoError
 from calicoctl.output import first_few
@@ -73,7 +74,17 @@ def copied(entries: Iterable[Entry], version: str) -> dict[str, Entry]:
 
 
 def check_fits(entries: Entries) -> None:
-    """Raise CalicoError if etcd's v3 API would refuse one of `entries`, for its size or its encoding."""
+    """Raise CalicoError if `entries` cannot be moved to etcd's v3 API.
+
+    The API would refuse one of them, for its size or its encoding, or they would be too many, or too large together, to
+    be read there at once (see etcd3.MOST_KEYS and LARGEST_READ).
+    """
+    total = sum(len(key) + len(entry.value) for key, entry in entries.items())
+    if len(entries) > MOST_KEYS or total > LARGEST_READ:
+        raise CalicoError(
+            f"{len(entries)} keys with {total} bytes cannot be copied: in etcd's v3 API, no more than {MOST_KEYS} keys "
+            f"with {LARGEST_READ} bytes below {keys.ROOT} can be read; delete what does not belong there"
+        )
     for key, entry in entries.items():
         try:
             size = _size(key, entry.value)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calicoctl.datastore import keys
+from calicoctl.datastore import copy_plan, keys
 from calicoctl.datastore.copy_plan import Difference, check_fits, copied, difference, plan
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.store import MOST_AT_ONCE, Create, Delete, Entry, Update
@@ -51,6 +51,19 @@ def test_what_v3_does_not_take_is_named(entry: Entry, says: str) -> None:
     with pytest.raises(CalicoError, match=says):
         check_fits(copied([entry], "v2"))
     check_fits(entries(Entry("/calico/v1/a", "x" * 1_499_988, 1)))
+
+
+def test_what_could_not_be_read_in_v3_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [Entry(f"/calico/v1/{name}", "x" * 100, 1) for name in "ab"]
+    monkeypatch.setattr(copy_plan, "LARGEST_READ", 223)
+    check_fits(entries(both[0]))
+    with pytest.raises(CalicoError, match=r"2 keys with 224 bytes cannot be copied: .* no more than .* with 223 bytes"):
+        check_fits(entries(*both))
+    monkeypatch.setattr(copy_plan, "LARGEST_READ", 224)
+    check_fits(entries(*both))
+    monkeypatch.setattr(copy_plan, "MOST_KEYS", 1)
+    with pytest.raises(CalicoError, match="no more than 1 keys"):
+        check_fits(entries(*both))
 
 
 def test_a_difference_is_listed_in_words() -> None:
