@@ -41,7 +41,7 @@ def roll_back(run: Run, discard: bool) -> Moved:
         raise CalicoError(f"There is no way back to etcd's v2 API. {DELETING}")
     if state.v3_ready == "true":
         check_agents(live_agents(run.v3))
-        _refuse_loss(run, discard)
+        _refuse_loss(run, discard, state.frozen_at)
         before = live_agents(run.v2)
     elif state.v2_ready == "true":
         return Moved("etcd's v2 API is in use.")
@@ -60,7 +60,7 @@ def roll_back(run: Run, discard: bool) -> Moved:
         else:
             run.take_note(state, ROLLING_BACK)
         run.settle(set(live_agents(run.v3)), before)
-        _refuse_loss(run, discard)
+        _refuse_loss(run, discard, state.frozen_at)
         run.tell("Taking etcd's v2 API into use")
         run.thaw_v2()
     missing = run.await_agents(V2, set(live_agents(run.v2)), {})
@@ -68,14 +68,21 @@ def roll_back(run: Run, discard: bool) -> Moved:
     return Moved("etcd's v2 API is in use again.", (problem,) if missing else ())
 
 
-def _refuse_loss(run: Run, discard: bool) -> None:
+def _refuse_loss(run: Run, discard: bool, since: int | None) -> None:
+    """Raise CalicoError if v3 has data that v2 lacks, or lacks data that was in v2 when it was frozen.
+
+    `since` is the revision at which v2 was frozen, None if it is not known. What old programs have created in v2 later
+    is not lost. Raises nothing if `discard` is true.
+    """
     theirs = keys.OTHER_CALICO + "/"
 
     def written(entry: Entry) -> Entry | None:  # those that cannot be read are lost as well
         return entry if is_copied(entry) and not entry.key.startswith(theirs) else None
 
     ours = {entry.key: entry for entry in run.v3.list_for_watch(keys.ROOT, written)[0]}
-    lost = difference(ours, run.data(run.v2, ours))
+    entries = run.data(run.v2, ours).items()
+    there = {key: entry for key, entry in entries if key in ours or since is None or entry.revision <= since}
+    lost = difference(ours, there)
     if lost and not discard:
         raise CalicoError(
             f"What was written to etcd's v3 API since the data has moved would be lost: {lost}. Nothing is "

@@ -105,13 +105,17 @@ class State:
 
     @property
     def frozen_at(self) -> int | None:
-        """The revision at which v2 was frozen.
+        """The revision at which v2 was frozen: the value of keys.COPIED_REVISION, which the note keeps on the way back.
 
-        None if keys.COPIED_REVISION is missing, since this program has not moved the data, or has an invalid value.
+        None if it is missing, since this program has not moved the data, or has an invalid value.
         """
         if self.copied is not None:
+            value: str | None = self.copied.value
+        else:
+            value = None if self.note is None else copied_in(self.note)
+        if value is not None:
             with suppress(ValueError):
-                return int(self.copied.value)
+                return int(value)
         return None
 
 

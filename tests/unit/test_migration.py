@@ -598,6 +598,27 @@ def test_going_back_refuses_to_lose_what_was_written_to_v3(world: World) -> None
     assert world.data(world.v3) == {TAGS: "[]", RULES: "{}", "/calico/v1/other": "1", READY: "true"}
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_old_programs_have_created_in_v2_is_not_lost_by_going_back(world: World, interrupted: bool) -> None:
+    world.move()
+    world.v2.put("/calico/v1/late", "1")
+    if interrupted:
+        kill_after_first_write(world)
+        with pytest.raises(Killed):
+            roll_back(world.run(), False)
+        world.v2.fault = world.v3.fault = lambda: None
+        assert world.used() == ("v2", True)
+    roll_back(world.run(), False)
+    assert world.used() == ("v2", False) and {TAGS, RULES, "/calico/v1/late"} <= world.v2.entries.keys()
+
+
+def test_what_was_deleted_in_v3_is_not_restored_by_going_back(world: World) -> None:
+    world.move()
+    world.v2.put("/calico/v1/late", "1")
+    world.v3.remove_tree(RULES)
+    world.refuses(rf"would be lost: 1 deleted \({RULES}\)", lambda: roll_back(world.run(), False))
+
+
 def test_what_is_written_to_v3_while_it_is_frozen_takes_it_into_use_again(world: World) -> None:
     world.move()
     world.v3.before_read = once(
@@ -609,10 +630,7 @@ def test_what_is_written_to_v3_while_it_is_frozen_takes_it_into_use_again(world:
     assert keys.UNUSED_COPY not in world.v3.entries
 
 
-def test_an_interrupted_way_back_is_undone_by_a_move_without_a_copy(world: World) -> None:
-    world.move()
-    world.v3.put("/calico/v1/new", "1")
-
+def kill_after_first_write(world: World) -> None:
     def killed() -> Fault:
         raise Killed
 
@@ -621,6 +639,12 @@ def test_an_interrupted_way_back_is_undone_by_a_move_without_a_copy(world: World
         return None
 
     world.v3.fault = strike
+
+
+def test_an_interrupted_way_back_is_undone_by_a_move_without_a_copy(world: World) -> None:
+    world.move()
+    world.v3.put("/calico/v1/new", "1")
+    kill_after_first_write(world)
     with pytest.raises(Killed):
         roll_back(world.run(), True)
     world.v2.fault = world.v3.fault = lambda: None
