@@ -21,6 +21,7 @@ from calicoctl.datastore.copy_plan import Difference, Entries, copied, differenc
 from calicoctl.datastore.detection import check_ready, foreign
 from calicoctl.datastore.migration_state import (
     COPIED,
+    COPY_ALONE,
     ROLLING_BACK,
     Agent,
     State,
@@ -85,6 +86,8 @@ class Run:
     def checked_state(self) -> State:
         """Read how far a move has come; raise CalicoError if the values of Ready do not tell which data is right.
 
+        This is so as well if Ready is missing in v2, and v3 has a copy that is not in use.
+
         Raises NoSuchApi as `state` does.
         """
         state = self.state()
@@ -95,6 +98,8 @@ class Run:
                 f"then set it to false in the other one: 'ETCDCTL_API=2 etcdctl set {keys.READY} false' for v2, "
                 f"'etcdctl put {keys.READY} false' for v3."
             )
+        if state.is_copy_alone:
+            raise CalicoError(COPY_ALONE)
         if state.is_finishing and state.v3_ready != "true":
             raise CalicoError(
                 f"'calicoctl datastore migrate --finish' deletes what is in etcd's v2 API, but {keys.READY} is not "

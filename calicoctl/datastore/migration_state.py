@@ -18,6 +18,11 @@ DELETING = (
     "What is in v2 is being deleted, unless that was interrupted: then 'calicoctl datastore migrate --finish' goes on."
 )
 
+COPY_ALONE = (
+    f"What is in v3 is a copy of v2, perhaps an unfinished one, and v2 has no {keys.READY}: if etcd does not serve v2 "
+    "any more, start it with --enable-v2 (3.4 or 3.5), and repeat 'calicoctl datastore migrate'."
+)
+
 COPYING, ROLLING_BACK, FINISHING = "copying", "rolling back", "finishing"
 """What the value of the key keys.UNUSED_COPY, "the note" of a move, says is being done."""
 
@@ -61,6 +66,8 @@ class State:
 
         None if v2 is in use, or if no data is frozen.
         """
+        if self.is_copy_alone:
+            return COPY_ALONE
         if self.step == COPYING:
             return (
                 "The data is being moved to v3, unless that was interrupted: then 'calicoctl datastore migrate' goes "
@@ -82,6 +89,12 @@ class State:
     @property
     def is_frozen(self) -> bool:
         return "true" not in (self.v2_ready, self.v3_ready) and "false" in (self.v2_ready, self.v3_ready)
+
+    @property
+    def is_copy_alone(self) -> bool:
+        """Whether v3 has a copy that is not in use, and v2 has no Ready."""
+        unused = self.note is not None and not self.is_finishing and self.v3_ready != "true"
+        return unused and self.v2 is None
 
     @property
     def left(self) -> str | None:

@@ -125,6 +125,8 @@ def test_the_state_says_what_there_is_to_do() -> None:
         (None, "true", None, None, None),
         ("false", None, None, None, "set it to true when the data is complete"),
         (None, "false", None, None, "set it to true when the data is complete"),
+        (None, "false", "copying", None, "start it with --enable-v2 (3.4 or 3.5), and repeat"),
+        (None, "false", "rolling back", None, "start it with --enable-v2 (3.4 or 3.5), and repeat"),
         (None, None, None, None, None),
     ):
         entry = None if note is None else Entry(keys.UNUSED_COPY, json.dumps({"state": note}), 1)
@@ -149,6 +151,21 @@ def test_without_data_or_with_data_in_both_nothing_moves(world: World) -> None:
     empty.refuses("There is no data to move")
     empty.refuses("There is no data to go back to", lambda: roll_back(empty.run(), True))
     empty.refuses("has not moved to etcd's v3 API: nothing is deleted", lambda: finish(empty.run(), True))
+
+
+def test_an_unfinished_copy_is_not_taken_for_data_when_v2_is_not_served_any_more(world: World) -> None:
+    kill_after_first_write(world)
+    with pytest.raises(Killed):
+        world.move()
+    world.v2.fault = world.v3.fault = lambda: None
+
+    def unserved() -> None:
+        raise NoSuchApi("etcd does not serve its v2 API")
+
+    world.v2.before_read = unserved
+    says = "start it with --enable-v2 .3.4 or 3.5., and repeat 'calicoctl datastore migrate'"
+    for act in (world.move, lambda: roll_back(world.run(), True), lambda: finish(world.run(), True)):
+        world.refuses(says, act)
 
 
 def test_agents_that_cannot_follow_are_named(world: World) -> None:
