@@ -137,8 +137,7 @@ def finish(run: Run, discard: bool) -> Moved:
             return Moved("etcd's v2 API has no data.")
     except NoSuchApi:
         return Moved("etcd does not serve its v2 API any more.")
-    run.tell("Waiting for agents to leave etcd's v2 API")
-    left = run.wait_for_none(lambda: _left_in_v2(run))
+    left = run.wait_for_none("Waiting for agents to leave etcd's v2 API", lambda: _left_in_v2(run))
     if left:
         raise CalicoError(f"The agents of {first_few(left)} use etcd's v2 API: end them first. Nothing is deleted.")
     state = _live_state(run)  # the wait may have been long

@@ -252,8 +252,7 @@ class Run:
             new = reported_since(agents, before)
             return sorted(host for host in alive if host not in new or not new[host].is_frozen)
 
-        self.tell("Waiting for commands and agents to notice")
-        left = self.wait_for_none(pending)
+        left = self.wait_for_none("Waiting for commands and agents to notice", pending)
         if left:
             raise CalicoError(
                 f"The agents of {first_few(left)} do not say that they have noticed that the data is frozen, within "
@@ -269,24 +268,26 @@ class Run:
         statuses in `api` from before `api` was taken into use; they do not count as reports. An agent whose status has
         expired in both APIs has died, and is not waited for.
         """
-        self.tell(f"Waiting for agents to use etcd's {api[-2:]} API")
 
         def pending() -> list[str]:
             there, elsewhere = (live_agents(store) for store in (self.v2, self.v3)[:: 1 if api == V2 else -1])
             new, alive = reported_since(there, before), there.keys() | elsewhere.keys()
             return sorted(host for host in hosts & alive if host not in new or new[host].is_frozen)
 
-        return self.wait_for_none(pending)
+        return self.wait_for_none(f"Waiting for agents to use etcd's {api[-2:]} API", pending)
 
-    @staticmethod
-    def wait_for_none(pending: Callable[[], list[str]]) -> list[str]:
+    def wait_for_none(self, what: str, pending: Callable[[], list[str]]) -> list[str]:
         """Call `pending` again and again until it returns an empty list, or AGENTS_PATIENCE is over.
 
-        Return the last result of `pending`.
+        Return the last result of `pending`: hosts whose agents are waited for. `what` is the step that is told, with
+        these hosts.
         """
+        self.tell(what)
         give_up = time.monotonic() + AGENTS_PATIENCE
         while (left := pending()) and time.monotonic() < give_up:
+            self.tell(f"{what}: {first_few(left)}")
             time.sleep(POLL)  # a watch would have to follow two APIs, one of which may go meanwhile
+        self.tell(what)
         return left
 
 

@@ -237,7 +237,8 @@ def test_agents_are_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("time.sleep", sleep)
     assert world.move().problems == ()
-    assert waits == ["Waiting for commands and agents to notice"] * 4 + ["Waiting for agents to use etcd's v3 API"]
+    notice = "Waiting for commands and agents to notice"  # the last wait is for commands
+    assert waits == [f"{notice}: host1"] * 3 + [notice, "Waiting for agents to use etcd's v3 API: host1"]
 
 
 def test_agents_that_are_not_seen_in_v3_are_named(world: World) -> None:
@@ -915,7 +916,8 @@ def test_an_agent_that_died_shortly_before_is_not_waited_for(world: World, monke
 
     monkeypatch.setattr("time.sleep", sleep)
     assert world.move().problems == ()
-    assert set(waits) == {"Waiting for commands and agents to notice"}
+    notice = "Waiting for commands and agents to notice"
+    assert set(waits[:-1]) == {f"{notice}: host1"} and waits[-1] == notice
 
 
 def test_keys_of_another_calico_leave_the_way_back_open(world: World) -> None:
