@@ -181,7 +181,13 @@ class ChosenStore:
         return self._store.version()
 
     def list_for_watch(self, directory: str, keep: Keep = itself) -> tuple[list[Entry], int]:
-        return self._store.list_for_watch(directory, keep)
+        while True:
+            api = self.choice().api
+            found = self._open(api).list_for_watch(directory, keep)
+            if not found[0]:
+                self.current_choice()  # perhaps the data has moved, and was deleted here
+            if self.choice().api == api:
+                return found
 
     def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
         api = self.choice().api
@@ -189,4 +195,11 @@ class ChosenStore:
             for changes in watch:
                 if self.choice().api != api:
                     raise WatchExpired("the data has moved to etcd's other API")
+                if any(_is_of_all(change, directory) for change in changes):
+                    raise WatchExpired(f"all below {directory} was deleted at once")  # perhaps after it has moved
                 yield changes
+
+
+def _is_of_all(change: Change, directory: str) -> bool:
+    """Return whether a change is the deletion of all keys below a directory."""
+    return change.entry is None and not change.alone and (directory + "/").startswith(change.key + "/")

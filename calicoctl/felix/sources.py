@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from calicoctl import engine, netlink
 from calicoctl.clock import now
 from calicoctl.datastore import last_known
+from calicoctl.datastore.keys import READY
 from calicoctl.datastore.reserved import Servers
-from calicoctl.errors import CalicoError, WatchExpired, is_shortage
+from calicoctl.errors import CalicoError, StoreError, WatchExpired, is_shortage
 from calicoctl.felix import shortage
 from calicoctl.felix.dataplane import connection_limit
 from calicoctl.felix.dataplane.links import link_of
@@ -169,6 +170,7 @@ class StoreEvents(_Source):
         watch: Watch | None = None
         pause = spread = 0.0
         failed = 0  # watches that ended since one yielded a batch
+        seen = False  # whether there were ever entries
         unread: set[str] = set()  # directories that were too large to be read
         may_reread_at = reread_at = float("inf")
         while True:
@@ -176,6 +178,9 @@ class StoreEvents(_Source):
             try:
                 if watch is None:
                     entries, revision = self._datastore.list_for_watch(self._directory)
+                    if seen and not entries:
+                        self._check_data()
+                    seen = seen or bool(entries)
                     spread = spread_of_reads(entries)
                     unread = {entry.key for entry in entries if entry.is_unread_directory}
                     may_reread_at, reread_at = time.monotonic() + REREAD_INTERVAL, float("inf")
@@ -189,6 +194,7 @@ class StoreEvents(_Source):
                     watch = self._datastore.watch(self._directory, revision, LONG_POLL)
                     reading = False
                 changes = next(watch)
+                seen = seen or bool(changes)
                 pause, failed = 0.0, 0
                 self._worked = now()
                 self._emit_recovered()
@@ -211,6 +217,16 @@ class StoreEvents(_Source):
                 watch = None
                 failed += not reading
                 pause = _back_off(pause)
+
+    def _check_data(self) -> None:
+        """Raise StoreError if the store, where nothing is below the directory any more, has no Ready, either.
+
+        Then the store has lost its data, or is another one, and what was read before is kept. If Ready is below the
+        directory, its absence says the same to the agent.
+        """
+        choice = self._datastore.choice()
+        if choice is not None and choice.revision == 0 and not READY.startswith(self._directory + "/"):
+            raise StoreError(f"there is nothing below {self._directory} any more, and no {READY}: the data is lost")
 
     def _emit_recovered(self) -> None:
         if self._failure is not None:

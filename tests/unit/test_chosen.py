@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 
 from calicoctl.datastore import chosen, keys
 from calicoctl.datastore.chosen import ChosenStore
 from calicoctl.datastore.detection import Choice
 from calicoctl.datastore.hosts import Hosts
-from calicoctl.datastore.store import Create, Delete, Fence, Update
+from calicoctl.datastore.store import Change, Create, Delete, Fence, Update
 from calicoctl.errors import Fenced, Frozen, StoreError, WatchExpired
 from tests.unit.memory_store import Lost, MemoryStore
 
@@ -303,3 +305,31 @@ def test_all_clients_of_a_process_follow_one_that_has_noticed_that_the_data_has_
     world.store.put(TAGS, "[]")
     assert [change.key for change in next(watch)] == [TAGS]
     watch.close()
+
+
+def watch_of(*changes: Change) -> Generator[list[Change], None, None]:
+    yield list(changes)
+
+
+def test_what_was_deleted_after_it_had_moved_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a client that has not seen yet that it has moved."""
+    world = World("etcdv2")
+    old, new = world.backends["etcdv2"], world.backends["etcdv3"]
+    old.put(TAGS, "[]")
+    (entry,), revision = world.store.list_for_watch(keys.POLICY_AND_HOSTS)
+    assert entry.key == TAGS
+    new.put(TAGS, "[]")
+    old.remove_tree("/calico")
+    world.api = "etcdv3"
+    # what etcd's v2 API reports
+    monkeypatch.setattr(old, "watch", lambda *_: watch_of(Change("/calico", None)))
+    with pytest.raises(WatchExpired, match="all below /calico/v1 was deleted at once"):
+        next(world.store.watch(keys.POLICY_AND_HOSTS, revision, 0))
+    assert world.store.list_for_watch(keys.POLICY_AND_HOSTS) == (new.tree("/calico"), new.revision + 1)
+
+
+def test_a_part_of_what_is_watched_may_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World("etcdv2")
+    gone = [Change("/calico/v1/host", None), Change("/calico/v1", None, alone=True)]
+    monkeypatch.setattr(world.backends["etcdv2"], "watch", lambda *_: watch_of(*gone))
+    assert next(world.store.watch("/calico/v1", 1, 0)) == gone

@@ -13,13 +13,16 @@ import pytest
 
 from calicoctl import netlink
 from calicoctl.addresses import FAMILIES, pack, version_of
+from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.detection import Choice
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.errors import StoreUnavailable
 from calicoctl.felix import sources
 from calicoctl.felix.events import ContainerChanged, StoreChanged, StorePending, StoreRead, WatchFailed, WatchRecovered
 from calicoctl.felix.sources import StoreEvents, container_changed
 from tests.unit.memory_store import HISTORY, MemoryStore
+from tests.unit.waiting import wait_for
 
 ID = "ab" * 32
 
@@ -182,6 +185,36 @@ def test_a_directory_is_read_again_when_the_store_is_back(followed: Followed, er
     assert followed.next() == StoreRead("/calico", [entry])
     assert followed.next() == WatchRecovered("/calico")
     assert followed.queue.empty()
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read", "watched"])
+@pytest.mark.parametrize(("directory", "kept"), [(keys.BGP, True), (keys.IPAM_HOSTS, True), ("/calico/v1", False)])
+def test_an_empty_directory_of_a_store_that_has_lost_its_data_is_not_believed(
+    followed: Followed, monkeypatch: pytest.MonkeyPatch, directory: str, kept: bool, read: bool
+) -> None:
+    """As when etcd is started without its v2 API, where the data was. Where Ready belongs, its absence says enough."""
+    client = DatastoreClient(followed.store, "h")
+    ready = [7]
+    monkeypatch.setattr(client, "choice", lambda: Choice("etcdv3", False, "", revision=ready[0]))
+    followed.source = StoreEvents(client, directory, followed.queue)
+    first = [followed.store.create(f"{directory}/a", "1")] if read else []
+    followed.thread.start()
+    assert followed.next() == StoreRead(directory, first)
+    assert followed.next() == WatchRecovered(directory)
+    if not read:
+        one = followed.store.create(f"{directory}/a", "1")
+        assert followed.next() == StoreChanged(Change(one.key, one))
+    followed.fail(StoreUnavailable("it is away"))
+    assert isinstance(followed.next(), WatchFailed)
+    followed.store.remove_tree(directory)
+    ready[0] = 0
+    reads: list[None] = []
+    followed.store.before_read = lambda: reads.append(None)
+    if kept:
+        wait_for(lambda: len(reads) > 5)
+        assert followed.queue.empty()
+        ready[0] = 9
+    assert followed.next() == StoreRead(directory, [])
 
 
 @pytest.mark.parametrize(
