@@ -32,6 +32,9 @@ before it moves the data."""
 ATTEMPTS = 5
 """The maximum number of attempts of a write while Ready keeps changing, before it fails with Fenced."""
 
+FROZEN = "etcd's data is frozen"
+"""What is in the text of each Frozen that a ChosenStore raises."""
+
 _STATUSES = keys.FELIX_HOSTS + "/"
 
 
@@ -107,7 +110,7 @@ class ChosenStore:
         store.fence = Fence(keys.READY, choice.revision, choice.at + FRESH) if is_moved else None
         if choice.frozen and is_moved:
             raise Frozen(
-                f"Nothing can be changed: etcd's data is frozen, since {keys.READY} is false. If 'calicoctl "
+                f"Nothing can be changed: {FROZEN}, since {keys.READY} is false. If 'calicoctl "
                 "datastore migrate' is moving the data, that ends by itself; if not, see 'calicoctl datastore show'"
             )
         return store

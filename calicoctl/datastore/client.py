@@ -156,6 +156,11 @@ class DatastoreClient:
         """Do what `choice` does, but first check by a request which API to use, and whether its data is frozen."""
         return self._store.current_choice() if isinstance(self._store, ChosenStore) else None
 
+    def is_frozen(self) -> bool:
+        """Return whether the data must not be changed now, by a request. Raises what `choice` raises."""
+        choice = self.current_choice()
+        return choice is not None and bool(choice.frozen)
+
     def for_host(self, host: str) -> DatastoreClient:
         """Return a client of the same store on behalf of `host`."""
         return DatastoreClient(self._store, host, self.members)

@@ -80,7 +80,7 @@ class Collection:
         self._foreign: set[str] = set()
         """Handles whose addresses are on other hosts."""
         self._refused = True
-        """Whether starts of containers may have failed because the store, or this process, was away."""
+        """Whether starts of containers may have failed because the store, or this process, was away, or frozen."""
         self._said: dict[str, str] = {}
         """What a warning is about -> the warning that was logged last."""
 
@@ -94,7 +94,7 @@ class Collection:
                 self._refused, self._stores.failed = True, False
             if self.try_to_look():
                 time.sleep(SHORTEST)  # whatever happens meanwhile
-                self._stores.happened.wait(GRACE / 2 if self._since else INTERVAL)
+                self._stores.happened.wait(GRACE / 2 if self._since else PAUSE if self._refused else INTERVAL)
             else:
                 time.sleep(PAUSE)  # the store or the engine is away, and announces its return to nobody
 
@@ -123,8 +123,8 @@ class Collection:
         """Search for what may be left, and remove what has been found for its `grace` seconds. Raises CalicoError.
 
         Also stores what the engine says of its networks and their containers, and starts containers that were refused
-        (restarting.py). A removal that fails is logged, and raises nothing. Does nothing while another machine's agent
-        has this host's name.
+        (restarting.py), unless the data is frozen. A removal that fails is logged, and raises nothing. Does nothing
+        while another machine's agent has this host's name.
         """
         # before the engine is asked, so that what is made meanwhile counts as known
         with self._stores.client() as datastore:
@@ -132,6 +132,7 @@ class Collection:
                 self._since.clear()
                 return
             found = list(self._stored(datastore))
+            may_start = self._refused and not datastore.is_frozen()
         locks.remove_stale(self._stores.host, LIBNETWORK)
         joined = self._driver.joined()
         known = self._networks.all()
@@ -168,7 +169,7 @@ class Collection:
             if now - self._since[leftover.text] >= leftover.grace:
                 self._remove(leftover)
         self._said = {subject: text for subject, text in self._said.items() if subject in self._since}
-        if self._refused:
+        if may_start:
             restarting.start_refused(networks.keys())
             self._refused = self._stores.failed
 

@@ -1,4 +1,4 @@
-"""Starts containers that did not start since etcd, or this process, was away, when both are back.
+"""Starts containers that did not start since etcd, or this process, was away, or etcd's data was frozen, afterwards.
 
 The engine starts containers with a restart policy when it starts itself, but not again if their network refuses them.
 At boot, and always with `calicoctl node --local-etcd`, that is before etcd answers; with `--libnetwork`, also before
@@ -13,6 +13,7 @@ from collections.abc import Set
 from contextlib import suppress
 
 from calicoctl import engine
+from calicoctl.datastore.chosen import FROZEN
 from calicoctl.errors import CalicoError, NoSuchContainer
 from calicoctl.workloads import docker_networks
 from calicoctl.workloads.workload import short_id
@@ -22,8 +23,8 @@ log = logging.getLogger("calico.plugins")
 UNAVAILABLE = "Calico cannot reach etcd"
 """How the error of a call begins that has failed since the store was away. The engine keeps it with the container."""
 
-_REFUSED = re.compile(rf'{UNAVAILABLE}|(/|%2F)calico(-ipam)?\.sock\b|plugin "calico(-ipam)?" not found')
-"""What is in the error of a start that is tried again: the store was away, or the engine could not call us."""
+_REFUSED = re.compile(rf'{UNAVAILABLE}|{FROZEN}|(/|%2F)calico(-ipam)?\.sock\b|plugin "calico(-ipam)?" not found')
+"""What is in the error of a start that is tried again: the store was away, or frozen, or the engine could not call."""
 
 
 def start_refused(networks: Set[str]) -> None:
@@ -43,6 +44,6 @@ def start_refused(networks: Set[str]) -> None:
             name = f"container {short_id(container['Id'])} ({container['Name'].lstrip('/')})"
             try:
                 engine.start(container["Id"])
-                log.warning("%s is started, which had failed: etcd, or this process, was away", name)
+                log.warning("%s is started, which had failed: etcd or this process was away, or the data frozen", name)
             except CalicoError as error:
                 log.warning("%s does not start: %s", name, error)

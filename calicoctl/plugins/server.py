@@ -31,7 +31,7 @@ from typing import Any, Callable
 
 from calicoctl import proc
 from calicoctl.answers import Bounds
-from calicoctl.errors import CalicoError, Conflict, StoreUnavailable, one_line
+from calicoctl.errors import CalicoError, Conflict, Frozen, StoreUnavailable, one_line
 from calicoctl.plugins.stores import bounded
 
 log = logging.getLogger("calico.plugins")
@@ -225,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, self._called())
         except CalicoError as error:
             log.warning("%s: %s", one_line(self.path), one_line(str(error)))
-            again = {"Again": True} if isinstance(error, (StoreUnavailable, Conflict)) else {}
+            again = {"Again": True} if isinstance(error, (StoreUnavailable, Conflict, Frozen)) else {}
             self._answer(400, {"Err": one_line(str(error)), **again})
         except (OSError, http.client.HTTPException):
             raise

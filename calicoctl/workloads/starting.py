@@ -27,12 +27,14 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 from calicoctl import engine, environment, files
 from calicoctl.clock import now
+from calicoctl.datastore.chosen import FROZEN
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import (
     AddressTaken,
     CalicoError,
     Conflict,
     DockerUnavailable,
+    Frozen,
     NoSuchContainer,
     NoSuchImage,
     StoreUnavailable,
@@ -218,9 +220,12 @@ def start_again(datastore: DatastoreClient, id: str) -> Action | None:
     It is not started, and no longer in `waiting`, if it runs or does not exist, if its start has failed for another
     reason than that it could not be connected, or if its restart policy does not say that it is to be started. It is
     not started, but still in `waiting`, if an address that its labels name is assigned to another workload. Raises
-    StoreUnavailable if the store is still away; and DockerUnavailable, also if the engine fails to start it.
+    StoreUnavailable if the store is still away, or its data frozen; and DockerUnavailable, also if the engine fails to
+    start it.
     """
     datastore.hosts.is_registered()  # asks the store
+    if datastore.is_frozen():
+        raise StoreUnavailable(FROZEN)
     note = files.RUN / datastore.host / f"{oci_hook.START_AGAIN}{id}"
     try:
         container = engine.inspect(id)
@@ -271,7 +276,7 @@ def main() -> NoReturn:
         if ignored:  # Docker shows nothing of a hook that succeeds
             syslog.openlog("calicoctl", facility=syslog.LOG_DAEMON)
             syslog.syslog(f"container {short_id(str(state['id']))}: {one_line('; '.join(ignored))}")
-    except (StoreUnavailable, Conflict) as error:
+    except (StoreUnavailable, Conflict, Frozen) as error:
         _end(str(error), oci_hook.TEMPORARY)
     except CalicoError as error:
         _end(str(error), 1)

@@ -16,6 +16,7 @@ import pytest
 from calicoctl import state
 from calicoctl.addresses import parse_address
 from calicoctl.datastore.blocks import Owner
+from calicoctl.datastore.chosen import FROZEN
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.reserved import HostNetwork
 from calicoctl.errors import CalicoError, DockerUnavailable, NamespaceError, StoreUnavailable
@@ -732,6 +733,7 @@ def test_lock_files_of_killed_processes_are_removed(
     "error",
     [
         f"failed to create endpoint: IpamDriver.RequestAddress: {restarting.UNAVAILABLE}: etcd did not answer",
+        f"IpamDriver.RequestAddress: Nothing can be changed: {FROZEN}, since /calico/v1/Ready is false",
         # as Docker 20.10 says it at boot, and when the process has just ended
         'plugin "calico-ipam" not found',
         'Post "http://%2Frun%2Fdocker%2Fplugins%2Fcalico.sock/NetworkDriver.CreateEndpoint": EOF',
@@ -767,6 +769,10 @@ def test_containers_that_were_refused_are_started_when_etcd_and_this_process_are
     monkeypatch.setattr("calicoctl.engine.containers", listed)
     monkeypatch.setattr("calicoctl.engine.inspect", inspected)
     monkeypatch.setattr("calicoctl.engine.start", lambda id: started.append(id[0]))
+    with monkeypatch.context() as frozen:
+        frozen.setattr(DatastoreClient, "is_frozen", lambda client: True)
+        node.collection.look()
+    assert started == [] and node.collection._refused, "they would be refused again"
     node.collection.look()
     assert started == ["1", "2", "7"]
     node.collection.look()

@@ -16,7 +16,7 @@ import pytest
 
 from calicoctl import files
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.errors import CalicoError, StoreUnavailable
+from calicoctl.errors import CalicoError, Frozen, StoreUnavailable
 from calicoctl.plugins import hook, stores
 from calicoctl.plugins import server as module
 from calicoctl.plugins.server import Listening, Server, servers
@@ -34,6 +34,10 @@ def fail(request: dict[str, Any]) -> dict[str, Any]:
     raise LookupError("a secret")
 
 
+def freeze(request: dict[str, Any]) -> dict[str, Any]:
+    raise Frozen("the data is frozen")
+
+
 def hang(request: dict[str, Any]) -> dict[str, Any]:
     release.wait(20)
     return {}
@@ -44,6 +48,7 @@ ROUTES = {
     "/NetworkDriver.EndpointOperInfo": lambda request: {"Value": {}},
     "/Echo": lambda request: {"got": request},
     "/Refuse": refuse,
+    "/Freeze": freeze,
     "/Fail": fail,
     "/Hang": hang,
 }
@@ -107,6 +112,7 @@ def test_calls(path: Path) -> None:
     assert call(path, "/NetworkDriver.EndpointOperInfo", b"") == (200, {"Value": {}})
     assert call(path, "/Echo", b" ") == (400, {"Err": "the body of the request is empty, and must be a JSON object"})
     assert call(path, "/Refuse") == (400, {"Err": "no, since it is Tuesday"})
+    assert call(path, "/Freeze") == (400, {"Err": "the data is frozen", "Again": True})
     assert call(path, "/Other") == (400, {"Err": "there is no call /Other"})
     # what others have named may control a terminal
     assert call(path, "/\x1b") == (400, {"Err": "there is no call /\\x1b"})

@@ -16,7 +16,15 @@ import pytest
 
 from calicoctl import engine, environment, files
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.errors import AddressTaken, CalicoError, Conflict, DockerUnavailable, NoSuchContainer, StoreUnavailable
+from calicoctl.errors import (
+    AddressTaken,
+    CalicoError,
+    Conflict,
+    DockerUnavailable,
+    Frozen,
+    NoSuchContainer,
+    StoreUnavailable,
+)
 from calicoctl.workloads import connected, docker_hook, oci_hook, starting, wiring
 
 ID, IMAGE = "ab" * 32, "cd" * 32
@@ -56,7 +64,7 @@ class Store:
     def __init__(self) -> None:
         self.owners: dict[str, SimpleNamespace] = {}
         self.endpoints: list[str] = []
-        self.away = False
+        self.away = self.frozen = False
         self.ipam = self.hosts = self
 
     def owner(self, address: Any) -> SimpleNamespace | None:
@@ -71,6 +79,9 @@ class Store:
         if self.away:
             raise StoreUnavailable("etcd is away")
         return True
+
+    def is_frozen(self) -> bool:
+        return self.frozen
 
     def workload_endpoint_ids(self, orchestrator: str, id: str) -> list[str]:
         return self.endpoints
@@ -122,6 +133,22 @@ def test_the_system_s_log_tells_which_labels_are_ignored(docker: Docker, monkeyp
             starting.main()
         assert end.value.code == 0 and len(told) == ignored
     assert told == [f"container {ID[:12]}: label calico.profile is ignored, since it is the image's own"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(Frozen("it is frozen"), oci_hook.TEMPORARY), (CalicoError("no such profile"), 1)]
+)
+def test_only_what_may_succeed_later_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: CalicoError, status: int
+) -> None:
+    def settings() -> None:
+        raise error
+
+    monkeypatch.setattr(docker_hook, "settings", settings)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        starting.main()
+    assert end.value.code == status and capsys.readouterr().err == f"{oci_hook.PREFIX}{error}.\n"
 
 
 @pytest.mark.parametrize("removed", [True, False], ids=["image-removed", "labels-invalid"])
@@ -301,11 +328,11 @@ def test_a_container_waits_until_the_store_is_back(waiting: Waiting, monkeypatch
 
     monkeypatch.setattr(engine, "inspect", gone)
     assert starting.waiting("host2") == []
-    waiting.store.away = True
-    with pytest.raises(StoreUnavailable):
-        starting.start_again(waiting.store, ID)
-    assert waiting.note.exists()
-    waiting.store.away = False
+    for waiting.store.away, waiting.store.frozen in ((True, False), (False, True)):
+        with pytest.raises(StoreUnavailable):
+            starting.start_again(waiting.store, ID)
+        assert waiting.note.exists()
+    waiting.store.frozen = False
     assert starting.start_again(waiting.store, ID) is None and not waiting.note.exists()
 
 
