@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 
@@ -245,6 +246,22 @@ def test_a_running_agent_goes_over_to_the_api_that_has_the_data(free: Chooser) -
     wait_for(lambda: sum(key.startswith("/calico/felix/") for key in keys_v3(etcd)) == 3, "the statuses")
     assert "Problems:   none" in free.ctl("status").out
     free.ctl("node", "remove", "--remove-endpoints")
+
+
+def test_an_agent_that_was_cut_off_does_not_follow_the_deletion_of_data_that_has_moved(free: Chooser) -> None:
+    etcd = free.etcd
+    set_ready(etcd, None, "true")
+    free.start_agent()
+    os.kill(free.pid, signal.SIGSTOP)
+    for key, value in etcd.tree().items():
+        if "/felix/" not in key and key != READY:
+            set_v3(etcd, key, value)
+    set_ready(etcd, "true", "false")
+    etcd.delete("/calico")
+    os.kill(free.pid, signal.SIGCONT)
+    wait_for(lambda: free.log().count("resynced with the store") == 3, f"the agent\n{free.log()}")
+    assert "is not registered any more" not in free.log()
+    free.ctl("node", "remove")
 
 
 def documented() -> list[str]:
