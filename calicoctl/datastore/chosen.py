@@ -57,6 +57,8 @@ class ChosenStore:
         self._latest = latest
         self._open = open
         self._choice: Choice | None = None
+        self._listed: str | None = None
+        """The API of the last `list_for_watch`: a watch from the revision that it has returned must be there."""
 
     def choice(self) -> Choice:
         """Return the choice of the API that this store uses. If there is none yet, choose first.
@@ -190,10 +192,11 @@ class ChosenStore:
             if not found[0]:
                 self.current_choice()  # perhaps the data has moved, and was deleted here
             if self.choice().api == api:
+                self._listed = api
                 return found
 
     def watch(self, directory: str, revision: int, seconds: float) -> Generator[list[Change], None, None]:
-        api = self.choice().api
+        api = self._listed or self.choice().api
         with closing(self._open(api).watch(directory, revision, seconds)) as watch:
             for changes in watch:
                 if self.choice().api != api:

@@ -328,6 +328,19 @@ def test_what_was_deleted_after_it_had_moved_is_not_taken_for_gone(monkeypatch: 
     assert world.store.list_for_watch(keys.POLICY_AND_HOSTS) == (new.tree("/calico"), new.revision + 1)
 
 
+def test_a_watch_is_of_the_api_that_its_revision_is_from() -> None:
+    world = World("etcdv2")
+    world.backends["etcdv2"].put(TAGS, "[]")
+    watcher = world.client()
+    revision = watcher.list_for_watch("/calico")[1]
+    world.api = "etcdv3"
+    world.store.current_choice()  # another client notices it before the first request of the watch
+    for number in range(5):
+        world.store.put(TAGS, str(number))
+    with pytest.raises(WatchExpired, match="the data has moved"):
+        next(watcher.watch("/calico", revision, 0))
+
+
 def test_a_part_of_what_is_watched_may_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World("etcdv2")
     gone = [Change("/calico/v1/host", None), Change("/calico/v1", None, alone=True)]
