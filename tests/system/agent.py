@@ -37,8 +37,8 @@ class AgentHost(Host):
             self.etcd.await_ready()
             return
         os.kill(self.pid, signal.SIGSTOP)
-        for number in range(1100):  # etcd's v2 API remembers 1,000 changes
-            self.etcd.put("/calico/v1/other", str(number))
+        for number in range(1100):  # etcd's v2 API remembers 1,000 changes, but what is watched waits in sockets
+            self.etcd.put("/elsewhere", str(number))
         os.kill(self.pid, signal.SIGCONT)
 
     @property
