@@ -121,17 +121,43 @@ def changed_keys(path, body):
 
 
 def faulty_netlink():
-    original = netlink.do
+    """Send requests one by one that the program sends together, as if the kernel carried out a part of them only."""
+    original = netlink.do_together
 
-    def call(protocol, kind, flags, body):
-        hit = count(f"netlink {kind}")
+    def call(protocol, requests):
+        refused = None
+        for kind, flags, body in requests:
+            if kind == netlink.RTM_DELLINK:  # faulty_deletion counts it
+                original(protocol, [(kind, flags, body)])
+                continue
+            hit = count(f"netlink {kind}")
+            try:
+                if hit and MODE == "fail":
+                    raise OSError(105, "No buffer space available")
+                original(protocol, [(kind, flags, body)])
+            except OSError as error:  # the kernel carries out those after it as well
+                refused = refused or error
+            if hit and MODE in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[MODE])
+        if refused:
+            raise refused
+
+    netlink.do_together = call
+
+
+def faulty_deletion():
+    """The program continues when an interface is gone, which is before the kernel's answer."""
+    original = netns.delete_link
+
+    def call(index):
+        hit = count("netlink delete")
         if hit and MODE == "fail":
             raise OSError(105, "No buffer space available")
-        original(protocol, kind, flags, body)
+        original(index)
         if hit and MODE in SIGNALS:
             os.kill(os.getpid(), SIGNALS[MODE])
 
-    netlink.do = call
+    netns.delete_link = call
 
 
 def faulty_sysctl():
@@ -153,6 +179,7 @@ faulty_etcd("delete")
 faulty_read()
 faulty_v3()
 faulty_netlink()
+faulty_deletion()
 faulty_sysctl()
 migration_run.SETTLE = float(os.environ.get("SETTLE", migration_run.SETTLE))
 if os.environ.get("FAULTY") == "cni":

@@ -580,6 +580,6 @@ def test_containers_of_containerd(node: AgentHost, containerd: Callable[..., Res
     assert [owner["workload"] for owner in owners(node)] == ["default-one"]
     node.start_agent()
     containerd("task", "delete", "--force", "one")
-    wait_for(lambda: not node.allocations(), f"the end\n{node.log()}", 60)
+    wait_for(lambda: not node.allocations() and not node.handles(), f"the end\n{node.log()}", 60)
     containerd("container", "delete", "one")
     node.check_consistent()
