@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.system.support import HOST_IP, HOST_IP6, Host, links, run, wait_for
+from tests.system.support import HOST_IP, HOST_IP6, Host, links, run, tables, wait_for
 
 LOG_DIR = Path("/run/calico-tests/log")
 A4, B4, C4 = "192.168.0.1", "192.168.0.2", "192.168.0.3"
@@ -175,7 +175,7 @@ def kernel() -> dict[str, str]:
     routes = run("sh", "-c", "ip route show table all; ip -6 route show table all").out.splitlines()
     settings = run("sh", "-c", "sysctl -a 2>/dev/null | grep -E '^net.ipv[46]' | grep -v 'neigh.*gc'").out
     return {
-        "tables": run("nft", "list", "ruleset").out,
+        "tables": "\n".join(tables()),
         "iptables": re.sub(r"#.*|\[\d+:\d+\]", "", run("sh", "-c", "iptables-save; ip6tables-save").out),
         # those that the kernel makes for an interface come some time after it
         "routes": "\n".join(line for line in routes if not ("cali" in line and "proto kernel" in line)),

@@ -24,7 +24,18 @@ from calicoctl.datastore.store import Keep
 from tests.system.agent import LOG_DIR, FreeHost
 from tests.system.fabric import FabricHost, fabric
 from tests.system.proxy import proxy_before
-from tests.system.support import CALICOCTL, FAULTY, Etcd, Host, Result, free_port, in_process, run, wait_for
+from tests.system.support import (
+    CALICOCTL,
+    FAULTY,
+    Etcd,
+    Host,
+    Result,
+    free_port,
+    in_process,
+    run,
+    wait_for,
+    without_what_packets_change,
+)
 from tests.system.test_cluster import HOME, cluster_of, running
 from tests.system.test_etcd_apis import OTHER_CALICO, PASSWORD, READY, with_users
 from tests.unit.memory_store import Lost
@@ -433,7 +444,7 @@ def moving_fabric(etcd: Etcd, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 
 def kernel(host: FabricHost) -> list[object]:
     """Return what the agent has programmed, in an order of its own."""
-    text = host.run("nft", "-s", "list", "table", "inet", "calico").out
+    text = without_what_packets_change(host.run("nft", "-s", "list", "table", "inet", "calico").out)
     routes = [route for version in (4, 6) for route in host.routes("table", "all", version=version)]
     ours = [route for route in routes if route.get("protocol") != "kernel"]  # link-local addresses bring theirs late
     return [text, sorted(json.dumps(route, sort_keys=True) for route in ours), host.bird]

@@ -16,7 +16,7 @@ import pytest
 
 from tests.system.agent import ALLOW, B4, C4, AgentHost, holds, kernel
 from tests.system.proxy import Answer, Proxy, proxy_before
-from tests.system.support import Etcd, Host, run, wait_for
+from tests.system.support import Etcd, Host, run, tables, wait_for
 from tests.system.traffic import PATIENT, ping
 
 
@@ -132,8 +132,8 @@ def test_a_store_that_is_not_ready(bare_host: Host) -> None:
 
         def listed() -> list[str]:
             """Return the tables, without the rules for established connections, which are verified again later."""
-            text = run("nft", "list", "table", "inet", "calico", check=False).out
-            return sorted(line for line in text.splitlines() if "established" not in line and "related" not in line)
+            lines = (line for line in tables() if '"table": "calico"' in line)
+            return [line for line in lines if "established" not in line and "related" not in line]
 
         before = listed()
         run("nft", "flush", "ruleset")

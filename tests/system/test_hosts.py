@@ -22,7 +22,7 @@ import pytest
 
 from tests.system.fabric import FabricHost, await_recovery, fabric, introduce
 from tests.system.reach import Crowd
-from tests.system.support import Etcd, wait_for
+from tests.system.support import Etcd, wait_for, without_what_packets_change
 from tests.system.test_cluster import cluster_of
 
 POOLS = ("192.168.0.0/16", "fd80:24e2:f998:72d6::/64")
@@ -308,9 +308,6 @@ def kernel_of(host: FabricHost) -> Counter[str]:
         "bridge fdb",
         "ip -br link",
     )
-    text = "\n".join(host.run(*command.split()).out for command in commands)
-    text = re.sub(
-        r"^table inet calico-connections {.*?^}", "", text, flags=re.MULTILINE | re.DOTALL
-    )  # packets change it
+    text = without_what_packets_change("\n".join(host.run(*command.split()).out for command in commands))
     text = re.sub(r"expires \d+sec|elements = ", "", text)
     return Counter(part.strip(" \t{}") for part in re.split("[,\n]", text))
