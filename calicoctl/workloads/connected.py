@@ -28,6 +28,7 @@ from pathlib import Path
 
 from calicoctl import state
 from calicoctl.clock import now
+from calicoctl.errors import CalicoError
 
 ORCHESTRATORS = ("docker", "namespace", "cni")
 """The orchestrators whose workloads this program connects."""
@@ -70,12 +71,19 @@ def get(host: str, orchestrator: str, id: str) -> Connected | None:
     """Return the content of a connected workload's file; None if the workload is not connected on the host.
 
     `id` is the workload's id. For an orchestrator that is not in ORCHESTRATORS, None is returned. Raises CalicoError if
-    the file cannot be read.
+    the file cannot be read, or if that of a namespace contains no path.
     """
     if orchestrator not in ORCHESTRATORS:
         return None
     content = state.read(host, _FOLDER, orchestrator, file_name(id))
-    return None if content is None else _parsed(content)
+    if content is None:
+        return None
+    known = _parsed(content)
+    # without a path, the namespace would seem to be missing, and what belongs to it would be garbage-collected
+    if orchestrator == "namespace" and not known.path.startswith("/"):
+        file = state.path(host, _FOLDER, orchestrator, file_name(id))
+        raise CalicoError(f"{file} is damaged: delete it, and run 'calicoctl container add' for its namespace")
+    return known
 
 
 def put(

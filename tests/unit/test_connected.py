@@ -36,6 +36,17 @@ def test_a_namespace_is_known_by_its_path_until_it_is_forgotten(path: str) -> No
     assert connected.every("vm", "namespace") == {}
 
 
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b"\xff"])
+def test_a_damaged_file_does_not_make_a_namespace_seem_to_be_missing(content: bytes) -> None:
+    connected.put("vm", "namespace", ID, BLUE)
+    file = state.path("vm", "workloads", "namespace", ID)
+    file.write_bytes(content)
+    with pytest.raises(CalicoError, match=f"{file} is damaged"):
+        connected.get("vm", "namespace", ID)
+    connected.forget("vm", "namespace", ID)
+    assert connected.get("vm", "namespace", ID) is None
+
+
 def test_only_root_reads_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.umask(0)
     try:
@@ -75,6 +86,17 @@ def test_links_are_not_followed(tmp_path: Path, part: str) -> None:
         connected.put("vm", "namespace", ID, BLUE)
     assert not elsewhere.is_file() or elsewhere.read_text() == "/etc/victim"
     assert not elsewhere.is_dir() or not [path for path in elsewhere.rglob("*") if path.is_file()]
+
+
+def test_what_is_no_regular_file_is_none_and_keeps_no_descriptor() -> None:
+    connected.put("vm", "namespace", ID, BLUE)
+    folder = state.DIRECTORY / "vm" / "workloads" / "namespace"
+    (folder / "-folder").mkdir()
+    os.mkfifo(folder / "-fifo")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert connected.get("vm", "namespace", "-folder") is None and connected.get("vm", "namespace", "-fifo") is None
+    assert connected.every("vm", "namespace") == {ID: Connected(BLUE)}
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_folder_that_others_may_write_to_is_refused() -> None:
