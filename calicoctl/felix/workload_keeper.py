@@ -504,12 +504,13 @@ class WorkloadKeeper:
     def _is_last(self, key: Key) -> bool:
         """Return whether a workload is reconciled after all others, which is so if nobody has connected it here."""
         # everybody who may write to the store can invent any number of such workloads
-        with suppress(CalicoError):  # which reconciling the workload reports
-            return not self._is_connected(key)
-        return False
+        return not self._is_connected(key)
 
     def _is_connected(self, key: Key) -> bool:
-        return connected.get(self._datastore.host, *key) is not None
+        """Return whether somebody has connected a workload here, as far as is known."""
+        with suppress(CalicoError):  # which reconciling the workload reports
+            return connected.get(self._datastore.host, *key) is not None
+        return True
 
     def _track(self, key: Key) -> _Tracked:
         """Return the _Tracked of a workload, to change it. If there is none, it is created."""

@@ -433,6 +433,12 @@ def test_an_interrupted_change_is_found_by_a_sweep(bench: Bench) -> None:
     assert bench.wait(1.0) == [BLUE]
 
 
+def test_a_namespace_with_a_damaged_file_is_reconciled_which_reports_it(bench: Bench) -> None:
+    state.path("vm", "workloads", "namespace", BLUE).write_bytes(b"")
+    bench.keeper.enqueue(namespace(BLUE))
+    assert bench.take() == [BLUE] and bench.failures() == []
+
+
 def test_a_namespace_whose_path_comes_back_is_reconciled_when_something_is_mounted(
     bench: Bench, tmp_path: Path
 ) -> None:
