@@ -1,9 +1,9 @@
 """Creates nftables tables that drop all packets of workloads, on a host without the agent's tables.
 
 The tables drop all IP packets from and to `cali…` interfaces, and ARP packets from these. They have the names of the
-agent's tables, `inet calico` and `arp calico`, so the agent replaces them, and `node remove` removes them. A table of
-such a name that exists already is replaced only if it has no rules. The agent's rules, which enforce policy, are in
-felix/dataplane/ruleset.py.
+agent's tables, `inet calico` and `arp calico`, so the agent replaces them, and `node remove` removes them, unless
+`cali…` interfaces are left. `Guard.create` replaces a table of such a name only if it has no rules. The agent's rules,
+which enforce policy, are in felix/dataplane/ruleset.py.
 
 Source: include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h.
 """
@@ -105,6 +105,11 @@ class Guard:
                     # there is such a table: the agent has just created it, or it has no rules
                     if error.errno != errno.EEXIST or replace:
                         raise
+
+    def replace(self) -> None:
+        """Replace both tables, whatever rules they have. If CalicoError is raised, no table was changed."""
+        with _explained():
+            _transact(self._netlink, [part for family in _CHAINS for part in _table(family, replace=True)])
 
     def _missing(self) -> list[int]:
         return [family for family in _CHAINS if not _has_rules(self._netlink, family)]

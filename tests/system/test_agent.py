@@ -189,7 +189,7 @@ def test_removing_takes_ours_off_an_interface_that_lost_its_record(node: AgentHo
         and name not in run("sh", "-c", "ip route show proto 80; ip -6 route show proto 80").out
     )
     assert run("sysctl", "-n", f"net.ipv4.conf.{name}.proxy_arp", f"net.ipv6.conf.{name}.proxy_ndp").out == "0\n0\n"
-    assert "calico" not in after["tables"]
+    assert "anti-spoofing" in after["tables"] and "sender4" not in after["tables"], "its packets stay blocked"
 
 
 def test_names_with_line_breaks_forge_no_lines(pair: AgentHost) -> None:

@@ -112,6 +112,26 @@ def test_a_workload_passes_nothing_without_the_tables_of_an_agent(bare_host: Hos
     assert "calico" not in run("nft", "list", "tables").out
 
 
+def test_interfaces_that_outlive_their_host_pass_nothing(bare_host: Host) -> None:
+    """Their endpoints were lost with the store, so `node remove` does not know whose they are."""
+    host = AgentHost(bare_host.etcd)
+    host.register(HOST_IP, HOST_IP6)
+    with outside_host(), watched():
+        host.start_agent()
+        host.add("a", A4, A6)
+        (interface,) = calico_links()
+        host.etcd.delete("/calico")
+        said = host.ctl("node", "remove").err
+        assert f"interfaces without an endpoint ({interface})" in said and len(said.splitlines()) == 1
+        run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        attack("a")
+        assert counted("passed") == 0 and not ping("a", HOST_IP)
+        assert "calico-connections" not in run("nft", "list", "tables").out
+        run("ip", "link", "delete", interface)
+        assert not host.ctl("node", "remove").err
+    assert "calico" not in run("nft", "list", "tables").out
+
+
 BUSY_AGENT = """
 import os, time
 from calicoctl.felix import agent, process
