@@ -14,7 +14,7 @@ DEMO = $(RUN) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:dock
 DEMO_HOSTS = $(RUN) $(BGP) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client
 TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh systemd-analyze:systemd ctr:containerd
 # what tests use that do not run on the other releases
-TEST_HERE = podman:podman docker-compose:docker-compose containernetworking-plugins
+TEST_HERE = podman:podman docker-compose:docker-compose containernetworking-plugins chromium:chromium
 BENCH = $(TEST) $(TEST_HERE)
 
 # other releases of Debian and Ubuntu, by code name, and what `make` runs there
@@ -33,7 +33,7 @@ COLD_trixie = yes
 # podman has no CNI in trixie, and prefers another way in noble.
 LEFT_OUT = memory_usage soak hosts hosts_gone host_identity failure_isolation file_descriptors \
 	commands completion foreign_names limits round_trips old_felix cni_podman compose bad_input docker_network_policy \
-	docker_hosts
+	docker_hosts map
 LEFT_OUT_trixie = $(LEFT_OUT) command_server fault_injection concurrency connected container profile ipam
 LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
 	host_attacks policy host_addresses lifeline vxlan docker_hook cni
@@ -139,6 +139,7 @@ bench: $(VENV)/ready
 	tests/sandbox $(VENV)/bin/python bench/docker_ways.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/warm.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/hosts.py $(ARGS)
+	tests/sandbox $(VENV)/bin/python bench/map.py
 
 # `make test` runs a short form
 soak: $(VENV)/ready | packages

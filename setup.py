@@ -31,6 +31,7 @@ setup(
     license="Apache-2.0",
     cmdclass={"build_py": BuildWithCommit},
     packages=find_packages(include=["calicoctl", "calicoctl.*"]),
+    package_data={"calicoctl": ["diagnose/page/*"]},
     python_requires=">=3.9",
     # The floors are releases without known holes (osv.dev). For Python 3.9, there is none of urllib3 and requests; what
     # is open in these is not reached here: see docs/security.md.

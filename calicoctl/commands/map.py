@@ -1,9 +1,13 @@
 """Show who may reach whom, on which protocols and ports.
 
 Usage:
+  calicoctl map <FILE>
   calicoctl map --output=<FORMAT> [--no-trunc]
 
 Options:
+  <FILE>                 the file to write, such as map.html, which any
+                         browser shows, without a network; a regular file of
+                         this name is replaced
   -o, --output=<FORMAT>  json or yaml, for scripts; text: a matrix
   --no-trunc             show everything on a terminal, too, whatever its
                          width; default: the matrix in parts that fit
@@ -15,24 +19,34 @@ Endpoints that policy treats alike are a group: they have the same profiles,
 and no rule of these tells their addresses apart. Routes, and whether agents
 run, are left out: see `profile trace`.
 
+The file shows all of it as a matrix and as a graph, with filters by name,
+host, profile and port, and the rules that decide about each pair. It contains
+the names, addresses, tags and rules of the whole network.
+
 In the matrix, `all` means that everything passes, and `-` that nothing does.
 Everything passes from a host to its own endpoints, whatever profiles say.
 What an endpoint sends to its own host is then up to that host's own firewall.
 
 Examples:
+  calicoctl map map.html
   calicoctl map --output=text
   calicoctl map --output=json
 """
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calicoctl import clock, files
 from calicoctl.datastore.client import DatastoreClient
+from calicoctl.errors import CalicoError, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import data_format, print_data, print_table, warn
+from calicoctl.output import data_format, print_data, print_table, quantity, warn
 
 if TYPE_CHECKING:
     from calicoctl.diagnose.network_map import NetworkMap
@@ -40,6 +54,8 @@ if TYPE_CHECKING:
 
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
+    if arguments["<FILE>"] is not None:
+        return partial(_write, Path(arguments["<FILE>"]))
     return partial(_show, data_format(arguments), arguments["--no-trunc"])
 
 
@@ -54,6 +70,38 @@ def _show(form: str | None, complete: bool) -> None:
         print_table([heading[n] for n in columns], [[row[n] for n in columns] for row in rows], complete=complete)
     for key, problem in network.problems():
         warn(f"Warning: {key}: {problem}")
+
+
+def _write(file: Path) -> None:
+    from calicoctl.diagnose.network_page import page
+
+    _check(file)
+    made = clock.now()
+    network = _network()
+    content = page(network, made)
+    _check(file)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    try:
+        files.replace(file, content, 0o666 & ~umask, suffix=f".{os.getpid()}").close()
+    except OSError as error:
+        raise CalicoError(f"{file} cannot be written: {error.strerror}.") from None
+    endpoints = len({node.endpoint for node in network.reach.endpoints})
+    hosts = len(network.reach.hosts)
+    what = f"{quantity(endpoints, 'endpoint')} on {quantity(hosts, 'host')}"
+    print(f"Map of {what} written to {printable(str(file))}")
+
+
+def _check(file: Path) -> None:
+    """Raise CalicoError if there is something else than a regular file at this path: it must not be replaced."""
+    try:
+        mode = file.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CalicoError(f"{file} cannot be written: {error.strerror}.") from None
+    if not stat.S_ISREG(mode):
+        raise CalicoError(f"{file} is not a regular file, so it is not replaced: name another file.")
 
 
 def _network() -> NetworkMap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -184,7 +184,7 @@ class NetworkMap:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the map for scripts: see docs/map.md for the fields."""
-        writer = _Writer(self)
+        writer = Writer(self)
         groups = self.reach.groups
         return {
             "endpoints": [self._endpoint(node) for node in self.reach.endpoints],
@@ -221,14 +221,15 @@ class NetworkMap:
             "endpoint": id.endpoint,
             "addresses": list(node.addresses),
             "profiles": list(node.group.profiles),
-            "tags": self.tags_of(node.group),
+            "tags": self.tags(node.group.profiles),
             "problem": node.problem,
             "group": node.group.number,
         }
 
-    def tags_of(self, group: Group) -> list[str]:
-        profiles = self.enforcement.seen_by(self.enforcement.host).profiles
-        return sorted({tag for name in group.profiles if name in profiles for tag in profiles[name].tags})
+    def tags(self, profiles: Iterable[str]) -> list[str]:
+        """Return the tags of profiles, sorted."""
+        known = self.enforcement.seen_by(self.enforcement.host).profiles
+        return sorted({tag for name in profiles if name in known for tag in known[name].tags})
 
     def rules_of(self, profile: str, direction: str) -> Sequence[Rule] | None:
         """Return the rules of a profile for "outbound" or "inbound" packets; None if it denies everything."""
@@ -246,7 +247,7 @@ class NetworkMap:
         return f"{text}; then its host's own firewall decides" if ruling.cause is Cause.HOST_FIREWALL else text
 
 
-class _Writer:
+class Writer:
     """Collects what the JSON has in lists: pairs, decisions and rulings, each of them once."""
 
     def __init__(self, network: NetworkMap) -> None:

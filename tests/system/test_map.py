@@ -1,0 +1,201 @@
+"""The map as a file: how it is written, and what a browser shows of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system.browser import Browser, chromium
+from tests.system.support import CALICOCTL, Host, wait_for
+
+HOSTILE = [
+    "<script>document.title = 'taken'</script>",
+    "</script><script>document.title = 'taken'</script>",
+    "<!--<script>",
+    "<img src=x onerror=\"document.title='taken'\">",
+    "\"'><svg onload=alert(1)>",
+    "]]>&lt;b&gt;&#60;",
+    "\u202eevil\u2066 \u2028\u0000 \U0001f980 ${document.title} @DATA@ @SCRIPT@",
+]
+"""Names that are markup in one way or another, or that change how the text around them is shown."""
+
+
+def put_endpoint(host: Host, number: int, on: str, profiles: list[str], **fields: Any) -> None:
+    record = {
+        "state": "active",
+        "name": f"cali{number}",
+        "mac": f"02:00:00:00:00:{number:02x}",
+        "profile_ids": profiles,
+        "ipv4_nets": [f"192.168.0.{number}/32"],
+        "ipv6_nets": [f"fd80:24e2:f998:72d6::{number:x}/128"] if number % 2 else [],
+        **fields,
+    }
+    host.etcd.put(f"/calico/v1/host/{on}/workload/docker/w{number}/endpoint/{number:032x}", json.dumps(record))
+
+
+def put_profile(host: Host, name: str, tags: list[str], inbound: list[Any], outbound: list[Any]) -> None:
+    rules = {"id": name, "inbound_rules": inbound, "outbound_rules": outbound}
+    host.etcd.put(f"/calico/v1/policy/profile/{name}/tags", json.dumps(tags))
+    host.etcd.put(f"/calico/v1/policy/profile/{name}/rules", json.dumps(rules))
+
+
+@pytest.fixture
+def network(host: Host) -> Host:
+    """Ten endpoints on two hosts, and one that cannot be read.
+
+    Some have both IP versions. One is in no pool, so that it is reached from the other host by masqueraded packets.
+    """
+    host.etcd.put("/calico/bgp/v1/host/host2/ip_addr_v4", "192.0.2.77")
+    host.etcd.put("/calico/v1/host/host2/config/DefaultEndpointToHostAction", "DROP")
+    host.ctl("pool", "add", "192.168.0.0/16", "fd80:24e2:f998:72d6::/64", "--nat-outgoing")
+    allow = {"action": "allow"}
+    tcp = {"action": "allow", "protocol": "tcp", "dst_ports": [80, "8000:8010"], "src_tag": "web"}
+    put_profile(host, "web", ["web"], [allow], [{"action": "deny", "protocol": "udp", "dst_ports": [53]}, allow])
+    put_profile(host, "db", ["db"], [tcp, {"action": "allow", "protocol": "icmp", "icmp_type": 8}], [allow])
+    put_profile(host, "v6", [], [{"action": "allow", "src_net": "fd80::/16"}], [])
+    for number in range(1, 10):
+        profiles = [["web"], ["db"], ["v6"], ["db", "web"], ["missing"], []][number % 6]
+        put_endpoint(host, number, f"host{1 + number % 2}", profiles, workload_name=f"{'-'.join(profiles)}{number}")
+    put_profile(host, "nat", [], [{"action": "allow", "protocol": "tcp", "src_net": "192.0.2.77/32"}], [allow])
+    put_endpoint(host, 12, "host1", ["nat"], ipv4_nets=["172.31.0.12/32"], workload_name="nat12")
+    host.etcd.put(f"/calico/v1/host/host2/workload/docker/w10/endpoint/{10:032x}", "{")
+    return host
+
+
+def test_the_file_is_written_whole_or_not_at_all(network: Host, tmp_path: Path) -> None:
+    def write(name: str, umask: int, status: int = 0) -> str:
+        command = ["/bin/sh", "-c", f'umask {umask:03o}; cd {tmp_path}; exec "$0" "$@"', CALICOCTL]
+        said = network.ctl("map", name, status=status, command=command)
+        return said.out + said.err
+
+    assert write("map.html", 0o027) == "Map of 10 endpoints on 2 hosts written to map.html\n"
+    file = tmp_path / "map.html"
+    assert file.stat().st_mode & 0o777 == 0o640
+    first = file.stat().st_ino
+    file.chmod(0o777)
+    write("map.html", 0o077)
+    assert file.stat().st_mode & 0o777 == 0o600 and file.stat().st_ino != first, "replaced, not written into"
+    (tmp_path / "link").symlink_to("map.html")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo", ".", "/dev/null"):
+        assert "is not a regular file" in write(name, 0o022, status=1)
+    assert "no/map.html" in write("no/map.html", 0o022, status=1)
+    network.ctl("map", str(tmp_path / "new.html"), status=1, env={"ETCD_ENDPOINTS": "http://127.0.0.1:1"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "link", "map.html"]
+
+
+def opened(browser: Browser, host: Host, file: Path) -> None:
+    """Write the map and open it; nothing but the file itself may be requested, and no error may be reported."""
+    host.ctl("map", str(file))
+    browser.open(file)
+
+
+def refuse_trouble(browser: Browser, file: Path) -> None:
+    requested = {e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"}
+    assert requested <= {file.as_uri()}
+    trouble = [event for event in browser.events if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    assert trouble == []
+
+
+def test_a_browser_shows_what_the_map_says(network: Host, tmp_path: Path) -> None:
+    file = tmp_path / "map.html"
+    with chromium(tmp_path / "chromium") as browser:
+        opened(browser, network, file)
+        text = browser.evaluate("document.body.innerText")
+        assert "10 endpoints on 2 hosts, 5 profiles" in text and "1 object in etcd cannot be used" in text
+
+        # each pair as in the JSON
+        said = json.loads(network.ctl("map", "--output=json").out)
+        shown = browser.evaluate(
+            "((all, said) => all.map(a => all.map(b => a.isHost && b.isHost ? '' : said(a, b).text)))"
+            "(calicoMap.nodes, calicoMap.verdict)"
+        )
+        groups = [(node["host"], node["group"]) for node in [*said["endpoints"], *said["hosts"]]]
+        count = len(said["endpoints"])
+        own = {(one["group"], one["host_group"]): one for one in said["own_hosts"]}
+        different = 0
+        for a, (host, group) in enumerate(groups):
+            for b, (other_host, other) in enumerate(groups):
+                number = said["reach"][group][other]
+                if host == other_host and (a < count) != (b < count):
+                    one = own[min(group, other), max(group, other)]
+                    number = one["to_host"] if a < count else one["from_host"]
+                if number is not None and a != b:
+                    assert shown[a][b] == said["pairs"][number]["allowed"], (a, b)
+                    different += shown[a][b] not in ("all", "-")
+        assert different > 10
+
+        # a click, the keyboard, and what `profile trace` says
+        browser.click("[data-row='0'][data-column='1']")
+        pair = browser.evaluate("document.querySelector('#panel').innerText")
+        command = re.search("calicoctl (profile trace .*)", pair)
+        assert command is not None
+        traced = network.ctl(*command[1].split(), status=None)
+        reasons = re.findall(r"\((.*)\)$", "\n".join(traced.out.splitlines()[:2]), re.MULTILINE)
+        assert len(reasons) == 2 and all(f"({reason})" in pair for reason in reasons), (pair, traced)
+        browser.press("ArrowDown")
+        browser.press("ArrowRight")
+        before = browser.evaluate("document.querySelector('#panel h2').innerText")
+        browser.press("Enter")
+        where = browser.evaluate("document.activeElement.getAttribute('aria-label')")
+        names = browser.evaluate("document.querySelector('#panel h2').innerText")
+        assert names != before and where.startswith(names.replace(" → ", " to ") + ": ")
+        browser.press("End")
+        assert browser.evaluate("+document.activeElement.dataset.column") == 11
+
+        def rows() -> list[str]:
+            return list(browser.evaluate("[...document.querySelectorAll('#rows .head')].map(head => head.innerText)"))
+
+        def fill(field: str, value: str) -> None:
+            browser.evaluate(
+                f"(field => {{ field.value = '{value}'; field.dispatchEvent(new Event('input', {{bubbles: true}})) }})"
+                f"(document.getElementById('{field}'))"
+            )
+
+        fill("name", "192.168.0.4")
+        wait_for(lambda: rows() == ["missing4"], "filtering by an address")
+        fill("name", "")
+        fill("host", "host2")
+        wait_for(lambda: len(rows()) == 6 and "host2" in rows(), "filtering by a host")
+        fill("profile", "v6")
+        wait_for(lambda: rows() == [], "filtering by a profile, too")
+        fill("host", "")
+        wait_for(lambda: rows() == ["v62", "v68"], "filtering by a profile")
+        fill("profile", "")
+        fill("port", "tcp 8005")
+        states = (
+            "[...document.querySelectorAll('[role=gridcell]')].filter(cell => cell.classList.contains('some')).length"
+        )
+        wait_for(lambda: browser.evaluate(states) == 0, "asking for a port, which passes or does not")
+        refuse_trouble(browser, file)
+
+
+def test_no_name_becomes_markup(host: Host, tmp_path: Path) -> None:
+    file = tmp_path / "map.html"
+    for number, name in enumerate(HOSTILE, start=1):
+        safe = name.replace("/", "|").replace("\u0000", "")
+        put_profile(host, safe, [name], [{"action": "allow", "src_tag": name}], [{"action": "allow"}])
+        put_endpoint(host, number, safe, [safe], workload_name=name)  # the host has that name, too
+    with chromium(tmp_path / "chromium") as browser:
+        opened(browser, host, file)
+        shown = browser.evaluate("[...document.querySelectorAll('#rows .head')].map(head => head.textContent)")
+        for name in HOSTILE[:6]:
+            assert name in shown
+        assert not set("\u202e\u2066\u2028") & set(file.read_text())
+        for row in range(3):
+            browser.click(f"[data-row='{row}'][data-column='{row + 1}']")
+        browser.click("[value=graph]")
+        nodes = "document.querySelectorAll('#graph g[role=button]').length"
+        wait_for(lambda: browser.evaluate(nodes) == 2 * len(HOSTILE) + 1, "the graph")
+        browser.click("#graph g[role=button]")
+        counts = browser.evaluate(
+            "['script', 'img', 'svg', 'b'].map(name => document.getElementsByTagName(name).length)"
+        )
+        assert counts == [2, 0, 1, 0]
+        assert browser.evaluate("document.title") == "Calico network map"
+        refuse_trouble(browser, file)

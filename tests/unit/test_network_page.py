@@ -1,0 +1,60 @@
+"""The file of `map`: what is in it, and that nothing of the store can become markup.
+
+What a browser shows of it is tested in tests/system/test_map.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from typing import Any
+
+from calicoctl.diagnose.network_page import page
+from tests.unit.test_reachability import ALLOW, TCP, World
+
+
+def parts(text: str, name: str, attributes: str = "") -> str:
+    (found,) = re.findall(f"<{name}{attributes}>(.*?)</{name}>", text, re.DOTALL)
+    return str(found)
+
+
+def data(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(parts(text, "script", ' type="application/json" id="data"'))
+    return found
+
+
+def test_names_are_data_and_never_markup() -> None:
+    name = "</script><!--<b>&\u202e\u2028@SCRIPT@"
+    world = World()
+    world.profile("odd<b>", [ALLOW], tags=[name])
+    world.endpoint(1, "10.65.0.1", profile_ids=["odd<b>"], workload_name=name)
+    text = page(world.map(), "now").decode()
+    assert data(text)["nodes"][0]["name"] == "</script><!--<b>&\\u202e\\u2028@SCRIPT@"
+    assert data(text)["profiles"][0]["name"] == "odd<b>"
+    assert text.count("</script>") == 2 and "<!--" not in text and "\u202e" not in text
+
+
+def test_only_the_scripts_and_styles_of_the_page_are_allowed() -> None:
+    text = page(World().map(), "now").decode()
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="(.*?)"', text)
+    for kind, source in (("style", parts(text, "style")), ("script", parts(text, "script"))):
+        hashed = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{hashed}';" in policy
+    assert policy.startswith("default-src 'none';")
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|\bon[a-z]+=|style=", text)
+    addresses = set(re.findall(r"https?://[^\"' ]*", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}, "a name, which nobody requests"
+
+
+def test_pairs_take_no_space() -> None:
+    """Endpoints that no rule tells apart share their decisions, so a file grows with the number of endpoints only."""
+    sizes = []
+    for count in (50, 100):
+        world = World()
+        world.profile("web", [{**TCP, "dst_ports": [80], "src_tag": "web"}], tags=["web"])
+        for number in range(1, count + 1):
+            world.endpoint(number, f"10.65.0.{number}", profile_ids=["web"])
+        sizes.append(len(json.dumps(data(page(world.map(), "now").decode()))))
+    assert sizes[1] < 2 * sizes[0] + 200
