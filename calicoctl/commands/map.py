@@ -20,8 +20,9 @@ and no rule of these tells their addresses apart. Routes, and whether agents
 run, are left out: see `profile trace`.
 
 The file shows all of it as a matrix and as a graph, with filters by name,
-host, profile and port, and the rules that decide about each pair. It contains
-the names, addresses, tags and rules of the whole network.
+host, profile and port, and the rules that decide about each pair; if root
+runs this where an agent runs, also which packets were dropped on this host
+lately. It contains the names, addresses, tags and rules of the whole network.
 
 In the matrix, `all` means that everything passes, and `-` that nothing does.
 Everything passes from a host to its own endpoints, whatever profiles say.
@@ -40,7 +41,7 @@ import stat
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calicoctl import clock, files
 from calicoctl.datastore.client import DatastoreClient
@@ -78,7 +79,7 @@ def _write(file: Path) -> None:
     _check(file)
     made = clock.now()
     network = _network()
-    content = page(network, made)
+    content = page(network, made, _drops(network.enforcement.host))
     _check(file)
     umask = os.umask(0o077)
     os.umask(umask)
@@ -90,6 +91,18 @@ def _write(file: Path) -> None:
     hosts = len(network.reach.hosts)
     what = f"{quantity(endpoints, 'endpoint')} on {quantity(hosts, 'host')}"
     print(f"Map of {what} written to {printable(str(file))}")
+
+
+def _drops(host: str) -> list[dict[str, Any]]:
+    """Return the packets that were dropped lately on this host; none if nobody may know, or knows, of them."""
+    from calicoctl.diagnose import dropped
+
+    if os.geteuid() != 0:
+        return []
+    try:
+        return list(dropped.read(host, follow=False))
+    except CalicoError:  # no agent runs
+        return []
 
 
 def _check(file: Path) -> None:

@@ -24,10 +24,13 @@ from calicoctl.policy.rules import PROTOCOLS, text
 PAGE = Path(__file__).parent / "page"
 
 
-def page(network: NetworkMap, made: str) -> bytes:
-    """Return the file. `made` is the time at which the store was read, as a text."""
+def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = ()) -> bytes:
+    """Return the file. `made` is the time at which the store was read, as a text.
+
+    `drops` are the packets that were dropped lately on the host on whose behalf the store was read (see dropped.py).
+    """
     parts = {name: (PAGE / f"map.{name}").read_text() for name in ("html", "css", "js")}
-    data = json.dumps(_escaped(_Data(network).to_dict(made)), separators=(",", ":"))
+    data = json.dumps(_escaped(_Data(network).to_dict(made, drops)), separators=(",", ":"))
     for character in "<>&":  # none of them is outside of JSON's strings
         data = data.replace(character, f"\\u{ord(character):04x}")
     filled = parts["html"].replace("@STYLE_HASH@", _hash(parts["css"])).replace("@SCRIPT_HASH@", _hash(parts["js"]))
@@ -62,7 +65,7 @@ class _Data:
         self._endpoints = [group for group in self._reach.groups if not group.is_hosts]
         self._hosts = [group for group in self._reach.groups if group.is_hosts]
 
-    def to_dict(self, made: str) -> dict[str, Any]:
+    def to_dict(self, made: str, drops: Iterable[dict[str, Any]]) -> dict[str, Any]:
         profiles = sorted({name for group in self._endpoints for name in group.profiles})
         numbers = {name: number for number, name in enumerate(profiles)}
         hosts = {node.host: number for number, node in enumerate(self._reach.hosts)}
@@ -80,6 +83,8 @@ class _Data:
                 for parts in self._writer.decisions
             ],
             "rulings": [[ruling["allowed"], ruling["why"]] for ruling in self._writer.rulings],
+            "drops": list(map(_drop, drops)),
+            "dropsOf": self._network.enforcement.host,
             "problems": [list(problem) for problem in self._network.problems()],
         }
 
@@ -180,6 +185,19 @@ class _Data:
             by = {",".join(map(str, _numbers(kind))): number for kind, number in found.items()}
             self._tables.append({"looks": _numbers(looks_at), "by": by})
         return self._table_numbers[key]
+
+
+def _drop(drop: dict[str, Any]) -> dict[str, Any]:
+    protocol = drop["protocol"] if isinstance(drop["protocol"], str) else f"protocol {drop['protocol']}"
+    number = f" {drop['port']}" if drop["port"] is not None else ""
+    if drop["icmp_type"] is not None:
+        number = f" type {drop['icmp_type']}"
+    return {
+        "from": drop["from"]["address"],
+        "to": drop["to"]["address"],
+        "what": protocol + number,
+        **{name: drop[name] for name in ("time", "direction", "why", "count")},
+    }
 
 
 def _numbers(traits: int) -> list[int]:

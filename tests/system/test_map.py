@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.system.agent import B4, AgentHost
 from tests.system.browser import Browser, chromium
 from tests.system.support import CALICOCTL, Host, wait_for
+from tests.system.traffic import ping
 
 HOSTILE = [
     "<script>document.title = 'taken'</script>",
@@ -198,4 +200,20 @@ def test_no_name_becomes_markup(host: Host, tmp_path: Path) -> None:
         )
         assert counts == [2, 0, 1, 0]
         assert browser.evaluate("document.title") == "Calico network map"
+        refuse_trouble(browser, file)
+
+
+def test_drops_of_late_are_on_the_map(pair: AgentHost, tmp_path: Path) -> None:
+    file = tmp_path / "map.html"
+    pair.profile("closed")
+    pair.set_profiles("b", "closed")
+    pair.sync()
+    assert not ping("a", B4)
+    wait_for(lambda: B4 in pair.ctl("drops").out, "the drop")
+    with chromium(tmp_path / "chromium") as browser:
+        opened(browser, pair, file)
+        assert "1 drop lately, as the agent of host1 reports" in browser.evaluate("document.body.innerText")
+        browser.click(".cell.dropped[role=gridcell]")
+        details = browser.evaluate("document.querySelector('#panel').innerText")
+        assert "icmp type 8, inbound" in details and "no rule of closed matches" in details
         refuse_trouble(browser, file)

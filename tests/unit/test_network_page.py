@@ -48,6 +48,28 @@ def test_only_the_scripts_and_styles_of_the_page_are_allowed() -> None:
     assert addresses == {"http://www.w3.org/2000/svg"}, "a name, which nobody requests"
 
 
+def test_drops_are_named_by_their_addresses() -> None:
+    ends = {"from": {"name": "a", "address": "10.65.0.1"}, "to": {"name": "b", "address": "10.65.0.2"}}
+    said = {"time": "now", "direction": "inbound", "why": "<b>", "count": 2, "id": 7, **ends}
+    packets = [
+        {"protocol": "tcp", "port": 80, "icmp_type": None},
+        {"protocol": "icmp", "port": None, "icmp_type": 0},
+        {"protocol": 47, "port": None, "icmp_type": None},
+    ]
+    found = data(page(World().map(), "now", [{**said, **packet} for packet in packets]).decode())
+    assert [drop["what"] for drop in found["drops"]] == ["tcp 80", "icmp type 0", "protocol 47"]
+    assert found["drops"][0] == {
+        "from": "10.65.0.1",
+        "to": "10.65.0.2",
+        "what": "tcp 80",
+        "time": "now",
+        "direction": "inbound",
+        "why": "<b>",
+        "count": 2,
+    }
+    assert found["dropsOf"] == "host1"
+
+
 def test_pairs_take_no_space() -> None:
     """Endpoints that no rule tells apart share their decisions, so a file grows with the number of endpoints only."""
     sizes = []

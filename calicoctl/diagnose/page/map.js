@@ -151,6 +151,24 @@
     return words.join("; ") || "-";
   }
 
+  // What was dropped lately: drops between two nodes, and between two items
+
+  const byAddress = new Map(nodes.flatMap((node) => node.addresses.map((address) => [address, node])));
+  const dropped = data.drops.map((drop) => [byAddress.get(drop.from), byAddress.get(drop.to), drop]).filter(([a, b]) => a && b);
+  const droppedBetween = new Map();
+
+  function assignDrops() {
+    const itemOf = new Map(items.flatMap((item) => item.nodes.map((node) => [node, item])));
+    droppedBetween.clear();
+    for (const [a, b, drop] of dropped) {
+      const [from, to] = [itemOf.get(a), itemOf.get(b)];
+      if (!from || !to) continue;
+      const key = `${from.number} ${to.number}`;
+      droppedBetween.set(key, [...(droppedBetween.get(key) ?? []), drop]);
+    }
+  }
+  const dropsOf = (from, to) => droppedBetween.get(`${from.number} ${to.number}`) ?? [];
+
   // Filters
 
   let items = [], rows = [], columns = [], packets = null, chosen = null, cursor = { row: 0, column: 0 };
@@ -237,6 +255,7 @@
 
   function applyFilters() {
     makeItems();
+    assignDrops();
     const name = $("name").value.trim().toLowerCase(), host = $("host").value, profile = $("profile").value;
     packets = packetsOf($("port").value);
     say(packets === undefined ? "This is no port: write tcp 80, udp 53, 443 or icmp" : "", true);
@@ -314,11 +333,13 @@
   function cell(r, c) {
     const from = rows[r], to = columns[c], found = cellOf(from, to);
     const isCursor = r === cursor.row && c === cursor.column;
-    const shown = found.text === "-" ? "nothing" : found.text || "the same endpoint";
+    const drops = dropsOf(from, to).length;
+    const shown = (found.text === "-" ? "nothing" : found.text || "the same endpoint") + (drops ? `; ${quantity(drops, "drop")} lately` : "");
     const made = element("div", {
       role: "gridcell", "aria-colindex": c + 1, tabindex: isCursor ? 0 : -1, class: `cell ${found.state}`,
       "aria-label": `${from.label} to ${to.label}: ${shown}`, title: `${from.label} → ${to.label}: ${shown}`, "data-row": r, "data-column": c,
     }, isWide ? found.text : { all: "●", some: "◐" }[found.state] ?? "");
+    if (drops) made.classList.add("dropped");
     if (chosen && chosen[0] === from && chosen[1] === to) made.classList.add("shown");
     made.style.left = `${c * width}px`;
     made.style.width = `${width}px`;
@@ -495,6 +516,12 @@
       if (pairs.length > 1) parts.push(element("h3", {}, a.host === b.host ? "On the same host" : "On different hosts"));
       parts.push(...rulesBetween(a, b));
     }
+    const drops = dropsOf(from, to);
+    if (drops.length) {
+      const times = (drop) => (drop.count > 1 ? `, ${drop.count} times` : "");
+      parts.push(element("h3", {}, `Dropped lately, as the agent of ${data.dropsOf} reports`),
+        list(drops.map((drop) => `${drop.time}: ${drop.what}, ${drop.direction}${times(drop)} (${drop.why})`).reverse()));
+    }
     return parts;
   }
 
@@ -578,7 +605,9 @@
 
   const endpointIds = new Set(nodes.filter((node) => !node.isHost).map((node) => `${node.host} ${node.id}`));
   $("summary").textContent = `${quantity(endpointIds.size, "endpoint")} on ${quantity(data.hosts.length, "host")}, `
-    + `${quantity(data.profiles.length, "profile")}; policy as of ${data.made}`;
+    + `${quantity(data.profiles.length, "profile")}; policy as of ${data.made}`
+    + (dropped.length ? `; ${quantity(dropped.length, "drop")} lately, as the agent of ${data.dropsOf} reports` : "");
+  $("drops").hidden = !dropped.length;
   if (data.problems.length) {
     $("problems").hidden = false;
     $("problems").querySelector("summary").textContent = `${quantity(data.problems.length, "object")} in etcd cannot be used`;
