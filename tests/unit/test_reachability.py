@@ -266,7 +266,11 @@ def test_where_packets_are_masqueraded_the_host_counts() -> None:
     world.endpoint(1, "10.65.0.1", profile_ids=["web"])
     world.endpoint(2, "172.20.0.2", host="host2", profile_ids=["web"])
     world.endpoint(3, "172.20.0.3", profile_ids=["web"])
-    assert (world.allowed("w1", "w2"), world.allowed("w1", "w3"), world.allowed("w2", "w3")) == ("tcp", "-", "-")
+    world.endpoint(4, "10.65.0.4", host="host2", profile_ids=["web"])
+    found = world.map()
+    nodes = {node.name: node for node in found.reach.nodes}
+    pairs = [("w1", "w2"), ("w1", "w3"), ("w2", "w3"), ("w4", "w2"), ("w4", "w3")]
+    assert [found.allowed(nodes[a], nodes[b]) for a, b in pairs] == ["tcp", "-", "-", "-", "-"]
 
 
 def test_hosts_reach_workloads_and_workloads_reach_hosts_as_their_settings_say() -> None:
