@@ -515,7 +515,8 @@ def rule_lines(rule: Rule, where: str, counter: str | None, direction: str) -> l
         for side, ports in (("sport", rule.src_ports), ("dport", rule.dst_ports)):
             if ports is not None:
                 ranges = [str(low) if low == high else f"{low}-{high}" for low, high in port_ranges(ports)]
-                parts.append(f"th {side} {{ {', '.join(ranges)} }}")
+                # a set of its own costs as much as the rest of the rule
+                parts.append(f"th {side} {ranges[0]}" if len(ranges) == 1 else f"th {side} {{ {', '.join(ranges)} }}")
         icmp = "icmp" if number == ICMP else "icmpv6"
         if rule.icmp_type is not None:
             parts.append(f"{icmp} type {rule.icmp_type}")
