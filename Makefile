@@ -12,9 +12,9 @@ RUN = python3-venv nft:nftables iptables:iptables ip:iproute2
 BGP = bird:bird2
 DEMO = $(RUN) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:docker-cli,docker.io busybox:busybox-static
 DEMO_HOSTS = $(RUN) $(BGP) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client
-TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh systemd-analyze:systemd ctr:containerd
+TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh systemd-analyze:systemd ctr:containerd python3-yaml
 # what tests use that do not run on the other releases
-TEST_HERE = podman:podman docker-compose:docker-compose containernetworking-plugins chromium:chromium
+TEST_HERE = podman:podman docker-compose:docker-compose containernetworking-plugins chromium:chromium lintian:lintian
 BENCH = $(TEST) $(TEST_HERE)
 
 # other releases of Debian and Ubuntu, by code name, and what `make` runs there
@@ -35,10 +35,10 @@ LEFT_OUT = memory_usage soak hosts hosts_gone host_identity failure_isolation fi
 	commands completion foreign_names limits round_trips old_felix cni_podman compose bad_input docker_network_policy \
 	docker_hosts map
 LEFT_OUT_trixie = $(LEFT_OUT) command_server fault_injection concurrency connected container profile ipam
-LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
+LEFT_OUT_noble = $(LEFT_OUT) deb etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
 	host_attacks policy host_addresses lifeline vxlan docker_hook cni
 
-.PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean wheel install uninstall install-cni uninstall-cni clean
+.PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean wheel deb install uninstall install-cni uninstall-cni clean
 
 help:
 	@echo 'make demo         connect three containers for real; make demo-clean removes everything'
@@ -57,6 +57,7 @@ help:
 	@echo 'make soak         five minutes of random restarts, removals and crashes'
 	@echo 'make bench        benchmarks, as ratios'
 	@echo 'make wheel        a wheel of calicoctl, without its libraries, in dist'
+	@echo 'make deb          a package in dist, for Debian 12 and 13 and Ubuntu 24.04'
 	@echo 'make install      install or upgrade calicoctl, in a virtual environment of its own, with a systemd unit that is'
 	@echo '                  not enabled; make uninstall removes it'
 	@echo 'make install-cni  install the CNI plugin calico, for podman, containerd and others; make uninstall-cni removes it'
@@ -163,6 +164,10 @@ demo-hosts-clean:
 wheel:
 	@demo/packages python3-venv
 	@PYTHON="$(PYTHON)" setup/calicoctl wheel
+
+deb:
+	@demo/packages python3-venv python3-yaml
+	@PYTHON="$(PYTHON)" setup/deb
 
 # with DESTDIR, for packagers, nothing else on this host is changed
 install:

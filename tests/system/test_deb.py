@@ -1,0 +1,141 @@
+"""The Debian package: it is built, installed, upgraded while packets pass, removed and purged.
+
+dpkg changes `/usr` in an overlay, which goes away after each test.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.agent import B4, LOG_DIR, FreeHost
+from tests.system.support import HOST_IP, Host, Result, gone, run, wait_for
+from tests.system.test_install import ROOT, WHEELS, make, pinging, program
+from tests.system.traffic import PATIENT, ping
+
+pytestmark = pytest.mark.api("etcdv3")
+
+PROGRAM = "/usr/bin/calicoctl"
+OLDER = "0.0.1"
+
+
+@pytest.fixture(scope="module")
+def deb() -> Path:
+    assert (WHEELS / "ready").exists(), f"run 'make {WHEELS.relative_to(ROOT)}/ready'"
+    done = make("deb", Path("/unused"))
+    assert done.status == 0, done
+    return ROOT / done.out.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def older(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same package, with another version."""
+    version = run("dpkg-deb", "--field", str(deb), "Version").out.strip()
+    tree = tmp_path_factory.mktemp("older") / "tree"
+    run("dpkg-deb", "--raw-extract", str(deb), str(tree))
+    named = run("grep", "-rlF", version, *(str(tree / folder) for folder in ("DEBIAN", "usr/share/calicoctl/bin"))).out
+    for name in named.splitlines():
+        Path(name).write_text(Path(name).read_text().replace(version, OLDER))
+    file = tree.parent / "calicoctl.deb"
+    run("dpkg-deb", "--root-owner-group", "-Znone", "--build", str(tree), str(file))
+    return file
+
+
+@pytest.fixture
+def usr() -> Iterator[None]:
+    """A `/usr` that dpkg may change; what it changes elsewhere is removed."""
+    layers = Path("/run/usr")
+    for name in ("new", "work"):
+        (layers / name).mkdir(parents=True)
+    run("mount", "-t", "overlay", "-o", f"lowerdir=/usr,upperdir={layers}/new,workdir={layers}/work", "overlay", "/usr")
+    try:
+        yield
+    finally:
+        run("dpkg", "--purge", "--force-all", "calicoctl", check=False)
+        run("umount", "--lazy", "/usr")
+        shutil.rmtree(layers, ignore_errors=True)
+
+
+def dpkg(*arguments: str) -> Result:
+    return run("dpkg", *arguments, check=False)
+
+
+def left() -> list[str]:
+    """Return what of calicoctl lies where the package, or what it has installed, puts files."""
+    found = run("find", "/usr/bin", "/usr/lib", "/usr/share", "-xdev", "-name", "*calico*").out.splitlines()
+    return found + [folder for folder in ("/etc/calico", "/var/lib/calico", "/var/log/calico") if Path(folder).exists()]
+
+
+def test_lintian_finds_no_error(deb: Path) -> None:
+    fields = run("dpkg-deb", "--info", str(deb)).out
+    assert "Architecture: all" in fields
+    names = {line.split()[5] for line in run("dpkg-deb", "--contents", str(deb)).out.splitlines()}
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    assert {"./usr/share/man/man1/calicoctl.1.gz", "./usr/lib/systemd/system/calico-node.service"} <= names
+    if "VERSION_CODENAME=bookworm" in Path("/etc/os-release").read_text():
+        run("lintian", "--allow-root", "--fail-on=error", "--tag-display-limit=0", str(deb))
+
+
+def test_it_is_installed_upgraded_without_loss_removed_and_purged(
+    deb: Path, older: Path, usr: None, bare_host: Host
+) -> None:
+    host = FreeHost(bare_host.etcd)
+    for folder in ("etc", "var/lib", "var/log"):
+        shutil.rmtree(f"/{folder}/calico", ignore_errors=True)  # of other tests
+    assert left() == []
+    done = dpkg("--install", str(older))
+    assert done.status == 0, done
+    assert not list(Path("/run/calico").glob("*/felix.pid")), "nothing is started"
+    assert not list(Path("/etc/systemd/system").rglob("calico*")), "or enabled"
+    host.ctl("node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}", command=[PROGRAM])
+    host.add_pair()
+    host.sync()
+    old = host.pid
+    assert program(old).startswith(f"/usr/lib/calicoctl/{OLDER}/bin/")
+
+    with pinging():
+        done = dpkg("--install", str(deb))
+    assert done.status == 0 and "The host agent is restarted" in done.out, done
+    assert gone(old) and host.pid != old
+    (new,) = (path for path in Path("/usr/lib/calicoctl").iterdir() if not path.is_symlink())
+    assert Path(program(host.pid)).parent == new / "bin" == Path(PROGRAM).resolve().parent
+    host.sync()
+    assert host.ctl("profile", "show", "-o", "yaml", command=[PROGRAM]).status == 0, "with Debian's PyYAML"
+    assert "calicoctl container add" in run("man", "calicoctl").out
+    assert (
+        "1.1.0" in run("/usr/lib/cni/calico", input="{}", env={"CNI_COMMAND": "VERSION", "PATH": "/usr/bin:/bin"}).out
+    )
+    units = [str(path) for path in Path("/usr/lib/systemd/system").glob("calico-*")]
+    assert len(units) == 5
+    assert run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *units).err == ""
+    refused = make("install", Path("/usr/local"))
+    assert refused.status != 0 and "The Debian package calicoctl is installed" in refused.err, refused
+
+    old = host.pid
+    run("dpkg-trigger", "--by-package=python3-minimal", "/usr/bin/python3")  # as when this is replaced
+    done = dpkg("--triggers-only", "calicoctl")
+    assert done.status == 0 and gone(old) and Path(program(host.pid)).parent == new / "bin", done
+
+    done = dpkg("--remove", "calicoctl")
+    assert done.status == 0 and "Endpoints of this host stay connected" in done.err, done
+    assert not list(Path("/run/calico").glob("*/felix.pid")) and ping("a", B4, PATIENT)
+    assert left() == ["/var/lib/calico"]
+    refused_by = Path("/usr/local/lib/calicoctl")
+    refused_by.mkdir(parents=True)
+    done = dpkg("--install", str(deb))
+    assert done.status != 0 and "run 'make uninstall' in its checkout first" in done.err, done
+    refused_by.rmdir()
+
+    assert dpkg("--install", str(deb)).status == 0
+    host.ctl("node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}", command=[PROGRAM])
+    for name in ("a", "b"):
+        host.ctl("container", "remove", f"/var/run/netns/{name}", command=[PROGRAM])
+    Path("/etc/calico").mkdir(exist_ok=True)
+    done = dpkg("--purge", "calicoctl")
+    assert done.status == 0, done
+    wait_for(lambda: "calico" not in run("nft", "list", "tables").out, "no table of the agent's")
+    assert run("ip", "route", "show", "proto", "80").out == ""
+    assert left() == [] and dpkg("--status", "calicoctl").status != 0
