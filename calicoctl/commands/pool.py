@@ -51,9 +51,10 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.addresses import check_unicast, parse_address, parse_cidr, parse_pool_cidr
+from calicoctl.addresses import parse_address, parse_cidr, parse_pool_cidr
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import NEVER, VXLAN_MODES, Pool
+from calicoctl.datastore.pools import check_new, refuse_overlap
 from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
 from calicoctl.output import data_format, first_few, print_data, print_table, quantity, warn
@@ -78,7 +79,7 @@ def prepare(argv: list[str]) -> Prepared:
     arguments["--vxlan"] = _checked_mode(arguments["--vxlan"] or NEVER)
     if arguments["--ipip"] and arguments["--vxlan"] != NEVER:
         raise CalicoError("--ipip and --vxlan exclude each other: packets of a pool are encapsulated in one way")
-    _check_new(networks, arguments["--ipip"])
+    check_new(networks, arguments["--ipip"])
     return partial(_add, networks, arguments)
 
 
@@ -93,37 +94,11 @@ def _checked_mode(mode: str) -> str:
     return mode
 
 
-def _check_new(networks: list[IPNetwork], ipip: bool) -> None:
-    """Raise CalicoError if one of `networks` cannot be a new pool, for example because it overlaps another of them.
-
-    `ipip` says whether the pools are to have the option --ipip. Overlaps with existing pools are not checked here.
-    """
-    from calicoctl.datastore.blocks import BLOCK_SIZE
-
-    for network in networks:
-        if network.size < BLOCK_SIZE:
-            raise CalicoError(
-                f"{network} is smaller than a block of {BLOCK_SIZE} addresses: the smallest pool is a /26, or a /122 "
-                "in IPv6"
-            )
-        check_unicast(network)
-        if ipip and network.version == 6:
-            raise CalicoError(f"--ipip is for IPv4 alone, and {network} is IPv6")
-    for number, network in enumerate(networks):
-        _refuse_overlap(network, networks[:number])
-
-
-def _refuse_overlap(network: IPNetwork, others: list[IPNetwork]) -> None:
-    for other in others:
-        if network != other and (network in other or other in network):
-            raise CalicoError(f"{network} overlaps with {other}; nothing is added.")
-
-
 def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
     datastore = DatastoreClient.from_environment()
     known = [parse_cidr(pool.cidr) for version in (4, 6) for pool in datastore.pools(version)]
     for network in networks:
-        _refuse_overlap(network, known)
+        refuse_overlap(network, known)
     warn_of_overlaps(map(str, networks))
     if arguments["--ipip"]:
         warn(f"Warning: {NO_IPIP}.")
