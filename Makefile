@@ -141,6 +141,7 @@ bench: $(VENV)/ready
 	tests/sandbox $(VENV)/bin/python bench/warm.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/hosts.py $(ARGS)
 	tests/sandbox $(VENV)/bin/python bench/map.py
+	tests/sandbox $(VENV)/bin/python bench/configuration.py $(ARGS)
 
 # `make test` runs a short form
 soak: $(VENV)/ready | packages

@@ -15,6 +15,7 @@ from typing import Any, Callable
 from calicoctl.errors import NotRoot, UsageError
 
 COMMANDS = (
+    "apply",
     "batch",
     "bgp",
     "checksystem",
@@ -25,6 +26,7 @@ COMMANDS = (
     "diags",
     "drops",
     "endpoint",
+    "export",
     "ipam",
     "map",
     "node",

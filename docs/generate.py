@@ -19,6 +19,7 @@ EXIT_STATUS = [
     ("0", "done, or the object to add exists already"),
     ("1", "not done; one line on standard error says what and why"),
     ("2", "bad usage, or not root"),
+    ("3", "something differs: of `apply --dry-run` only"),
     ("128 + N", "ended by the signal N, after a rollback"),
 ]
 

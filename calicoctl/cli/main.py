@@ -28,6 +28,7 @@ Usage:
   calicoctl --version
 
 Commands:
+  apply        make the configuration as a file says
   batch        run many commands, one per line, in one process
   bgp          show and change the global BGP configuration
   checksystem  check this host's prerequisites
@@ -38,6 +39,7 @@ Commands:
   diags        collect diagnostics of this host into an archive
   drops        show which packets policy has dropped on this host
   endpoint     show the endpoints of all hosts, change or remove them
+  export       write the configuration as one file
   ipam         show address assignments, release addresses, find leaked ones
   map          show who may reach whom, on which protocols and ports
   node         register this host, and run its agent

@@ -30,6 +30,7 @@ from calicoctl.datastore.store import (
     Entry,
     Store,
     Watch,
+    Write,
     create_if_missing,
     create_missing,
     each_below,
@@ -127,6 +128,10 @@ class DatastoreClient:
         """
         return self._store.collect(keys.ROOT, convert)
 
+    def commit(self, writes: Sequence[Write]) -> None:
+        """Apply writes of different keys that were read by this client; see Store.commit."""
+        self._store.commit(writes)
+
     def copied(self, directory: str) -> tuple[DatastoreClient, list[Entry]]:
         """Read all keys below a directory into memory. Return what `copy_of` returns for their entries."""
         return self.copy_of(self._store.list_for_watch(directory)[0])
@@ -189,11 +194,11 @@ class DatastoreClient:
     def put_pool(self, pool: Pool) -> Pool | None:
         """Create or update a pool; return the previous pool, None if the pool was created.
 
-        The key of an existing pool and its unknown fields are preserved. For a pool with IP-in-IP, the global setting
-        IpInIpEnabled is set to `true` as well. Raises CalicoError, and changes nothing, if a new pool overlaps with an
-        older one (callers have checked this before, so the older one was added concurrently), NotFound if the pool was
-        deleted concurrently, Conflict if other writers keep changing it, and InvalidValue if the stored pool is
-        invalid.
+        The key of an existing pool is preserved, and so are its unknown fields that `pool` does not have. For a pool
+        with IP-in-IP, the global setting IpInIpEnabled is set to `true` as well. Raises CalicoError, and changes
+        nothing, if a new pool overlaps with an older one (callers have checked this before, so the older one was added
+        concurrently), NotFound if the pool was deleted concurrently, Conflict if other writers keep changing it, and
+        InvalidValue if the stored pool is invalid.
         """
         before = self._put_pool(pool)
         if pool.ipip:  # last: a pool that is refused changes nothing
@@ -215,8 +220,8 @@ class DatastoreClient:
         def text_of(old: str) -> str | None:
             nonlocal before
             before = Pool.from_json(old, key)
-            now = Pool(pool.cidr, pool.ipip, pool.masquerade, pool.vxlan, before.extra)
-            return None if now == before else now.to_json()
+            now = Pool(pool.cidr, pool.ipip, pool.masquerade, pool.vxlan, {**before.extra, **pool.extra})
+            return None if now.to_json() == before.to_json() else now.to_json()
 
         modify(self._store, key, f"Pool {pool.cidr} was deleted concurrently", text_of)
         return before

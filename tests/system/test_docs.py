@@ -47,6 +47,7 @@ calicoctl container web profile append shop
 calicoctl container db profile append shop"""
 
 BEFORE = {
+    "apply": f"{NODE}\ncalicoctl export network.yaml",
     "batch": "echo profile add web >commands.txt",
     "container": TWO,
     "datastore": f"DATASTORE_TYPE=etcdv2 {NODE}\ncalicoctl node stop --force",

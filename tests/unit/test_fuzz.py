@@ -176,6 +176,8 @@ LOOKS = (
     "bgp peer show",
     "bgp node-mesh",
     "profile show --detailed --output=json",
+    "profile show --detailed --output=yaml",
+    "export",
     "profile web rule show",
     "profile trace 192.168.0.1 10.0.0.1 tcp 80",
     "endpoint e profile append web",

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent.parent / "calicoctl"
 
-LAYERS = ("", "datastore", "policy", "desired workloads", "felix plugins", "diagnose", "commands", "cli")
+LAYERS = ("", "datastore", "policy", "desired workloads", "felix plugins", "configuration diagnose", "commands", "cli")
 """The folders, from the bottom; "" are the modules beside the folders. docs/architecture.md shows them as a drawing."""
 
 UPWARDS = {

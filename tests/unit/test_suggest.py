@@ -12,7 +12,7 @@ from calicoctl.grammar import COMMANDS
     ("line", "expected"),
     [
         ("contaner add", "'contaner' is not a calicoctl command; did you mean 'container'?"),
-        ("frobnicate", "'frobnicate' is not a calicoctl command; the commands are batch, bgp,"),
+        ("frobnicate", "'frobnicate' is not a calicoctl command; the commands are apply, batch,"),
         ("help frobnicate", "'frobnicate' is not a calicoctl command"),
         ("container ls", "did you mean 'calicoctl endpoint show --detailed'?"),
         ("pool list", "'list' does not fit after 'calicoctl pool'; did you mean 'show'?"),

@@ -1,0 +1,145 @@
+"""Make pools, profiles, BGP, settings and endpoints' profiles as a file says.
+
+Usage:
+  calicoctl apply <FILE> [--dry-run] [--prune] [--output=<FORMAT>]
+
+Options:
+  <FILE>                 YAML, as 'calicoctl export' writes it, or - for
+                         standard input
+  --dry-run              print what differs, and change nothing
+  --prune                remove what is not in the file, too: pools, profiles,
+                         BGP peers and settings; default: leave it as it is
+  -o, --output=<FORMAT>  json or yaml: an object with changed, dry_run, the
+                         differences, and missing_endpoints; default: a line
+                         for each difference
+
+The file has any of the sections pools, profiles, bgp, settings and endpoints;
+what is not in the file is not touched. --prune removes only what belongs to a
+section that is there, and no endpoint. Of a profile, tags, inbound and
+outbound can be left out; a new profile then has those of 'calicoctl profile
+add'. 'calicoctl export' shows each form.
+
+First the whole file is checked, as commands check their arguments: a mistake
+changes nothing, and the error names its line. A pool or profile that is in
+use is not removed, and then nothing else is changed, either. Then the
+difference is printed, and what differs is changed, and nothing else. Fields
+of other programs are kept. If another command changes the same at the same
+time, `apply` reads again, and prints what differs then.
+
+An endpoint in the file that does not exist is named in a warning; everything
+else is applied, and the exit status is 1.
+
+The exit status is 0 if the file is applied, or nothing differs; 3 if
+something differs, with --dry-run; 1 if something failed; and 2 for bad usage.
+A file has 8 MiB at most, and one document; it has no tags (!name) and merge
+keys (<<).
+
+Examples:
+  calicoctl apply network.yaml --dry-run
+  calicoctl apply network.yaml --prune
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+from calicoctl.commands.pool import warn_of_overlaps
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.errors import CalicoError, Failed, one_line
+from calicoctl.grammar import Prepared, parse
+from calicoctl.output import data_format, first_few, print_data, quantity, warn
+
+if TYPE_CHECKING:
+    from calicoctl.configuration.changes import Changes, Difference
+
+DIFFERENT = 3
+"""The exit status for --dry-run if something differs."""
+
+ADD = "+"
+WORDS = {ADD: "add", "~": "change", "-": "remove"}
+"""The signs of differences in the words of the field `change`."""
+
+
+def prepare(argv: list[str]) -> Prepared:
+    arguments = parse(str(__doc__), argv)
+    return partial(_apply, arguments["<FILE>"], arguments["--dry-run"], arguments["--prune"], data_format(arguments))
+
+
+def _apply(file: str, dry_run: bool, prune: bool, form: str | None) -> None:
+    from calicoctl.configuration import changes, declared, stored
+
+    wanted = declared.parse(_read(file), "standard input" if file == "-" else file)
+    datastore = DatastoreClient.from_environment()
+    shown = _Shown(form)
+    if dry_run:
+        shown.add(changes.compare(datastore, stored.read(datastore), wanted, prune))
+    else:
+        changes.apply(datastore, wanted, prune, shown.add)
+    shown.end(dry_run)
+    if shown.missing:
+        raise CalicoError(
+            f"{quantity(len(shown.missing), 'endpoint')} in {file} {'does' if len(shown.missing) == 1 else 'do'} not "
+            f"exist: {first_few(shown.missing)}"
+        )
+    if dry_run and shown.lines:
+        raise Failed(f"{quantity(len(shown.lines), 'difference')}; nothing was changed.", DIFFERENT)
+
+
+class _Shown:
+    """What is printed about changes: as text at once, each line once, and as data at the end."""
+
+    def __init__(self, form: str | None) -> None:
+        self._form = form
+        self._warnings: list[str] = []
+        self.lines: dict[str, Difference] = {}
+        self.missing: list[str] = []
+
+    def add(self, changes: Changes) -> None:
+        self.missing = changes.missing
+        for warning in changes.warnings:
+            if warning not in self._warnings:
+                self._warnings.append(warning)
+                warn(f"Warning: {warning}.")
+        new = {str(one): one for one in changes.differences if str(one) not in self.lines}
+        self.lines.update(new)
+        if self._form is None:
+            for line in new:
+                print(one_line(line))
+            sys.stdout.flush()  # before anything is changed
+        pools = [one.name for one in new.values() if one.kind == "pool" and one.sign == ADD]
+        if pools:
+            warn_of_overlaps(pools)
+
+    def end(self, dry_run: bool) -> None:
+        if self._form:
+            print_data(
+                {
+                    "changed": bool(self.lines),
+                    "dry_run": dry_run,
+                    "differences": [
+                        {"change": WORDS[one.sign], "kind": one.kind, "name": one.name, "detail": one.detail or None}
+                        for one in self.lines.values()
+                    ],
+                    "missing_endpoints": self.missing,
+                },
+                self._form,
+            )
+        elif not self.lines:
+            print("No difference.")
+
+
+def _read(file: str) -> str:
+    """Return the text of a file, or of standard input for "-". Raises CalicoError."""
+    from calicoctl.yaml_text import LONGEST
+
+    try:
+        if file == "-":
+            return sys.stdin.read(LONGEST + 1).removeprefix("\ufeff")
+        with open(file, encoding="utf-8-sig") as stream:
+            return stream.read(LONGEST + 1)
+    except UnicodeDecodeError:
+        raise CalicoError(f"{file} is not UTF-8 text") from None
+    except OSError as error:
+        raise CalicoError(f"{file}: {error.strerror}") from None

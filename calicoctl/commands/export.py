@@ -1,0 +1,70 @@
+"""Write pools, profiles, BGP, settings and endpoints' profiles as one file.
+
+Usage:
+  calicoctl export [<FILE>]
+
+Options:
+  <FILE>  the file to write or replace, or - for standard output, which is the
+          default
+
+The file is YAML that people can read and keep in git, and that 'calicoctl
+apply' takes. Rules are the texts that 'calicoctl profile PROFILE rule add'
+takes; a rule that has no such text, such as one with a field of another
+program, is the object that is in etcd. Pools and BGP peers have the fields
+that they have in etcd. Settings that have their default are left out.
+`endpoints` has the profiles of each, by HOST/ORCHESTRATOR/WORKLOAD, where
+WORKLOAD is the workload's name or id, and /ENDPOINT follows if it has several
+endpoints.
+
+What belongs to a running host is not in the file: hosts' addresses and AS
+numbers, and which addresses are assigned. Nor is any password: those of BGP
+sessions are in /etc/calico/bgp-passwords on each host, not in etcd.
+
+What has an invalid value in etcd is left out; a warning names it, and the
+exit status is 1.
+
+Examples:
+  calicoctl export network.yaml
+  calicoctl export >network.yaml
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.errors import CalicoError
+from calicoctl.grammar import Prepared, parse
+from calicoctl.output import quantity, warn
+
+HEADING = "# written by 'calicoctl export'; 'calicoctl apply FILE' makes etcd hold this\n"
+
+
+def prepare(argv: list[str]) -> Prepared:
+    arguments = parse(str(__doc__), argv)
+    return partial(_export, arguments["<FILE>"])
+
+
+def _export(file: str | None) -> None:
+    from calicoctl.configuration.stored import document, read
+    from calicoctl.yaml_text import dump
+
+    stored = read(DatastoreClient.from_environment())
+    text = HEADING + dump(document(stored))
+    if file in (None, "-"):
+        print(text, end="")
+    else:
+        _write(str(file), text)
+        print(f"The configuration is in {file}")
+    for error in stored.problems.values():
+        warn(f"Warning: {error}")
+    if stored.problems:
+        raise CalicoError(f"{quantity(len(stored.problems), 'invalid value')} left out.")
+
+
+def _write(file: str, text: str) -> None:
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CalicoError(f"{file}: {error.strerror}") from None

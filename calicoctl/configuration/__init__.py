@@ -1,0 +1,1 @@
+"""The configuration as a file: what is stored, what a file declares, and the difference."""

@@ -1,0 +1,471 @@
+"""`export` and `apply`: what is written is read as the same; what differs is changed, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calicoctl.cli.main import main
+from calicoctl.configuration import changes
+from calicoctl.configuration.declared import parse
+from calicoctl.configuration.stored import document, read
+from calicoctl.datastore import keys
+from calicoctl.datastore.blocks import Owner
+from calicoctl.datastore.client import DatastoreClient
+from calicoctl.datastore.keys import EndpointId
+from calicoctl.datastore.model import Endpoint, Peer, Pool, Rule
+from calicoctl.errors import CalicoError, Frozen
+from calicoctl.output import warn
+from calicoctl.yaml_text import DEPTH, LONGEST, dump, load
+from tests.unit.memory_store import MemoryStore
+
+# Any store
+
+
+NAMES = st.sampled_from(
+    ["web", "no", "1:20", "010", "~", "a b", "x" * 60, "ü", "<<", "null", "2026-11-27", "tcp", "[a]"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | NAMES | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=2),
+    max_leaves=4,
+)
+EXTRA = st.dictionaries(
+    st.sampled_from(["dscp", "not_src_net", "disabled", "Cidr", "ipip_mode"]) | NAMES, JSON, max_size=2
+)
+SOUND = st.fixed_dictionaries(
+    {},
+    optional={
+        "action": st.sampled_from(["allow", "deny", "log", None]),
+        "protocol": st.sampled_from(["tcp", "udp", "icmp", "icmpv6", "sctp", 6, 47, "17", None]),
+        "ip_version": st.sampled_from([4, 6]),
+        "src_net": st.sampled_from(["10.0.0.1/8", "fd00::/64", "10.0.0.1"]),
+        "dst_tag": NAMES,
+        "dst_ports": st.sampled_from([[80], ["80"], ["1:2", 3], [], "80"]),
+        "icmp_type": st.sampled_from([0, 8, "8"]),
+    },
+)
+RULES = st.lists(SOUND | st.builds(lambda rule, extra: {**rule, **extra}, SOUND, EXTRA) | EXTRA, max_size=3)
+HOSTS = st.sampled_from(["host1", "host2", "1e3"])
+CONTENTS = st.one_of(
+    st.tuples(NAMES.map(keys.profile_tags), st.lists(NAMES, max_size=3)),
+    st.tuples(
+        NAMES.map(keys.profile_rules),
+        st.builds(lambda i, o, e: {"inbound_rules": i, "outbound_rules": o, **e}, RULES, RULES, EXTRA),
+    ),
+    st.builds(
+        lambda cidr, extra: (keys.pool(6 if ":" in cidr else 4, cidr), {"cidr": cidr, **extra}),
+        st.sampled_from(["10.0.0.0/8", "10.1.0.0/30", "fd00::/64", "0.0.0.0/0"]),
+        st.fixed_dictionaries(
+            {}, optional={"ipip": JSON, "masquerade": JSON, "vxlan_mode": st.sampled_from(["always", "x"]), "n": JSON}
+        )
+        | EXTRA,
+    ),
+    st.builds(
+        lambda ip, host, number, extra: (
+            keys.bgp_peer(6 if ":" in ip else 4, ip, host),
+            {"ip": ip, "as_num": number, **extra},
+        ),
+        st.sampled_from(["192.0.2.1", "fe80::1", "127.0.0.1"]),
+        HOSTS | st.none(),
+        st.sampled_from(["64512", 64512, "1.10", "x"]),
+        EXTRA,
+    ),
+    st.just((keys.BGP_NODE_MESH, {"enabled": False, "more": 1})),
+    st.builds(lambda host, name, value: (f"{keys.host(host)}/config/{name}", value), HOSTS, NAMES, NAMES),
+    st.builds(
+        lambda daemon, name, value: (f"{daemon}/{name}", value),
+        st.sampled_from([keys.CONFIG, keys.BGP_GLOBAL, f"{keys.BGP_HOSTS}/host1"]),
+        st.sampled_from(["MTU", "loglevel", "LogSeverityScreen", "IpInIpEnabled", "as_num", "HoldTime"]) | NAMES,
+        st.sampled_from(["1400", "true", "no", "none", "", "a\nb", "1:20", "010", "30", "~", "info"]),
+    ),
+    st.builds(
+        lambda host, orchestrator, workload, endpoint, name, profiles: (
+            keys.endpoint(EndpointId(host, orchestrator, workload, endpoint)),
+            {"profile_ids": profiles, "workload_name": name},
+        ),
+        HOSTS,
+        st.sampled_from(["docker", "namespace"]),
+        st.sampled_from(["1:20", "abc", "-run-netns-a"]),
+        st.sampled_from(["e1", "e2", "1e3"]),
+        st.sampled_from([None, "abc", "db", "a/b", "", "no"]),
+        st.lists(NAMES, max_size=3),
+    ),
+)
+
+
+@given(st.lists(CONTENTS, max_size=8), st.lists(st.tuples(CONTENTS, st.text(max_size=3)), max_size=1), st.booleans())
+def test_an_export_never_differs_from_its_store(contents: list, invalid: list, modern: bool) -> None:
+    store = MemoryStore(modern)
+    datastore = DatastoreClient(store, "host1")
+    for key, value in contents:
+        store.put(key, value if isinstance(value, str) else json.dumps(value))
+    for (key, _), text in invalid:
+        store.put(key, text)
+    stored = read(datastore)
+    text = dump(document(stored))
+    found = changes.compare(datastore, stored, parse(text, "file"), prune=True)
+    assert [str(one) for one in found.differences] == [] and found.steps == [] and found.missing == []
+    assert yaml.safe_load(text) == document(stored) or "nan" in text
+
+
+# One store
+
+
+@pytest.fixture(params=[False, True], ids=["v2", "v3"])
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
+    """Two hosts, a pool, three profiles, and an endpoint."""
+    store = MemoryStore(request.param)
+    datastore = DatastoreClient(store, "host1")
+    for number, host in enumerate(("host1", "host2"), start=1):
+        store.put(keys.bgp_host_address(host, 4), f"192.0.2.{number}")
+    datastore.put_pool(Pool("10.0.0.0/16", extra={"disabled": True}))
+    for name in ("web", "db", "old"):
+        datastore.create_profile(name)
+    datastore.put_bgp_peer(Peer("192.0.2.9", "64512", {"note": "x"}))
+    datastore.set(keys.config("MTU"), "1400")
+    datastore.set(keys.config("LogFilePath"), "none")  # its default
+    datastore.create_endpoint(
+        Endpoint(EndpointId("host1", "docker", "a" * 64, "e1"), profile_ids=["web"], workload_name="w")
+    )
+    monkeypatch.setattr(DatastoreClient, "from_environment", lambda *of, **options: datastore)
+    monkeypatch.setattr("calicoctl.workloads.network_profiles.containers_with", lambda host, profile: [])
+    monkeypatch.setattr("calicoctl.commands.apply.warn_of_overlaps", lambda cidrs: warn(f"New: {', '.join(cidrs)}"))
+    monkeypatch.setenv("HOSTNAME", "host1")
+    return store
+
+
+def values(store: MemoryStore) -> dict[str, str]:
+    return {key: entry.value for key, entry in store.entries.items()}
+
+
+@pytest.fixture
+def apply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Return a function that applies a text, with options, and returns the exit status, and what was printed."""
+
+    def run(text: str, *options: str) -> tuple[int, str, str]:
+        (tmp_path / "file").write_text(text)
+        capsys.readouterr()
+        status = main(["apply", str(tmp_path / "file"), *options])
+        said = capsys.readouterr()
+        return status, said.out, said.err.replace(f"{tmp_path}/", "")
+
+    return run
+
+
+WISHES = """
+pools:
+  10.0.0.0/16: {masquerade: true}
+  fd00:1::/64: {vxlan_mode: always}
+profiles:
+  web:
+    tags: [web, frontend]
+    inbound:
+    - allow tcp from tag db to ports 80,443
+    - {action: deny, protocol: udp, ip_version: 4}
+    - allow from tag web
+  new: {}
+bgp:
+  node-mesh: false
+  default-node-as: 0.64512
+  peers:
+    192.0.2.9: {as_num: 64513}
+  node-peers:
+    host2:
+      fd00::9: {as_num: 64512}
+settings:
+  felix: {loglevel: debug, MTU: 1400}
+  node:
+    host2: {felix: {DefaultEndpointToHostAction: DROP}}
+endpoints:
+  host1/docker/w: [db, new]
+"""
+
+SAID = """~ pool 10.0.0.0/16: masquerade from false to true
++ pool fd00:1::/64: vxlan_mode always
+~ profile web: + tag frontend
+~ profile web: + inbound rule 1: allow tcp from tag db to ports 80,443
+~ profile web: + inbound rule 2: deny ipv4 udp
++ profile new
++ profile new: tag new
++ profile new: inbound rule 1: allow from tag new
++ profile new: outbound rule 1: allow
++ bgp node-mesh: false
++ bgp default-node-as: 64512
+~ bgp peer 192.0.2.9: as_num from 64512 to 64513
++ bgp peer fd00::9 of host2: as_num 64512
++ setting felix LogSeverityScreen: debug
++ setting node host2 felix DefaultEndpointToHostAction: DROP
+~ endpoint host1/docker/w: profiles from web to db, new
+"""
+
+
+def test_what_differs_is_printed_and_changed_and_nothing_else(store: MemoryStore, apply: Any) -> None:
+    before = values(store)
+    new = "New: fd00:1::/64\n"
+    assert apply(WISHES, "--dry-run") == (3, SAID, f"{new}16 differences; nothing was changed.\n")
+    assert values(store) == before
+    assert apply(WISHES) == (0, SAID, new)
+    now = values(store)
+    changed = {key for key in now if now[key] != before.get(key)}
+    assert (
+        not before.keys() - now.keys()
+        and f"{keys.PROFILES}/db/tags" not in changed
+        and keys.config("MTU") not in changed
+    )
+    assert json.loads(now[keys.pool(4, "10.0.0.0/16")]) == {"cidr": "10.0.0.0/16", "masquerade": True, "disabled": True}
+    assert json.loads(now[keys.bgp_peer(4, "192.0.2.9")]) == {"ip": "192.0.2.9", "as_num": "64513", "note": "x"}
+    assert json.loads(now[keys.profile_rules("web")])["inbound_rules"][1] == {
+        "action": "deny",
+        "protocol": "udp",
+        "ip_version": 4,
+    }
+    assert len(changed) == 13
+    revision = store.revision
+    assert apply(WISHES) == (0, "No difference.\n", "") and store.revision == revision
+    assert apply(WISHES, "--dry-run") == (0, "No difference.\n", "")
+
+
+def test_json_says_the_same(store: MemoryStore, apply: Any) -> None:
+    status, out, _ = apply("profiles: {n: {}}\nendpoints: {host1/docker/gone: []}", "--dry-run", "--output=json")
+    found = json.loads(out)
+    assert status == 1 and found["changed"] is found["dry_run"] is True
+    assert found["missing_endpoints"] == ["host1/docker/gone"]
+    assert found["differences"][:2] == [
+        {"change": "add", "kind": "profile", "name": "n", "detail": None},
+        {"change": "add", "kind": "profile", "name": "n", "detail": "tag n"},
+    ]
+
+
+def test_the_document_has_defaults_left_out_and_short_names(store: MemoryStore) -> None:
+    datastore = DatastoreClient(store, "host1")
+    for workload, endpoint, name in (("c", "e1", "same"), ("d", "e2", "same"), ("x", "y", None), ("e", "e3", "x/y")):
+        datastore.create_endpoint(Endpoint(EndpointId("host1", "docker", workload, endpoint), workload_name=name))
+    shown = document(read(datastore))
+    assert shown["settings"] == {"felix": {"MTU": 1400}, "bgp": {}, "node": {}}
+    places = ["c/e1", "d/e2", "e", "w", "x"]
+    assert list(shown["endpoints"]) == [f"host1/docker/{place}" for place in ("c", "d", "e", "w", "x")]
+    assert set(places) < {name.removeprefix("host1/docker/") for name in read(datastore).named()}
+    assert read(datastore).named()["host1/docker/x/y"] == [EndpointId("host1", "docker", "x", "y")]
+
+
+def test_pruning_removes_what_is_not_in_a_section_that_is_there(store: MemoryStore, apply: Any) -> None:
+    before = values(store)
+    text = "profiles: {web: {}, db: {}}\nsettings: {felix: {}}\nbgp: {peers: {}}"
+    assert apply(text)[:2] == (0, "No difference.\n")
+    said = "- bgp peer 192.0.2.9\n- setting felix MTU: it was 1400\n- profile old\n"
+    assert apply(text, "--prune") == (0, said, "")
+    gone = {keys.profile_tags("old"), keys.profile_rules("old"), keys.bgp_peer(4, "192.0.2.9"), keys.config("MTU")}
+    assert values(store) == {key: value for key, value in before.items() if key not in gone}
+
+
+def test_what_is_in_use_is_not_removed_and_then_nothing_is_changed(store: MemoryStore, apply: Any) -> None:
+    datastore = DatastoreClient(store, "host1")
+    from netaddr.ip import IPAddress
+
+    datastore.ipam.assign(IPAddress("10.0.0.1"), Owner("h", {}))
+    before = values(store)
+    for text, why in (
+        ("profiles: {new: {}}", "profile web is not in the file, and cannot be removed: 1 endpoint has it (w)"),
+        (
+            "profiles: {new: {}}\npools: {10.1.0.0/16: {}}",
+            "pool 10.0.0.0/16 is not in the file, and cannot be removed: 1",
+        ),
+    ):
+        status, out, err = apply(text, "--prune")
+        assert (status, out) == (1, "") and why in err and "nothing is changed" in err and values(store) == before
+    # what the file itself takes from the endpoint can go
+    status, out, _ = apply("profiles: {new: {}}\nendpoints: {host1/docker/w: [new]}", "--prune")
+    assert status == 0 and out.endswith("- profile db\n- profile old\n- profile web\n")
+    assert DatastoreClient(store, "host1").profile_names() == ["new"]
+
+
+def test_an_endpoint_that_does_not_exist_is_named_and_the_rest_applied(store: MemoryStore, apply: Any) -> None:
+    status, out, err = apply("endpoints: {host1/docker/gone: [db], host1/docker/w: [db]}")
+    assert status == 1 and "1 endpoint in file does not exist: host1/docker/gone" in err
+    assert out == "~ endpoint host1/docker/w: profiles from web to db\n"
+
+
+MISTAKES = [
+    ("pools:\n  10.0.0.0/8: {}", "file:2: 10.0.0.0/8 overlaps with 10.0.0.0/16"),
+    ("pools:\n  10.1.0.0/30: {}", "file:2: 10.1.0.0/30 is smaller than a block"),
+    ("pools:\n  10.1.0.1/16: {}", "file:2: '10.1.0.1/16' is not the CIDR of a pool: it has host bits set"),
+    (
+        "pools:\n  fd00:1::/64: {}\n  fd00:0001::/64: {}",
+        "file:3: 'fd00:0001::/64' is fd00:1::/64, which is there already",
+    ),
+    ("pools:\n  10.1.0.0/16:\n    vxlan: always", "file:3: a pool has no field 'vxlan'; did you mean 'vxlan_mode'?"),
+    ("pools:\n  10.1.0.0/16:\n    vxlan_mode: on", "file:3: on can be understood in several ways: put it in quotes"),
+    ("pools:\n  10.1.0.0/16: {masquerade: 1}", "file:2: masquerade must be true or false"),
+    ("pools:\n  10.1.0.0/16: {ipip: tunl0, vxlan_mode: always}", "file:2: ipip and vxlan_mode exclude each other"),
+    ("pools:\n", "file:1: pools must be a mapping"),
+    ("pool: {}", "file:1: the file has no 'pool': it can have pools, profiles, bgp, settings, endpoints; did you mean"),
+    ("profiles:\n  web: {}\n  db: {}\n  web: {}", "file:4: 'web' is there already, in line 2"),
+    ("profiles:\n  a b: {}", "file:2: 'a b' is not a valid profile name"),
+    ("profiles:\n  web:\n    tags: [a, b c]", "file:3: 'b c' is not a valid tag name"),
+    (
+        "profiles:\n  web:\n    inbound:\n    - allow\n    - alow tcp",
+        "file:5: a rule begins with 'allow', 'deny' or 'log'",
+    ),
+    ("profiles:\n  web:\n    inbound:\n    - {src_tagg: web}", "file:4: a rule has no field 'src_tagg'; did you mean"),
+    (
+        "profiles:\n  web:\n    inbound:\n    - {action: allow,\n       icmp_type: 300, protocol: icmp}",
+        "file:4: '300' is not",
+    ),
+    ("profiles:\n  web: {inbound: allow}", "file:2: inbound must be a list"),
+    ("profiles:\n  web: {tags: [[a]]}", "file:2: an item of tags must be a single value"),
+    ("profiles:\n  web:\n    tags:\n    -\n", "file:4: an item of tags has no value"),
+    ("bgp:\n  node-mesh: maybe", "file:2: node-mesh must be true or false"),
+    ("bgp:\n  default-node-as: 0", "file:2: '0' is not a valid AS number"),
+    ("bgp:\n  peers:\n    192.0.2.7: {}", "file:3: BGP peer 192.0.2.7 has no as_num"),
+    ("bgp:\n  peers:\n    127.0.0.1: {as_num: 1}", "file:3: 127.0.0.1 cannot be used"),
+    ("bgp:\n  node-peers:\n    host3:\n      192.0.2.7: {as_num: 1}", "file:4: no host host3 is registered"),
+    ("bgp:\n  node-peers:\n    host1:\n      192.0.2.1: {as_num: 1}", "file:4: 192.0.2.1 is an address of host1"),
+    (
+        "settings:\n  felix:\n    MTU: 12",
+        "file:3: '12' is not a valid value for MTU: it must be a whole number from 1280",
+    ),
+    ("settings:\n  felix:\n    Colour: 12", "file:3: 'Colour' is no setting that is known"),
+    (
+        "settings:\n  felix: {loglevel: info, LogSeverityScreen: info}",
+        "file:2: 'LogSeverityScreen' is LogSeverityScreen",
+    ),
+    ("endpoints:\n  w: []", "file:2: 'w' is not an endpoint"),
+    ("endpoints:\n  host1/docker/w: [wep]", "file:2: profile wep does not exist; did you mean 'web'?"),
+    ("endpoints:\n  host1/docker/w: [db, db]", "file:2: profile db is in the list twice"),
+    (f"endpoints:\n  host1/docker/w: []\n  host1/docker/{'a' * 64}: []", "is an endpoint that is there already"),
+    ("pools: [", "file:2: it is no YAML"),
+    ("pools: {}\n\tprofiles: {}", "file:2: it is no YAML"),
+    ("pools: {}\n---\npools: {}", "file:2: there is a second document"),
+    ("profiles: !!python/name:os.system {}", "file:1: 'tag:yaml.org,2002:python/name:os.system' is a tag"),
+    ("profiles:\n  web: &a {}\n  db:\n    <<: *a", "file:4: merge keys (<<) cannot be used here"),
+    ("profiles: *a", "file:1: nothing before this line is called &a"),
+    ("profiles: &a {web: *a}", "file:1: nothing before this line is called &a"),
+    ("? [a]\n: b", "file:1: a list or a mapping cannot be a key"),
+    ("a\x00b", "file:1: it is no YAML"),
+    ("", "file: it is empty"),
+    ("- a", "file:1: the file must be a mapping"),
+]
+
+
+@pytest.mark.parametrize(("text", "why"), MISTAKES)
+def test_a_mistake_changes_nothing_and_its_line_is_named(store: MemoryStore, apply: Any, text: str, why: str) -> None:
+    before = values(store)
+    status, out, err = apply(f"{text}\n")
+    assert status == 1 and out == "" and why in err and err.count("\n") == 1, err
+    assert values(store) == before
+
+
+def test_bad_usage_and_unreadable_files(store: MemoryStore, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["apply"]) == 2 and main(["apply", "x", "--force"]) == 2
+    assert main(["apply", f"{tmp_path}/none"]) == 1 and "none: No such file" in capsys.readouterr().err
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    assert main(["apply", f"{tmp_path}/binary"]) == 1 and "is not UTF-8 text" in capsys.readouterr().err
+    assert main(["export", f"{tmp_path}/none/x"]) == 1 and "No such file" in capsys.readouterr().err
+
+
+def test_texts_are_taken_as_they_stand(store: MemoryStore, apply: Any) -> None:
+    """What YAML takes for a boolean, a number or a date is a name where a name is expected."""
+    assert apply("profiles:\n  no: {tags: [no, 1.20, 010, 2026-11-27]}\nendpoints: {host1/docker/w: [no]}")[0] == 0
+    assert json.loads(values(store)[keys.profile_tags("no")]) == ["no", "1.20", "010", "2026-11-27"]
+    assert DatastoreClient(store, "host1").readable_endpoints()[0][0].profile_ids == ["no"]
+
+
+def test_anchors_save_typing_and_cannot_be_a_bomb(store: MemoryStore, apply: Any) -> None:
+    shared = "profiles:\n  a: &std\n    inbound: [deny udp]\n    tags: []\n  b: *std\n"
+    assert apply(shared)[0] == 0
+    assert json.loads(values(store)[keys.profile_rules("b")])["inbound_rules"] == [
+        {"action": "deny", "protocol": "udp"}
+    ]
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+    for text, why in (
+        (bomb, "it has more than 1000000 parts"),
+        ("[" * 100_000, "exceeded maximum nesting depth|nested deeper"),
+        ("[" * 100, f"nested deeper than {DEPTH} levels"),
+        ("{a: " * 100, f"nested deeper than {DEPTH} levels"),
+        (" " * (LONGEST + 1), "it has more than 8 MiB"),
+    ):
+        with pytest.raises(CalicoError, match=why):
+            load(text, "file")
+
+
+def test_rules_that_no_text_can_say_are_objects(store: MemoryStore, apply: Any) -> None:
+    text = "profiles:\n  web:\n    inbound:\n    - {action: allow, dscp: 1}\n"
+    status, _, err = apply(text)
+    assert status == 0 and "file:4: the field 'dscp' of a rule is not known here, so profile web denies" in err
+    assert json.loads(values(store)[keys.profile_rules("web")])["inbound_rules"] == [{"action": "allow", "dscp": 1}]
+    assert "- action: allow\n      dscp: 1\n" in dump(document(read(DatastoreClient(store, "host1"))))
+    # what is invalid stays, and can be moved, but not added
+    DatastoreClient(store, "host1").modify_rules("web", lambda rules: not rules.inbound.insert(0, Rule("alow")))
+    assert apply(text + "    - {action: alow}\n")[0] == 0
+    assert "file:4: a rule's action is 'alow'" in apply("profiles:\n  db:\n    outbound:\n    - {action: alow}\n")[2]
+    assert "no profile has the tag lb" in apply("profiles: {db: {inbound: [allow from tag lb]}}")[2]
+
+
+def test_values_that_are_invalid_in_the_store(
+    store: MemoryStore, apply: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.put(keys.profile_rules("web"), "{")
+    assert main(["export"]) == 1
+    said = capsys.readouterr()
+    assert "  web:\n    tags: [web]\n  " in said.out or "  web:\n    tags: [web]\nbgp" in said.out
+    assert "web/rules has an invalid value" in said.err and "1 invalid value left out." in said.err
+    assert apply(said.out, "--prune")[:2] == (0, "No difference.\n")
+    status, out, err = apply("profiles: {web: {inbound: []}}")
+    assert (status, out) == (1, "") and "web/rules has an invalid value" in err
+
+
+def test_another_writer_comes_between(store: MemoryStore, apply: Any) -> None:
+    """The change is computed again from what the other writer has left, and what is new is printed."""
+    other = DatastoreClient(store.client(), "host2")
+    came: list[str] = []
+
+    def fault() -> None:
+        store.fault = lambda: None
+        came.append("once")
+        other.modify_tags("web", lambda tags: not tags.append("theirs"))
+        other.modify_rules("web", lambda rules: not rules.outbound.append(Rule("deny")))
+
+    store.fault = fault
+    status, out, _ = apply("profiles: {web: {inbound: [deny udp], tags: [web]}}")
+    assert status == 0 and came
+    assert out.splitlines() == [
+        "~ profile web: - inbound rule 1: allow from tag web",
+        "~ profile web: + inbound rule 1: deny udp",
+        "~ profile web: - tag theirs",
+    ]
+    rules = other.rules("web")
+    assert [rule.action for rule in rules.inbound] == ["deny"] and [r.action for r in rules.outbound] == [
+        "allow",
+        "deny",
+    ]
+    assert other.tags("web") == ["web"]
+
+    store.fault = lambda: "conflict"
+    status, _, err = apply("profiles: {db: {tags: []}}")
+    assert status == 1 and "keeps being modified concurrently; retry" in err
+
+
+def test_frozen_data_is_not_changed(store: MemoryStore, apply: Any) -> None:
+    def fault() -> None:
+        raise Frozen("the data is being moved")
+
+    store.fault = fault
+    assert apply("profiles: {web: {tags: [x]}}", "--dry-run")[0] == 3
+    status, _, err = apply("profiles: {web: {tags: [x]}}")
+    assert status == 1 and "the data is being moved" in err
+
+
+def test_only_export_and_apply_import_yaml() -> None:
+    import subprocess
+    import sys
+
+    script = "import sys, calicoctl.cli.main, calicoctl.commands.{}; assert 'yaml' not in sys.modules"
+    for command in ("apply", "export", "profile", "pool"):
+        subprocess.run([sys.executable, "-c", script.format(command)], check=True)
