@@ -278,5 +278,6 @@ def test_a_wheel_has_the_package_alone_and_its_commit() -> None:
     with zipfile.ZipFile(file) as wheel:
         ours = {name for name in wheel.namelist() if ".dist-info/" not in name}
         said = wheel.read("calicoctl/__init__.py").decode()
-    assert ours == {str(path.relative_to(ROOT)) for path in (ROOT / "calicoctl").rglob("*.py")}
+    files = (path.relative_to(ROOT) for path in (ROOT / "calicoctl").rglob("*") if path.is_file())
+    assert ours == {str(file) for file in files if "__pycache__" not in file.parts}
     assert f'__commit__ = "{commit() or ""}"\n' in said
