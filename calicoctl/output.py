@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from calicoctl.errors import one_line, printable
+from calicoctl.limits import REPORTED
 
 if TYPE_CHECKING:
     from prettytable import PrettyTable
@@ -211,6 +212,17 @@ def first_few(texts: Iterable[str]) -> str:
 def warn(sentence: str) -> None:
     """Print a warning to standard error."""
     print(one_line(sentence), file=sys.stderr)
+
+
+def warn_of_each(problems: Sequence[Any]) -> None:
+    """Print a warning for each of `problems`, of which there may be very many: for the first REPORTED, and a count.
+
+    `str()` of a problem is a sentence.
+    """
+    for problem in problems[:REPORTED]:
+        warn(f"Warning: {problem}")
+    if problems[REPORTED:]:
+        warn(f"Warning: there are {quantity(len(problems) - REPORTED, 'more problem')} of this kind.")
 
 
 def report_discarded(debug: bool) -> None:

@@ -41,7 +41,7 @@ from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.model import Peer
 from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import data_format, print_data, print_table, warn
+from calicoctl.output import data_format, print_data, print_table, warn, warn_of_each
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -119,8 +119,7 @@ def _show(arguments: dict[str, Any], of_this_host: bool) -> None:
     for version in versions:
         peers, invalid = datastore.readable_bgp_peers(version, host)
         found += peers
-        for error in invalid:
-            warn(f"Warning: {error}")
+        warn_of_each(invalid)
     if form:
         print_data([peer.to_dict() for peer in found], form)
     else:

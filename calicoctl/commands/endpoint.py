@@ -79,7 +79,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
 from calicoctl.errors import CalicoError, InvalidValue, NotFound, NotRoot, UsageError, about, printable
 from calicoctl.grammar import Prepared, parse, require_root
-from calicoctl.output import abridges, data_format, first_few, print_data, print_table, quantity, warn
+from calicoctl.output import abridges, data_format, first_few, print_data, print_table, quantity, warn, warn_of_each
 from calicoctl.workloads import docker_networks, libnetwork, network_profiles
 from calicoctl.workloads.docker_networks import Connection
 from calicoctl.workloads.libnetwork import LIBNETWORK
@@ -298,15 +298,14 @@ def readable_endpoints(
 ) -> list[Endpoint]:
     """Return the valid endpoints of all hosts that are `wanted`, in display order (see `display_order`).
 
-    Prints a warning for each invalid endpoint.
+    Prints warnings about invalid endpoints.
     """
     return _in_order(datastore.readable_endpoints(wanted=wanted))
 
 
 def _in_order(read: tuple[list[Endpoint], list[InvalidValue]]) -> list[Endpoint]:
-    """Return the valid endpoints that were read, in display order. Print a warning for each invalid one."""
-    for error in sorted(read[1], key=lambda error: error.key):
-        warn(f"Warning: {error}")
+    """Return the valid endpoints that were read, in display order. Print warnings about invalid ones."""
+    warn_of_each(sorted(read[1], key=lambda error: error.key))
     return sorted(read[0], key=display_order)
 
 

@@ -44,7 +44,7 @@ from calicoctl.datastore.usage import counter, usages
 from calicoctl.diagnose import audit
 from calicoctl.errors import CalicoError, NotFound, for_each, one_line
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import data_format, first_few, print_data, print_table, quantity, warn
+from calicoctl.output import data_format, first_few, print_data, print_table, quantity, warn, warn_of_each
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -147,8 +147,7 @@ def _show(form: str | None) -> None:
     for version in (4, 6):
         pools = readable_pools(datastore, version)
         counts, invalid = datastore.ipam.blocks(version, counter(pools))
-        for error in sorted(invalid, key=lambda error: error.key):
-            warn(f"Warning: {error}")
+        warn_of_each(sorted(invalid, key=lambda error: error.key))
         found += usages(pools, counts)
     if form:
         print_data([asdict(usage) for usage in found], form)

@@ -47,7 +47,7 @@ from calicoctl import clock, files
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import data_format, print_data, print_table, quantity, warn
+from calicoctl.output import data_format, print_data, print_table, quantity, warn_of_each
 
 if TYPE_CHECKING:
     from calicoctl.diagnose.network_map import NetworkMap
@@ -69,8 +69,7 @@ def _show(form: str | None, complete: bool) -> None:
     heading, rows = network.table()
     for columns in _parts(heading, rows, complete):
         print_table([heading[n] for n in columns], [[row[n] for n in columns] for row in rows], complete=complete)
-    for key, problem in network.problems():
-        warn(f"Warning: {key}: {problem}")
+    warn_of_each([f"{key}: {problem}" for key, problem in network.problems()])
 
 
 def _write(file: Path) -> None:

@@ -57,7 +57,7 @@ from calicoctl.datastore.model import NEVER, VXLAN_MODES, Pool
 from calicoctl.datastore.pools import check_new, refuse_overlap
 from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import data_format, first_few, print_data, print_table, quantity, warn
+from calicoctl.output import data_format, first_few, print_data, print_table, quantity, warn, warn_of_each
 from calicoctl.workloads import host_network
 
 if TYPE_CHECKING:
@@ -226,8 +226,7 @@ def warn_of_overlaps(cidrs: Iterable[str]) -> None:
 
 
 def readable_pools(datastore: DatastoreClient, version: int) -> list[Pool]:
-    """Return the valid pools of an IP version. Prints a warning for each invalid pool."""
+    """Return the valid pools of an IP version. Prints warnings about invalid pools."""
     pools, invalid = datastore.readable_pools(version)
-    for error in invalid:
-        warn(f"Warning: {error}")
+    warn_of_each(invalid)
     return pools

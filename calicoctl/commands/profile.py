@@ -90,7 +90,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.model import Endpoint, Rule, Rules
 from calicoctl.errors import CalicoError, Failed, InvalidValue, NotFound, UsageError, for_each, one_line, printable
 from calicoctl.grammar import Prepared, parse, require_root
-from calicoctl.output import abridges, data_format, first_few, print_data, print_table, quantity, warn
+from calicoctl.output import abridges, data_format, first_few, print_data, print_table, quantity, warn, warn_of_each
 from calicoctl.policy.rules import check_name
 from calicoctl.workloads import network_profiles
 from calicoctl.workloads.workload import short_id
@@ -142,9 +142,10 @@ def _show(arguments: dict[str, Any]) -> None:
     endpoints = readable_endpoints(datastore)
     if form:
         copy, unread = datastore.copied(keys.PROFILES)  # of each by itself, there would be two requests
-        for entry in unread:
-            warn(f"Warning: {InvalidValue(entry.key, str(entry.problem))}")
-        print_data([_as_json(copy, name, endpoints) for name in names if copy.profile_exists(name)], form)
+        invalid = [InvalidValue(entry.key, str(entry.problem)) for entry in unread]
+        shown = [_as_json(copy, name, endpoints, invalid) for name in names if copy.profile_exists(name)]
+        warn_of_each(invalid)
+        print_data(shown, form)
         return
     short = abridges(arguments)
     rows: list[list[str]] = []
@@ -165,18 +166,20 @@ def _show(arguments: dict[str, Any]) -> None:
     print_table(columns, rows, expendable=("Orchestrator ID", "Endpoint ID"), complete=not short)
 
 
-def _as_json(datastore: DatastoreClient, name: str, endpoints: list[Endpoint]) -> dict[str, Any]:
+def _as_json(
+    datastore: DatastoreClient, name: str, endpoints: list[Endpoint], invalid: list[InvalidValue]
+) -> dict[str, Any]:
     """Return a profile for JSON: its name, tags and rules, and which of `endpoints` have it.
 
     Each of these endpoints has the fields of EndpointId, the name of its workload, and its state. If the tags are
-    invalid, the field `tags` is None, and a warning is printed; the same holds for the rules.
+    invalid, the field `tags` is None, and the error is appended to `invalid`; the same holds for the rules.
     """
 
     def readable(read: Callable[[], T]) -> T | None:
         try:
             return read()
         except InvalidValue as error:
-            warn(f"Warning: {error}")
+            invalid.append(error)
             return None
 
     return {

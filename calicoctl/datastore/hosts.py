@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from calicoctl import limits
 from calicoctl.datastore import config, keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool, load_object
@@ -93,12 +94,13 @@ class Hosts:
 
         for entry in self._store.tree(keys.BGP_HOSTS):
             name, _, setting = entry.key[len(keys.BGP_HOSTS) + 1 :].partition("/")
+            value = limits.shortened(entry.value, limits.NAME) or None
             if setting == "ip_addr_v4":
-                summary(name).ipv4 = entry.value or None
+                summary(name).ipv4 = value
             elif setting == "ip_addr_v6":
-                summary(name).ipv6 = entry.value or None
+                summary(name).ipv6 = value
             elif setting == "as_num":
-                summary(name).as_num = entry.value or None
+                summary(name).as_num = value
         reports = _Reports(self._store, keys.FELIX_HOSTS)
         for name, heartbeat in reports.heartbeats.items():
             summary(name).agent = "starting" if heartbeat.get("first_update") is False else "up"
@@ -111,7 +113,7 @@ class Hosts:
             if id is not None:
                 return sys.intern(id.host), reports.status(id)[0], None
             host = keys.parse_host_bird_ip(entry.key) if entry.problem is None else None
-            return None if host is None else (host, None, entry.value)
+            return None if host is None else (host, None, limits.shortened(entry.value, limits.NAME))
 
         for name, status, address in self._store.collect(keys.HOSTS, registered):
             if status is not None:

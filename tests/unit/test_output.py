@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calicoctl import output
-from calicoctl.output import first_few, fit, print_data, print_table, quantity
+from calicoctl.output import first_few, fit, print_data, print_table, quantity, warn_of_each
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 ROW = ["host1", "docker", "web", "8573cd44e783", "192.168.0.1\nfd80::1", "aa:bb:cc:dd:ee:01", "a\nb", "active"]
@@ -94,3 +94,11 @@ def test_an_iterator_is_printed_as_an_array(items: list[Any], form: str, capsys:
     printed = capsys.readouterr().out
     print_data(items, form)
     assert printed == capsys.readouterr().out
+
+
+def test_warnings_are_bounded(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever may write to the store can have thousands of keys warned of."""
+    warn_of_each([f"key {number}" for number in range(100)])
+    assert capsys.readouterr().err.splitlines() == [f"Warning: key {number}" for number in range(100)]
+    warn_of_each(["x"] * 40_000)
+    assert capsys.readouterr().err.splitlines()[100:] == ["Warning: there are 39900 more problems of this kind."]
