@@ -49,7 +49,7 @@ class Sandbox:
     def start(self, one: Daemon, script: str = "") -> bool:
         return one.start(lambda: self.command(script), self.adopted.append)
 
-    def supervise(self, one: Daemon, failures: Sequence[Exception] = ()) -> None:
+    def supervise(self, one: Daemon, failures: Sequence[Exception] = (), script: str = "") -> None:
         """Supervise it until the end of the test; the first launches fail with `failures`."""
         left = list(failures)
 
@@ -57,7 +57,7 @@ class Sandbox:
             with self.launching:
                 if left:
                     raise left.pop()
-                one.launch(self.command, self.adopted.append)
+                one.launch(lambda: self.command(script), self.adopted.append)
 
         one.supervise(launch)
 
@@ -82,8 +82,7 @@ def test_the_log_of_a_supervised_daemon_does_not_grow_for_ever(
     monkeypatch.setattr(logs, "LARGEST", 10_000)
     monkeypatch.setattr(daemon, "LOG_INTERVAL", 0.01)
     script = f"touch {sandbox.ready}; while :; do seq 100000 101000; touch {sandbox.folder}/written; sleep 0.05; done"
-    one = sandbox.daemon()
-    one.supervise(lambda: one.launch(lambda: sandbox.command(script), sandbox.adopted.append))
+    sandbox.supervise(sandbox.daemon(), script=script)
     for _ in range(3):  # it goes on writing at the end of what is left
         (sandbox.folder / "written").unlink(missing_ok=True)
         wait_for((sandbox.folder / "written").exists)
