@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import select
 import socket
-import struct
 from contextlib import suppress
 from pathlib import Path
+
+from calicoctl.sockets import peer
 
 START_TIME, STATE = 19, 0
 """Indices of fields in /proc/PID/stat, counted from 0 at the field after the command's name. Source: proc(5)."""
@@ -94,16 +95,6 @@ def listener(path: str) -> int:
         probe.settimeout(5)
         probe.connect(path)
         return peer(probe)[0]
-
-
-def peer(connection: socket.socket) -> tuple[int, int]:
-    """Return the ids of the process and of the user at the other end of a Unix socket's connection. Raises OSError.
-
-    For a socket that listens, that is who listens there. Source: unix(7), SO_PEERCRED.
-    """
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, user, _ = struct.unpack("3i", credentials)
-    return pid, user
 
 
 def notify_ready() -> None:

@@ -19,12 +19,9 @@ def listen(path: Path, flags: int, backlog: int) -> socket.socket:
     new = path.with_suffix(f".{os.getpid()}")
     new.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, flags)
-    before = os.umask(0o177)
-    try:
-        with _short(new) as short:
-            listening.bind(short)
-    finally:
-        os.umask(before)
+    with _short(new) as short:
+        listening.bind(short)
+    new.chmod(0o600)  # before anybody can connect; a umask would be that of all threads
     listening.listen(backlog)
     new.replace(path)
     return listening
@@ -45,8 +42,17 @@ def connect(path: Path, flags: int) -> socket.socket:
 
 def is_of_root(connection: socket.socket) -> bool:
     """Return whether the process at the other end runs as root. Raises OSError."""
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return bool(user == 0)
+    return peer(connection)[1] == 0
+
+
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """Return the ids of the process and of the user at the other end of a connection. Raises OSError.
+
+    For a socket that listens, that is who listens there. Source: unix(7), SO_PEERCRED.
+    """
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, user, _ = struct.unpack("3i", credentials)
+    return pid, user
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from calicoctl import environment, proc
+from calicoctl import environment, sockets
 from calicoctl.cli import command_client as client
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import CalicoError
@@ -68,7 +68,7 @@ class Fit:
 
     def suits(self, connection: socket.socket, hello: Hello) -> bool:
         """Return whether a client may be served. Raises OSError if it has ended."""
-        pid, user = proc.peer(connection)
+        pid, user = sockets.peer(connection)
         if user != 0 or os.fsdecode(hello.package) != client.package() or _surroundings(pid) != self._surroundings:
             return False
         if b"" in hello.variables:  # nobody can set it

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType
 
-from calicoctl import proc, programs
+from calicoctl import programs, sockets
 from calicoctl.cli import command_client as client
 from calicoctl.cli import main
 from calicoctl.cli.command_fit import Hello
@@ -80,7 +80,7 @@ class Worker:
         umask, errors, *arguments = words.split(client.SEPARATOR)
         try:
             with suppress(OSError):  # it has ended, or this process may not take its priority
-                os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, proc.peer(connection)[0]))
+                os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, sockets.peer(connection)[0]))
             self._become(hello.variables, int(umask, 8), errors.decode(), descriptors)
             self._client = connection
             fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
