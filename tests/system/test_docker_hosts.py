@@ -70,7 +70,7 @@ class DockerHost:
     def networks(self) -> list[dict]:
         """Return what this host's files say of its networks."""
         folder = self.host.home / "lib/calico" / self.host.name / "networks"
-        return [json.loads(file.read_text()) for file in folder.glob("*")]
+        return [json.loads(file.read_text()) for file in folder.glob("[!.]*")]  # others are being written
 
     def start_container(self, name: str, network: str, *options: str, check: bool = True) -> Result:
         words = ("--stop-signal=KILL", "--net", network, "--name", name, *options, "-tid", "busybox")

@@ -22,6 +22,9 @@ MAKE_PACKAGES = ("make", "packages", "TEST_HERE=")
 
 ENGINE = ("docker", "dockerd", "containerd", "runc", "docker-proxy", "docker-init")
 
+PYTHON = {"python3-venv", "python3-yaml"}
+"""Packages that are installed on each machine, since the tests need them to run."""
+
 CONTAINERD_IO = {
     "Package": "containerd.io",
     "Provides": "containerd, runc",
@@ -118,8 +121,11 @@ class Machine:
             index += run("dpkg-deb", "--field", str(file)).out
             index += f"Filename: ./{file.name}\nSize: {file.stat().st_size}\nSHA256: {digest}\n\n"
         (repository / "Packages").write_text(index)
-        installed = "Package: python3-venv\nStatus: install ok installed\nVersion: 3\nArchitecture: all\n"
-        installed += "Maintainer: nobody\nDescription: stand-in\n"
+        installed = "\n".join(
+            f"Package: {name}\nStatus: install ok installed\nVersion: 3\nArchitecture: all\nMaintainer: nobody\n"
+            "Description: stand-in\n"
+            for name in PYTHON
+        )
         script = f"""
             rm -rf /var/lib/dpkg /var/lib/apt /var/cache/apt /etc/apt
             mkdir -p /var/lib/dpkg/info /var/lib/dpkg/updates /var/lib/dpkg/triggers
@@ -183,7 +189,7 @@ class Machine:
 
     def packages(self) -> set[str]:
         lines = self.run("dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n").out.splitlines()
-        return {line.split()[0] for line in lines if line.endswith(" installed")} - {"python3-venv"}
+        return {line.split()[0] for line in lines if line.endswith(" installed")} - PYTHON
 
 
 @pytest.mark.parametrize("release", [DEBIAN_12, DEBIAN_13], ids=["docker in docker.io", "docker in docker-cli"])
