@@ -86,17 +86,18 @@ class Stored:
         """Return the endpoints by what a file may call them.
 
         That is HOST/ORCHESTRATOR/WORKLOAD, where WORKLOAD is the id or the name of the workload, which may have several
-        endpoints; and the same with /ENDPOINT, the endpoint's id.
+        endpoints; and the same with /ENDPOINT, the endpoint's id. If the name of a workload is the id of another one,
+        it means that other one.
         """
-        found: dict[str, list[EndpointId]] = defaultdict(list)
+        by_id: dict[str, list[EndpointId]] = defaultdict(list)
+        by_name: dict[str, list[EndpointId]] = defaultdict(list)
         for id, (_, endpoint) in self.endpoints.items():
-            for workload in {id.workload, endpoint.workload_name or id.workload}:
-                if "/" in workload:  # no Docker container has such a name
-                    continue
-                place = f"{id.host}/{id.orchestrator}/{workload}"
-                found[place].append(id)
-                found[f"{place}/{id.endpoint}"].append(id)
-        return found
+            for found, workload in ((by_id, id.workload), (by_name, endpoint.workload_name)):
+                if workload and "/" not in workload:  # no Docker container has such a name
+                    place = f"{id.host}/{id.orchestrator}/{workload}"
+                    found[place].append(id)
+                    found[f"{place}/{id.endpoint}"].append(id)
+        return {**by_name, **by_id}
 
 
 def read(datastore: DatastoreClient) -> Stored:
@@ -291,7 +292,7 @@ def _endpoints(stored: Stored) -> dict[str, Any]:
             f"{id.host}/{id.orchestrator}/{workload}" for workload in (endpoint.workload_name, id.workload) if workload
         ]
         names = [place for place in places if place.count("/") == 2] + [f"{places[-1]}/{id.endpoint}"]
-        shown[next((name for name in names if named[name] == [id]), names[-1])] = Inline(endpoint.profile_ids)
+        shown[next((name for name in names if named.get(name) == [id]), names[-1])] = Inline(endpoint.profile_ids)
     return dict(sorted(shown.items()))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from calicoctl.cli.main import main
@@ -100,6 +100,17 @@ CONTENTS = st.one_of(
 )
 
 
+_ENDPOINT = "/calico/v1/host/host1/workload/namespace/{}/endpoint/e1"
+
+
+@example(  # the name of a workload is the id of another one
+    [
+        (_ENDPOINT.format("1:20"), {"profile_ids": [], "workload_name": "abc"}),
+        (_ENDPOINT.format("abc"), {"profile_ids": ["a"], "workload_name": None}),
+    ],
+    [],
+    False,
+)
 @given(st.lists(CONTENTS, max_size=8), st.lists(st.tuples(CONTENTS, st.text(max_size=3)), max_size=1), st.booleans())
 def test_an_export_never_differs_from_its_store(contents: list, invalid: list, modern: bool) -> None:
     store = MemoryStore(modern)
