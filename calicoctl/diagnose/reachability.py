@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple, TypeVar
 
 from calicoctl.addresses import version_of
+from calicoctl.datastore import keys
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Rule
 from calicoctl.desired.local_endpoint import usable_addresses
@@ -283,7 +284,7 @@ class Reachability:
 
     def _add_endpoints(self) -> None:
         found = self._enforcement.endpoints
-        for id in sorted(found, key=lambda id: (id.host, called(found[id]), id)):
+        for id in sorted(found, key=lambda id: (id.host, called(found[id]), keys.endpoint(id))):
             endpoint, seen = found[id], self._enforcement.seen_by(id.host)
             local = seen.local.get(id)
             problem = local.conflict if local else seen.unusable.get(id, (0, "it no longer exists"))[1]

@@ -336,3 +336,14 @@ def test_a_network_without_endpoints_has_a_map() -> None:
     found = World().map()
     assert found.to_dict()["reach"] == [[None] * 2] * 2
     assert found.table()[1][-1] == ["own host", "", "", ""]
+
+
+def test_endpoints_of_one_host_may_have_the_same_name() -> None:
+    """A name is not an id: a workload may have several endpoints, and the ids of workloads are shortened."""
+    world = World()
+    for number in (2, 1):
+        world.endpoint(number, f"10.65.0.{number}", workload_name="web")
+    assert [(node.name, node.addresses) for node in world.map().reach.endpoints] == [
+        ("web", ("10.65.0.1",)),
+        ("web", ("10.65.0.2",)),
+    ]
