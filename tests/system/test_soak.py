@@ -34,6 +34,7 @@ from tests.system.support import (
     run,
     start_docker,
     wait_for,
+    without_what_packets_change,
 )
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "20"))
@@ -287,7 +288,7 @@ class Soak:
         text = run("sh", "-c", "ip route show proto 80; ip -6 route show proto 80").out
         if {line.split()[0] for line in text.splitlines()} != routed:
             return f"routes: {text} {routed}"
-        rules = run("nft", "list", "ruleset").out
+        rules = without_what_packets_change(run("nft", "--stateless", "list", "ruleset").out)
         names = set(re.findall(r"cali[0-9a-f]{11}", rules))
         if names != {record["name"] for record in active.values()}:
             return f"interfaces in tables: {names} {active}"
