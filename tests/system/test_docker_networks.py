@@ -493,18 +493,6 @@ def test_containers_that_are_restarted_wait_for_etcd(
         assert len(plugin_log().splitlines()) < 200
 
 
-def test_a_container_that_is_restarted_while_the_data_is_frozen_is_started_afterwards(served: AgentHost) -> None:
-    create("net1")
-    start("web", "net1", "--restart=always")
-    served.etcd.put("/calico/v1/Ready", "false")
-    os.kill(inspected("web")["State"]["Pid"], signal.SIGKILL)
-    # some versions of Docker do not keep why a restart failed
-    wait_for(lambda: inspected("web")["State"]["Status"] == "exited", "the refusal")
-    assert not running("web")
-    served.etcd.put("/calico/v1/Ready", "true")
-    wait_for(lambda: running("web"), f"the container\n{plugin_log()}")
-
-
 def running(name: str) -> bool:
     return bool(inspected(name)["State"]["Running"])
 
