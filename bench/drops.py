@@ -27,6 +27,9 @@ from tests.system.traffic import inside, ping
 RATE = 10_000
 """Packets a second."""
 
+MEASURED = 10.0
+"""Seconds for which the agent's CPU time is measured."""
+
 STREAM = 0.5
 """Seconds for which a stream is measured. What else the machine does changes less between two short ones."""
 
@@ -45,7 +48,7 @@ def flood(namespace: str, address: str) -> Iterator[None]:
                     for _ in range(due):
                         client.send(b"x")
                     sent += due
-                    time.sleep(0.002)
+                    time.sleep(0.002)  # then some 20 packets are due
             finally:
                 os._exit(1)
         try:
@@ -116,9 +119,9 @@ def run_all(host: AgentHost, pairs: int) -> None:
 
     report_ratio("TCP between two workloads while a third one floods", "at least 0.95", flooded, alone, pairs)
     with flood("c", B4):
-        time.sleep(1)  # the burst of the sample is over
+        time.sleep(1)  # then the burst of the sample is over, which no event tells
         before, count, start = cpu_seconds(host.pid), dropped(), time.perf_counter()
-        time.sleep(10)
+        time.sleep(MEASURED)
         seconds = time.perf_counter() - start
         report("... packets that are dropped a second", "", (dropped() - count) / seconds)
         report("... CPU of the agent, % of a core", "under 10", 100 * (cpu_seconds(host.pid) - before) / seconds)

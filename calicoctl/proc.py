@@ -12,7 +12,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from calicoctl.sockets import peer
+from calicoctl.sockets import connect, peer
 
 START_TIME, STATE = 19, 0
 """Indices of fields in /proc/PID/stat, counted from 0 at the field after the command's name. Source: proc(5)."""
@@ -91,9 +91,7 @@ def listener(path: str) -> int:
 
     Raises OSError if nothing accepts connections there.
     """
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(5)
-        probe.connect(path)
+    with connect(Path(path), socket.SOCK_STREAM) as probe:
         return peer(probe)[0]
 
 

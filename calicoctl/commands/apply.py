@@ -57,10 +57,6 @@ if TYPE_CHECKING:
 DIFFERENT = 3
 """The exit status for --dry-run if something differs."""
 
-ADD = "+"
-WORDS = {ADD: "add", "~": "change", "-": "remove"}
-"""The signs of differences in the words of the field `change`."""
-
 
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
@@ -108,7 +104,7 @@ class _Shown:
             for line in new:
                 print(one_line(line))
             sys.stdout.flush()  # before anything is changed
-        pools = [one.name for one in new.values() if one.kind == "pool" and one.sign == ADD]
+        pools = [one.name for one in new.values() if one.kind == "pool" and one.word == "add"]
         if pools:
             warn_of_overlaps(pools)
 
@@ -119,7 +115,7 @@ class _Shown:
                     "changed": bool(self.lines),
                     "dry_run": dry_run,
                     "differences": [
-                        {"change": WORDS[one.sign], "kind": one.kind, "name": one.name, "detail": one.detail or None}
+                        {"change": one.word, "kind": one.kind, "name": one.name, "detail": one.detail or None}
                         for one in self.lines.values()
                     ],
                     "missing_endpoints": self.missing,

@@ -51,6 +51,11 @@ class Difference:
     name: str
     detail: str = ""
 
+    @property
+    def word(self) -> str:
+        """What `sign` stands for, as a verb."""
+        return {ADD: "add", CHANGE: "change", REMOVE: "remove"}[self.sign]
+
     def __str__(self) -> str:
         return f"{self.sign} {self.kind} {self.name}" + (f": {self.detail}" if self.detail else "")
 

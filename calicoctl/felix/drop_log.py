@@ -131,12 +131,12 @@ class DropServer(threading.Thread):
                 if str(error) != said:
                     log.warning("dropped packets cannot be shown, since nobody can listen at %s: %s", self._path, error)
                 said = str(error)
-                time.sleep(_PAUSE)
+                time.sleep(_PAUSE)  # nothing tells when there is room again
         while True:
             try:
                 connection, _ = listening.accept()
             except OSError:  # no file descriptor is free
-                time.sleep(shortage.PAUSE)
+                time.sleep(shortage.PAUSE)  # nothing tells when one is
                 continue
             if not self._room.acquire(blocking=False):
                 connection.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import struct
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from calicoctl.felix.drop_log import ALL, FOLLOW, MOST, PERIOD, DropLog, DropSer
 from calicoctl.felix.events import PacketsLogged, Tick
 from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import World
+from tests.unit.waiting import wait_for
 
 A, B, A6 = "192.168.0.1", "192.168.0.2", "fd00::1"
 
@@ -200,8 +200,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: DropLog) -> Pa
     monkeypatch.setattr(process, "DIRECTORY", tmp_path)
     DropServer("host1", kept).start()
     path = tmp_path / "host1" / "drops.sock"
-    while not path.exists():
-        time.sleep(0.01)
+    wait_for(path.exists)
     return path
 
 
@@ -250,7 +249,4 @@ def test_no_more_clients_are_served_than_there_is_room_for(tmp_path: Path, monke
     assert answer(path) == b""
     for client in followers:
         client.close()
-    while True:  # the server notices within a second that they have gone
-        if answer(path):
-            break
-        time.sleep(0.05)
+    wait_for(lambda: answer(path))  # the server notices within a second that they have gone

@@ -103,7 +103,8 @@ one connection's packets leaves room for others. There is a limit for each part,
 can evade, such as packets without ports, and one for all interfaces.
 """
 
-_SPELLABLE = re.compile(r"[A-Za-z0-9_.-]{1,15}", re.ASCII)
+SPELLABLE = re.compile(r"[A-Za-z0-9_.-]{1,15}", re.ASCII)
+"""Names of interfaces that may stand in the text of an element. Elements of others are not carried over, nor removed."""
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 
 
@@ -182,7 +183,7 @@ def skeleton(counts: Counts) -> str:
     elements = ", ".join(
         f'"{interface}" . {number} counter packets {count.packets} bytes {count.bytes}'
         for (interface, number), count in counts.drops.items()
-        if number in KINDS and _SPELLABLE.fullmatch(interface)
+        if number in KINDS and SPELLABLE.fullmatch(interface)
     )
     if elements:
         lines.append(f"add element inet calico {SET} {{ {elements} }}")

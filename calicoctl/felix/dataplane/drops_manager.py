@@ -6,7 +6,6 @@ packets of the sample, and removes the counts of interfaces that exist no more.
 
 from __future__ import annotations
 
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -38,7 +37,6 @@ INTERVAL = 2.0
 
 _NAMES = {number: name for name, number in PROTOCOLS.items()}
 _TRACED = ("tcp", "udp", "icmp", "icmpv6")
-_SPELLABLE = re.compile(r"[A-Za-z0-9_.-]+", re.ASCII)
 
 _WHY = {
     drops.NO_RULE: "no rule matched",
@@ -106,7 +104,9 @@ class DropsManager(Manager):
                 endpoints = self._snapshot.endpoints.items()
                 unknown -= {endpoint.name for id, endpoint in endpoints if id.host == self._snapshot.host}
             gone = [
-                f'"{name}" . {number}' for name, number in counted if name in unknown and _SPELLABLE.fullmatch(name)
+                f'"{name}" . {number}'
+                for name, number in counted
+                if name in unknown and drops.SPELLABLE.fullmatch(name)
             ]
             if gone:
                 self._nft.run(f"delete element inet calico {drops.SET} {{ {', '.join(gone)} }}\n")

@@ -65,7 +65,7 @@ class PacketLog(threading.Thread):
                 self._put(Failure(f"dropped packets cannot be shown by 'calicoctl drops': {why}", "dropped packets"))
             except Exception:  # of any kind: an end of this thread would end what `drops` shows
                 log.exception("%s failed", self.name)
-            time.sleep(PAUSE)
+            time.sleep(PAUSE)  # nothing tells when the group can be joined
 
     def take(self) -> list[Logged]:
         """Return, and remove, the packets that wait."""
