@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from calicoctl.felix.dataplane import drops
 from tests.system.agent import A4, A6, ALLOW, B4, B6, AgentHost
 from tests.system.conftest import clear_host
 from tests.system.support import AS_NOBODY, CALICOCTL, Etcd, free_port, run, wait_for
@@ -143,6 +144,7 @@ def test_a_flood_is_counted_and_a_sample_of_it_is_shown(pair: AgentHost) -> None
     port = free_port()
     pair.kill_agent()
     pair.start_agent(f"--metrics-port={port}")
+    wait_for(lambda: str(drops.GROUP) in Path("/proc/net/netfilter/nfnetlink_log").read_text(), "a receiver of drops")
     inside("a", lambda: send_udp(A4, B4, 3000))
 
     def shown() -> list[str]:

@@ -104,7 +104,7 @@ can evade, such as packets without ports, and one for all interfaces.
 """
 
 SPELLABLE = re.compile(r"[A-Za-z0-9_.-]{1,15}", re.ASCII)
-"""Names of interfaces that may stand in the text of an element. Elements of others are not carried over, nor removed."""
+"""Names of interfaces that may stand in the text of an element. Elements of others are neither kept nor removed."""
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 
 
