@@ -59,7 +59,7 @@ LOST = (
 
 def entry() -> NoReturn:
     """Run the command line of this process, and end the process with the command's exit status."""
-    if sys.stdin is not None and {"batch", "update"} & set(sys.argv) and not os.get_blocking(0):
+    if sys.stdin is not None and {"apply", "batch", "update"} & set(sys.argv) and not os.get_blocking(0):
         os.set_blocking(0, True)  # or a pause of who writes would be taken for the end
     if is_served(sys.argv[1:]):
         _try(CALICOCTL)

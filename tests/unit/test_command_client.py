@@ -97,16 +97,24 @@ def test_the_text_of_a_batch_from_standard_input_can_be_read_again() -> None:
         assert said.stdout == f"{expected} {text}\n"
 
 
-def test_standard_input_that_does_not_block_is_read_to_its_end() -> None:
+@pytest.mark.parametrize(
+    ("words", "texts", "said"),
+    [
+        (["batch"], (b"version\n", b"version\n"), f"{__version__}\n" * 2),
+        (["apply", "-"], (b"pools: {}\n", b"pool: {}\n"), "standard input:2: the file has no 'pool'"),
+    ],
+)
+def test_standard_input_that_does_not_block_is_read_to_its_end(words: list, texts: tuple, said: str) -> None:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    command = [sys.executable, "-m", "calicoctl", "batch"]
-    with subprocess.Popen(command, stdin=reader, stdout=subprocess.PIPE, text=True) as process:
-        os.write(writer, b"version\n")
+    command = [sys.executable, "-m", "calicoctl", *words]
+    pipes = {"stdin": reader, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **pipes, text=True) as process:
+        os.write(writer, texts[0])
         wait_for(lambda: not select.select([reader], [], [], 0)[0], "what was written to be read")
-        os.write(writer, b"version\n")
+        os.write(writer, texts[1])
         os.close(writer)
-        assert process.communicate()[0] == f"{__version__}\n" * 2
+        assert process.communicate()[0].startswith(said)
     os.close(reader)
 
 
