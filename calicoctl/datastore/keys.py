@@ -256,9 +256,12 @@ def implied_directories(key: str) -> list[str]:
     """Return the directories to remove after `key` was deleted, if they are empty then. The deepest comes first.
 
     For the key of an endpoint, these are the directories of the endpoint's workload. For the key of an endpoint's
-    status, these are the directories of the workload's statuses, and that of the orchestrator's statuses. For any other
-    key, there are none. Only stores with directories (etcd's v2 API) need this.
+    status, these are the directories of the workload's statuses, and that of the orchestrator's statuses. For a key of
+    a profile, this is the profile's directory. For any other key, there are none. Only stores with directories (etcd's
+    v2 API) need this.
     """
+    if key.startswith(PROFILES + "/"):
+        return [directory for directory in directories(key) if directory.startswith(PROFILES + "/")]
     # the programs of 2015 expect that all other directories remain
     id, levels = parse_endpoint(key), 2
     if id is None:

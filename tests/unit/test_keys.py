@@ -24,6 +24,13 @@ def test_the_directories_of_a_workload_go_with_its_last_key() -> None:
     assert keys.implied_directories(keys.felix_endpoint(ID)) == [f"{reports}/w/endpoint", f"{reports}/w", reports]
 
 
+def test_the_directory_of_a_profile_goes_with_its_last_key() -> None:
+    profile = keys.profile("web")
+    assert keys.implied_directories(keys.profile_tags("web")) == [profile]
+    assert keys.implied_directories(f"{profile}/a/b") == [f"{profile}/a", profile]
+    assert keys.implied_directories(profile) == []
+
+
 @pytest.mark.parametrize(
     "key",
     [keys.pool(4, "10.0.0.0/8"), keys.felix_status("h"), keys.ipam_handle("x"), keys.bgp_peer(4, "192.0.2.1"), "/a/b"],
