@@ -154,7 +154,7 @@ def _is_ambiguous(text: str) -> bool:
 _CONSTANTS: dict[str, Any] = {"": None, "~": None, "null": None, "true": True, "false": False}
 _CONSTANTS.update({".inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")})
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,4000})", re.ASCII)
-_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+([eE][-+]?[0-9]+)?", re.ASCII)
+_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+([eE][-+][0-9]+)?", re.ASCII)
 
 
 @dataclass
@@ -238,7 +238,7 @@ def _compose(events: Iterable[Any], source: str) -> Node:
         else:
             found = node
     if found is None:
-        raise CalicoError(f"{source}: it is empty")
+        raise CalicoError(f"{source}:1: it is empty")
     return found
 
 

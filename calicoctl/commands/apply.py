@@ -10,8 +10,9 @@ Options:
   --prune                remove what is not in the file, too: pools, profiles,
                          BGP peers and settings; default: leave it as it is
   -o, --output=<FORMAT>  json or yaml: an object with changed, dry_run, the
-                         differences, and missing_endpoints; default: a line
-                         for each difference
+                         differences, and missing_endpoints; after a failure
+                         halfway, with the differences that were applied;
+                         default: a line for each difference
 
 The file has any of the sections pools, profiles, bgp, settings and endpoints;
 what is not in the file is not touched. --prune removes only what belongs to a
@@ -24,7 +25,8 @@ changes nothing, and the error names its line. A pool or profile that is in
 use is not removed, and then nothing else is changed, either. Then the
 difference is printed, and what differs is changed, and nothing else. Fields
 of other programs are kept. If another command changes the same at the same
-time, `apply` reads again, and prints what differs then.
+time, `apply` reads again, and prints what differs then. If it fails or is
+interrupted halfway, it says what it has changed; repeat it to do the rest.
 
 An endpoint in the file that does not exist is named in a warning; everything
 else is applied, and the exit status is 1.
@@ -66,17 +68,22 @@ def prepare(argv: list[str]) -> Prepared:
 def _apply(file: str, dry_run: bool, prune: bool, form: str | None) -> None:
     from calicoctl.configuration import changes, declared, stored
 
-    wanted = declared.parse(_read(file), "standard input" if file == "-" else file)
+    name = "standard input" if file == "-" else file
+    wanted = declared.parse(_read(file, name), name)
     datastore = DatastoreClient.from_environment()
     shown = _Shown(form)
     if dry_run:
         shown.add(changes.compare(datastore, stored.read(datastore), wanted, prune))
     else:
-        changes.apply(datastore, wanted, prune, shown.add)
+        try:
+            changes.apply(datastore, wanted, prune, shown.add, shown.made.extend)
+        except BaseException:  # also if the user interrupts it
+            shown.end_early()
+            raise
     shown.end(dry_run)
     if shown.missing:
         raise CalicoError(
-            f"{quantity(len(shown.missing), 'endpoint')} in {file} {'does' if len(shown.missing) == 1 else 'do'} not "
+            f"{quantity(len(shown.missing), 'endpoint')} in {name} {'does' if len(shown.missing) == 1 else 'do'} not "
             f"exist: {first_few(shown.missing)}"
         )
     if dry_run and shown.lines:
@@ -91,6 +98,8 @@ class _Shown:
         self._warnings: list[str] = []
         self.lines: dict[str, Difference] = {}
         self.missing: list[str] = []
+        self.made: list[Difference] = []
+        """What has been changed, in this order."""
 
     def add(self, changes: Changes) -> None:
         self.missing = changes.missing
@@ -107,6 +116,18 @@ class _Shown:
         pools = [one.name for one in new.values() if one.kind == "pool" and one.word == "add"]
         if pools:
             warn_of_overlaps(pools)
+
+    def end_early(self) -> None:
+        """Print what has been changed, if anything has, before the command fails."""
+        if not self.made:
+            return
+        total, self.lines = len(self.lines), {str(one): one for one in self.made}
+        warn(
+            f"{len(self.lines)} of {quantity(total, 'difference')} were applied, or a few more; the last one was "
+            f"'{self.made[-1]}'. Repeat the command to apply the rest."
+        )
+        if self._form:
+            self.end(dry_run=False)
 
     def end(self, dry_run: bool) -> None:
         if self._form:
@@ -126,16 +147,20 @@ class _Shown:
             print("No difference.")
 
 
-def _read(file: str) -> str:
-    """Return the text of a file, or of standard input for "-". Raises CalicoError."""
+def _read(file: str, name: str) -> str:
+    """Return the text of a file, or of standard input for "-". Errors call it `name`. Raises CalicoError."""
     from calicoctl.yaml_text import LONGEST
 
+    is_input = file == "-"
     try:
-        if file == "-":
-            return sys.stdin.read(LONGEST + 1).removeprefix("\ufeff")
-        with open(file, encoding="utf-8-sig") as stream:
-            return stream.read(LONGEST + 1)
-    except UnicodeDecodeError:
-        raise CalicoError(f"{file} is not UTF-8 text") from None
+        with open(0 if is_input else file, "rb", closefd=not is_input) as stream:  # UTF-8 in any locale
+            content = stream.read(LONGEST + 1)
     except OSError as error:
-        raise CalicoError(f"{file}: {error.strerror}") from None
+        raise CalicoError(f"{name}: {error.strerror}") from None
+    if len(content) > LONGEST:
+        raise CalicoError(f"{name}: it has more than {LONGEST // 1024 // 1024} MiB")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise CalicoError(f"{name}:{line}: it is not UTF-8 text") from None

@@ -1,8 +1,8 @@
 """Compares the configuration in a file with the one in the store, and changes what differs.
 
 `compare` checks everything before anything is changed: what an object that exists may keep, but a new one may not have,
-and what is in use and so cannot be removed. `apply` writes by compare-and-swap; after a conflict with another writer,
-it reads and compares again.
+and what is in use and so cannot be removed. `apply` writes by compare-and-swap alone; after a conflict with another
+writer, it reads and compares again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Callable
 
+from calicoctl import limits
 from calicoctl.addresses import check_unicast, parse_address, parse_cidr, version_of
 from calicoctl.configuration.declared import POOL_FIELDS, Declared, DeclaredProfile, DeclaredRule, Located
 from calicoctl.configuration.stored import PeerId, SettingId, Stored, StoredProfile, read, same
@@ -25,7 +26,7 @@ from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import NEVER, Endpoint, Peer, Pool, Rule, Rules, check_tags, load_object
 from calicoctl.datastore.pools import check_new, refuse_overlap
 from calicoctl.datastore.store import MOST_AT_ONCE, Create, Delete, Entry, Update, Write, pause
-from calicoctl.errors import CalicoError, CompareFailed, Conflict, KeyExists, NotFound
+from calicoctl.errors import CalicoError, CompareFailed, Conflict, InvalidValue, KeyExists
 from calicoctl.output import first_few, quantity
 from calicoctl.policy import rules as policy
 from calicoctl.spelling import did_you_mean, nearest
@@ -62,11 +63,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Step:
-    """The change of an object: what is shown of it, and the writes. `call` does what is no conditional write."""
+    """The change of an object: what is shown of it, and the writes.
+
+    `check` is called after these, and raises CalicoError, after it has undone them, if another writer came before.
+    """
 
     differences: list[Difference]
-    writes: list[Write] = field(default_factory=list)
-    call: Callable[[], object] | None = None
+    writes: Sequence[Write]
+    check: Callable[[], object] | None = None
 
 
 @dataclass
@@ -85,39 +89,52 @@ class Changes:
         return [difference for step in self.steps for difference in step.differences]
 
 
-def apply(datastore: DatastoreClient, declared: Declared, prune: bool, show: Callable[[Changes], None]) -> None:
-    """Make the store hold what a file declares. `show` is called before anything is changed, and after each conflict.
+def apply(
+    datastore: DatastoreClient,
+    declared: Declared,
+    prune: bool,
+    show: Callable[[Changes], None],
+    made: Callable[[list[Difference]], None],
+) -> None:
+    """Make the store hold what a file declares. With `prune`, remove what is not in the file.
 
-    With `prune`, remove what is not in the file. Raises CalicoError, and Conflict if other writers keep interfering.
+    `show` is called before anything is changed, and after each conflict. `made` is called after each commit, with the
+    differences that it has made. Raises CalicoError, and Conflict if other writers keep interfering.
     """
     for attempt in range(ATTEMPTS):
         changes = compare(datastore, read(datastore), declared, prune)
         show(changes)
         try:
-            _write(datastore, changes.steps)
+            for steps in _portions(changes.steps, datastore.atomic):
+                datastore.commit([write for step in steps for write in step.writes])
+                for step in steps:
+                    if step.check is not None:
+                        step.check()
+                made([difference for step in steps for difference in step.differences])
             return
-        except (CompareFailed, KeyExists, NotFound):
+        except (CompareFailed, KeyExists):
             pause(attempt)
     raise Conflict("what is to be changed keeps being modified concurrently; retry")
 
 
-def _write(datastore: DatastoreClient, steps: Sequence[Step]) -> None:
-    waiting: list[Write] = []
+def _portions(steps: Sequence[Step], atomic: bool) -> Iterator[list[Step]]:
+    """Divide steps into the lists that are written by a commit each: as few as possible, if a commit is atomic.
 
-    def flush() -> None:
-        if waiting:
-            datastore.commit(waiting)
-            waiting.clear()
-
+    If not, each step is alone, so that it is known which ones are done. So is a step with a check.
+    """
+    portion: list[Step] = []
+    writes = length = 0
     for step in steps:
-        length = sum(len(write.value) for write in [*waiting, *step.writes] if not isinstance(write, Delete))
-        if len(waiting) + len(step.writes) > MOST_AT_ONCE or length > LONGEST_COMMIT:
-            flush()
-        waiting += step.writes
-        if step.call is not None:
-            flush()
-            step.call()
-    flush()
+        own = sum(len(write.value) for write in step.writes if not isinstance(write, Delete))
+        alone = not atomic or step.check is not None or (portion and portion[-1].check is not None)
+        if portion and (alone or writes + len(step.writes) > MOST_AT_ONCE or length + own > LONGEST_COMMIT):
+            yield portion
+            portion, writes, length = [], 0, 0
+        portion.append(step)
+        writes += len(step.writes)
+        length += own
+    if portion:
+        yield portion
 
 
 def compare(datastore: DatastoreClient, stored: Stored, declared: Declared, prune: bool) -> Changes:
@@ -168,11 +185,13 @@ class _Comparison:
     # Pools
 
     def _pools(self) -> Iterator[Step]:
-        kept = {cidr for cidr in self._stored.pools if not (self._prune and cidr not in (self._declared.pools or {}))}
+        kept = [cidr for cidr in self._stored.pools if not (self._prune and cidr not in (self._declared.pools or {}))]
+        others = [parse_cidr(cidr) for cidr in {**dict.fromkeys(kept), **(self._declared.pools or {})}]
+        has_ipip = False
         for cidr, located in (self._declared.pools or {}).items():
-            self._refuse_problem(keys.pool(version_of(cidr), cidr))
-            entry_and_pool = self._stored.pools.get(cidr)
-            before = None if entry_and_pool is None else entry_and_pool[1]
+            key = keys.pool(version_of(cidr), cidr)
+            self._refuse_problem(key)
+            entry, before = self._stored.pools.get(cidr, (None, None))
             pool = located.value
             extra = {} if before is None else before.extra
             now = Pool(cidr, pool.ipip, pool.masquerade, pool.vxlan, {**extra, **pool.extra})
@@ -180,14 +199,27 @@ class _Comparison:
                 continue
             with _at(located.node):
                 if before is None:
-                    check_new([parse_cidr(cidr)], bool(pool.ipip))
-                    for other in [*kept, *(self._declared.pools or {})]:
-                        refuse_overlap(parse_cidr(cidr), [parse_cidr(other)])
+                    check_new([parse_cidr(cidr)], ipip=False)
+                    refuse_overlap(parse_cidr(cidr), others)
                 self._check_options(before, now)
             self._check_fields(located, extra)
+            has_ipip = has_ipip or bool(now.ipip and not (before and before.ipip))
             details = _fields_changed({} if before is None else _options(before), _options(now, before is None))
-            sign = ADD if before is None else CHANGE
-            yield Step([Difference(sign, "pool", cidr, details)], call=partial(self._datastore.put_pool, pool))
+            difference = Difference(ADD if before is None else CHANGE, "pool", cidr, details)
+            check = None if before is not None else partial(self._datastore.refuse_overlap, key, now)
+            yield Step([difference], [_put(entry, key, _readable(now.to_json(), key, located.node))], check)
+        if has_ipip:
+            yield from self._ipip_enabled()
+
+    def _ipip_enabled(self) -> Iterator[Step]:
+        """Yield the change of the setting that goes with a new pool with ipip, unless the file has the setting."""
+        id = SettingId("felix", None, IPIP.name)
+        entry = self._stored.settings.get(id)
+        if id in self._declared.settings or (entry is not None and entry.value == "true"):
+            return
+        self._refuse_problem(id.key)
+        difference = _changed("setting", id.title, None if entry is None else entry.value, "true")
+        yield Step([difference], [_put(entry, id.key, "true")])
 
     def _check_options(self, before: Pool | None, now: Pool) -> None:
         if before is not None and (before.ipip, before.vxlan) == (now.ipip, now.vxlan):
@@ -198,6 +230,10 @@ class _Comparison:
             raise CalicoError("ipip and vxlan_mode exclude each other: packets of a pool are encapsulated in one way")
         if now.ipip and version_of(now.cidr) == 6:
             raise CalicoError("ipip is for IPv4 alone")
+        if now.ipip:
+            self._warnings.append(
+                f"pool {now.cidr}: this version's agents do not encapsulate in IP-in-IP (ipip): use vxlan_mode instead"
+            )
 
     def _check_fields(self, located: Located[Pool], extra: dict[str, Any]) -> None:
         """Raise CalicoError for an unknown field that is new and looks like a known one."""
@@ -227,8 +263,10 @@ class _Comparison:
         for name, declared in (self._declared.profiles or {}).items():
             stored = self._stored.profiles.get(name)
             if stored is None:
-                yield self._new_profile(name, declared)
+                self._refuse_problem(keys.profile_tags(name), keys.profile_rules(name))
+                yield self._new_profile(name, self._completed(name, declared, StoredProfile()))
                 continue
+            declared = self._completed(name, declared, stored)
             differences: list[Difference] = []
             writes: list[Write] = []
             for found, write in (
@@ -240,20 +278,36 @@ class _Comparison:
             if differences:
                 yield Step(differences, writes)
 
+    def _completed(self, name: str, declared: DeclaredProfile, stored: StoredProfile) -> DeclaredProfile:
+        """Return a declared profile with what `profile add` gives one, where neither the file nor the store has any.
+
+        The store has only a part of a profile if its creation was interrupted.
+        """
+        tags, inbound, outbound = declared.tags, declared.inbound, declared.outbound
+        if tags is None and stored.tags_entry is None and not self._has_problem(keys.profile_tags(name)):
+            tags = [Located(name, declared.node)]
+        if stored.rules_entry is None and not self._has_problem(keys.profile_rules(name)):
+            default = Rules.default(name)
+            if inbound is None:
+                inbound = [DeclaredRule(rule, declared.node) for rule in default.inbound]
+            if outbound is None:
+                outbound = [DeclaredRule(rule, declared.node) for rule in default.outbound]
+        return replace(declared, tags=tags, inbound=inbound, outbound=outbound)
+
     def _new_profile(self, name: str, declared: DeclaredProfile) -> Step:
         with _at(declared.node):
             policy.check_name(name, "profile")
-        tags = [name] if declared.tags is None else _new_tags(declared.tags, [])
-        default = Rules.default(name)
+        tags = _new_tags(declared.tags or [], [])
         rules = Rules(
             name,
-            default.inbound if declared.inbound is None else self._new_rules(name, declared.inbound, []),
-            default.outbound if declared.outbound is None else self._new_rules(name, declared.outbound, []),
+            self._new_rules(name, declared.inbound or [], []),
+            self._new_rules(name, declared.outbound or [], []),
             declared.other_fields,
         )
         with _at(declared.node):
             check_tags(tags)
             text = rules.to_json()
+        _readable(text, keys.profile_rules(name), declared.node)
         details = [f"tag {tag}" for tag in tags]
         for direction, some in (("inbound", rules.inbound), ("outbound", rules.outbound)):
             details += [f"{direction} rule {position}: {_shown(rule)}" for position, rule in enumerate(some, start=1)]
@@ -271,13 +325,13 @@ class _Comparison:
         self._refuse_problem(keys.profile_tags(name))
         before = stored.tags or []
         tags = _new_tags(declared.tags, before)
+        with _at(declared.node):
+            check_tags(tags)
         added, removed = (
             [tag for tag in some if tag not in others] for some, others in ((tags, before), (before, tags))
         )
         if not added and not removed:
             return [], None
-        with _at(declared.node):
-            check_tags(tags)
         signed = [(ADD, tag) for tag in added] + [(REMOVE, tag) for tag in dict.fromkeys(removed)]
         found = [Difference(CHANGE, "profile", name, f"{sign} tag {tag}") for sign, tag in signed]
         return found, _put(stored.tags_entry, keys.profile_tags(name), json.dumps(tags))
@@ -287,7 +341,8 @@ class _Comparison:
     ) -> tuple[list[Difference], Write | None]:
         if declared.inbound is None and declared.outbound is None and not declared.other_fields:
             return [], None
-        self._refuse_problem(keys.profile_rules(name))
+        key = keys.profile_rules(name)
+        self._refuse_problem(key)
         before = stored.rules
         assert before is not None, "invalid rules are a problem"
         every = [*before.inbound, *before.outbound]
@@ -297,6 +352,8 @@ class _Comparison:
             before.outbound if declared.outbound is None else self._new_rules(name, declared.outbound, every),
             {**before.extra, **declared.other_fields},
         )
+        with _at(declared.node):
+            now.check_size()  # before very many are compared
         found = []
         for direction in ("inbound", "outbound"):
             details = _rules_between(direction, getattr(before, direction), getattr(now, direction))
@@ -307,7 +364,7 @@ class _Comparison:
             return [], None
         with _at(declared.node):
             text = now.to_json()
-        return found, _put(stored.rules_entry, keys.profile_rules(name), text)
+        return found, _put(stored.rules_entry, key, _readable(text, key, declared.node))
 
     def _new_rules(self, profile: str, declared: list[DeclaredRule], stored: list[Rule]) -> list[Rule]:
         """Return declared rules. Raise CalicoError for one that no new rule may be like, unless it is in `stored`."""
@@ -337,9 +394,11 @@ class _Comparison:
                     f"{'has' if len(users or keeping) == 1 else 'have'} it ({first_few(some)}); nothing is changed"
                 )
             stored = self._stored.profiles[name]
-            writes = [Delete(entry) for entry in (stored.rules_entry, stored.tags_entry) if entry is not None]
-            remove = partial(self._datastore.remove_profile, name)  # with the directory, and other programs' keys
-            yield Step([Difference(REMOVE, "profile", name)], [*writes], remove)
+            entries = [stored.rules_entry, stored.tags_entry, *self._stored.foreign.get(name, [])]
+            writes = [Delete(entry) for entry in entries if entry is not None]
+            yield Step([Difference(REMOVE, "profile", name)], writes[:MOST_AT_ONCE])
+            for start in range(MOST_AT_ONCE, len(writes), MOST_AT_ONCE):
+                yield Step([], writes[start : start + MOST_AT_ONCE])
 
     def _warn_of_tags(self) -> None:
         """Warn of each tag in the declared rules that no profile has, since it may be misspelt."""
@@ -396,7 +455,7 @@ class _Comparison:
         fields = [{} if one is None else _without_ip(one) for one in (before, now)]
         sign = ADD if before is None else CHANGE
         difference = Difference(sign, "bgp peer", _peer_name(host, ip), _fields_changed(*fields))
-        yield Step([difference], [_put(entry, key, now.to_json())])
+        yield Step([difference], [_put(entry, key, _readable(now.to_json(), key, located.node))])
 
     def _check_host(self, host: str | None) -> None:
         if host is not None and host not in self._stored.hosts:
@@ -439,6 +498,8 @@ class _Comparison:
                 raise CalicoError(f"'{value}' is not a valid value for {id.name}: {error}") from None
         if not value.isprintable():
             raise CalicoError(f"{value!a} is not a valid value for {id.name}: it must be one line of text")
+        if len(value) > limits.VALUE:
+            raise CalicoError(f"{id.name} has more than {limits.VALUE // 1024} KiB")
         if id not in self._stored.settings:
             self._check_host(id.host)
 
@@ -465,12 +526,14 @@ class _Comparison:
             profiles = [one.value for one in located.value]
             if profiles == before.profile_ids:
                 continue
-            for number, one in enumerate(located.value):
+            found: set[str] = set()
+            for one in located.value:
                 if one.value not in self._profiles:
                     near = nearest(one.value, self._profiles)
                     raise one.node.error(f"profile {one.value} does not exist{did_you_mean(near and repr(near))}")
-                if one.value in profiles[:number]:
+                if one.value in found:
                     raise one.node.error(f"profile {one.value} is in the list twice")
+                found.add(one.value)
             now = copy(before)
             now.profile_ids = profiles
             with _at(located.node):
@@ -495,6 +558,15 @@ def _at(node: Node) -> Iterator[None]:
 
 def _put(entry: Entry | None, key: str, value: str) -> Write:
     return Create(key, value) if entry is None else Update(entry, value)
+
+
+def _readable(text: str, key: str, node: Node) -> str:
+    """Return the value of `key` that the part `node` declares; raise CalicoError if it could not be read again."""
+    try:
+        load_object(text, key)
+    except InvalidValue as error:
+        raise node.error(f"this cannot be stored: {error.why}") from None
+    return text
 
 
 def _changed(kind: str, name: str, before: object, now: object) -> Difference:
@@ -542,12 +614,13 @@ def _listed(names: list[str]) -> str:
 
 def _new_tags(declared: list[Located[str]], stored: list[str]) -> list[str]:
     """Return declared tags, those that are stored first. Raises CalicoError for a new one that is invalid."""
-    names = {tag.value for tag in declared}
+    names = {tag.value: tag.node for tag in declared}
     tags = [tag for tag in stored if tag in names]
-    for one in declared:
-        if one.value not in tags:
-            with _at(one.node):
-                tags.append(policy.check_name(one.value, "tag"))
+    there = set(tags)
+    for name, node in names.items():
+        if name not in there:
+            with _at(node):
+                tags.append(policy.check_name(name, "tag"))
     return tags
 
 

@@ -68,8 +68,9 @@ class StoredProfile:
 class Stored:
     """The configuration in the store. Each object has the entry that it was read from.
 
-    `pools` are by CIDR. `hosts` are the registered hosts, each with its addresses. `problems` has an error for each key
-    that could not be read, or whose value is invalid, by key: such objects are missing from the other fields.
+    `pools` are by CIDR. `hosts` are the registered hosts, each with its addresses. `foreign` are the entries beside the
+    tags and rules of each profile, which other programs have written. `problems` has an error for each key that could
+    not be read, or whose value is invalid, by key: such objects are missing from the other fields.
     """
 
     pools: dict[str, tuple[Entry, Pool]] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Stored:
     settings: dict[SettingId, Entry] = field(default_factory=dict)
     endpoints: dict[EndpointId, tuple[Entry, Endpoint]] = field(default_factory=dict)
     hosts: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    foreign: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
     problems: dict[str, InvalidValue] = field(default_factory=dict)
 
     def named(self) -> dict[str, list[EndpointId]]:
@@ -168,6 +170,7 @@ def _add(stored: Stored, entry: Entry) -> None:
 def _add_profile(stored: Stored, entry: Entry) -> None:
     name = keys.parse_profile(entry.key)
     if name is None:
+        stored.foreign[entry.key.split("/")[5]].append(entry)
         return
     profile = stored.profiles.setdefault(name, StoredProfile(rules=Rules(name)))
     if keys.last(entry.key) == "tags":

@@ -128,6 +128,11 @@ class DatastoreClient:
         """
         return self._store.collect(keys.ROOT, convert)
 
+    @property
+    def atomic(self) -> bool:
+        """Whether `commit` applies all of its writes or none."""
+        return self._store.atomic
+
     def commit(self, writes: Sequence[Write]) -> None:
         """Apply writes of different keys that were read by this client; see Store.commit."""
         self._store.commit(writes)
@@ -194,11 +199,11 @@ class DatastoreClient:
     def put_pool(self, pool: Pool) -> Pool | None:
         """Create or update a pool; return the previous pool, None if the pool was created.
 
-        The key of an existing pool is preserved, and so are its unknown fields that `pool` does not have. For a pool
-        with IP-in-IP, the global setting IpInIpEnabled is set to `true` as well. Raises CalicoError, and changes
-        nothing, if a new pool overlaps with an older one (callers have checked this before, so the older one was added
-        concurrently), NotFound if the pool was deleted concurrently, Conflict if other writers keep changing it, and
-        InvalidValue if the stored pool is invalid.
+        The key of an existing pool and its unknown fields are preserved. For a pool with IP-in-IP, the global setting
+        IpInIpEnabled is set to `true` as well. Raises CalicoError, and changes nothing, if a new pool overlaps with an
+        older one (callers have checked this before, so the older one was added concurrently), NotFound if the pool was
+        deleted concurrently, Conflict if other writers keep changing it, and InvalidValue if the stored pool is
+        invalid.
         """
         before = self._put_pool(pool)
         if pool.ipip:  # last: a pool that is refused changes nothing
@@ -213,21 +218,24 @@ class DatastoreClient:
             keys.pool(version, pool.cidr),
         )
         if create_if_missing(self._store, key, pool.to_json()):
-            self._refuse_overlap(key, pool)
+            self.refuse_overlap(key, pool)
             return None
         before = pool
 
         def text_of(old: str) -> str | None:
             nonlocal before
             before = Pool.from_json(old, key)
-            now = Pool(pool.cidr, pool.ipip, pool.masquerade, pool.vxlan, {**before.extra, **pool.extra})
-            return None if now.to_json() == before.to_json() else now.to_json()
+            now = Pool(pool.cidr, pool.ipip, pool.masquerade, pool.vxlan, before.extra)
+            return None if now == before else now.to_json()
 
         modify(self._store, key, f"Pool {pool.cidr} was deleted concurrently", text_of)
         return before
 
-    def _refuse_overlap(self, key: str, pool: Pool) -> None:
-        """If an older pool overlaps with `pool`, delete `key`, which was created for `pool`, and raise CalicoError."""
+    def refuse_overlap(self, key: str, pool: Pool) -> None:
+        """If an older pool overlaps with `pool`, delete `key`, just created for `pool`, and raise CalicoError.
+
+        Whoever creates a pool calls this afterwards, since another writer may have added the older one meanwhile.
+        """
         from netaddr.ip import IPNetwork
 
         # of two writers, each reads the pools after its own write, so the later writer always sees the earlier pool

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +14,20 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from calicoctl.cli.main import main
+from calicoctl.cli.main import Interrupted, main
 from calicoctl.configuration import changes
 from calicoctl.configuration.declared import parse
 from calicoctl.configuration.stored import document, read
-from calicoctl.datastore import keys
+from calicoctl.datastore import chosen, keys
 from calicoctl.datastore.blocks import Owner
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool, Rule
-from calicoctl.errors import CalicoError, Frozen
+from calicoctl.errors import CalicoError
 from calicoctl.output import warn
 from calicoctl.yaml_text import DEPTH, LONGEST, dump, load
 from tests.unit.memory_store import MemoryStore
+from tests.unit.test_chosen import World
 
 # Any store
 
@@ -360,7 +364,25 @@ MISTAKES = [
     ("profiles: &a {web: *a}", "file:1: nothing before this line is called &a"),
     ("? [a]\n: b", "file:1: a list or a mapping cannot be a key"),
     ("a\x00b", "file:1: it is no YAML"),
-    ("", "file: it is empty"),
+    ("", "file:1: it is empty"),
+    (
+        f"pools:\n  10.1.0.0/16: {{note: {'[' * 40}{']' * 40}}}",
+        "file:2: this cannot be stored: it is nested deeper than",
+    ),
+    (f"pools:\n  10.1.0.0/16: {{note: {'x' * 600_000}}}", "file:2: this cannot be stored: it has more than 512 KiB"),
+    (
+        f"bgp:\n  peers:\n    192.0.2.9: {{as_num: 1, note: {'[' * 40}{']' * 40}}}",
+        "file:3: this cannot be stored: it is nested deeper than",
+    ),
+    (
+        f"profiles:\n  web:\n    inbound:\n    - {{dscp: {'[' * 40}{']' * 40}}}",
+        "file:2: this cannot be stored: it is nested deeper than",
+    ),
+    (f"profiles:\n  new: {{other_fields: {{n: {'[' * 40}{']' * 40}}}}}", "file:2: this cannot be stored: it is nested"),
+    ("pools:\n  fd00:1::/64: {ipip: tunl0}", "file:2: ipip is for IPv4 alone"),
+    (f"profiles:\n  web:\n    tags: [{', '.join(map(str, range(100_000)))}]", "file:2: a profile can have 256 tags"),
+    (f"profiles:\n  web:\n    inbound: [{'allow, ' * 6000}]", "file:2: a profile can have 5000 rules"),
+    (f"settings:\n  felix:\n    LogFilePath: {'x' * 600_000}", "file:3: LogFilePath has more than 512 KiB"),
     ("- a", "file:1: the file must be a mapping"),
 ]
 
@@ -369,6 +391,7 @@ MISTAKES = [
 def test_a_mistake_changes_nothing_and_its_line_is_named(store: MemoryStore, apply: Any, text: str, why: str) -> None:
     before = values(store)
     status, out, err = apply(f"{text}\n")
+    err = "".join(line for line in err.splitlines(True) if not line.startswith("Warning: file:"))
     assert status == 1 and out == "" and why in err and err.count("\n") == 1, err
     assert values(store) == before
 
@@ -376,8 +399,10 @@ def test_a_mistake_changes_nothing_and_its_line_is_named(store: MemoryStore, app
 def test_bad_usage_and_unreadable_files(store: MemoryStore, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["apply"]) == 2 and main(["apply", "x", "--force"]) == 2
     assert main(["apply", f"{tmp_path}/none"]) == 1 and "none: No such file" in capsys.readouterr().err
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    assert main(["apply", f"{tmp_path}/binary"]) == 1 and "is not UTF-8 text" in capsys.readouterr().err
+    (tmp_path / "binary").write_bytes(b"pools: {}\n\xff\xfe")
+    assert main(["apply", f"{tmp_path}/binary"]) == 1 and "binary:2: it is not UTF-8 text" in capsys.readouterr().err
+    assert main(["apply", "/dev/zero"]) == 1 and "/dev/zero: it has more than 8 MiB" in capsys.readouterr().err
+    assert main(["apply", str(tmp_path)]) == 1 and "Is a directory" in capsys.readouterr().err
     assert main(["export", f"{tmp_path}/none/x"]) == 1 and "No such file" in capsys.readouterr().err
 
 
@@ -463,20 +488,178 @@ def test_another_writer_comes_between(store: MemoryStore, apply: Any) -> None:
     assert status == 1 and "keeps being modified concurrently; retry" in err
 
 
-def test_frozen_data_is_not_changed(store: MemoryStore, apply: Any) -> None:
+def test_a_pool_is_compared_with_what_the_difference_was_computed_from(store: MemoryStore, apply: Any) -> None:
+    other = DatastoreClient(store.client(), "host2")
+
     def fault() -> None:
-        raise Frozen("the data is being moved")
+        store.fault = lambda: None
+        other.put_pool(Pool("10.0.0.0/16", vxlan="always"))
 
     store.fault = fault
-    assert apply("profiles: {web: {tags: [x]}}", "--dry-run")[0] == 3
-    status, _, err = apply("profiles: {web: {tags: [x]}}")
-    assert status == 1 and "the data is being moved" in err
+    status, out, _ = apply("pools: {10.0.0.0/16: {masquerade: true}}")
+    assert status == 0 and out.splitlines() == [
+        "~ pool 10.0.0.0/16: masquerade from false to true",
+        "~ pool 10.0.0.0/16: masquerade from false to true, vxlan_mode from always to never",
+    ]
+
+
+def test_a_pool_gives_way_to_an_older_one_that_overlaps(store: MemoryStore, apply: Any) -> None:
+    other = DatastoreClient(store.client(), "host2")
+
+    def before_the_second() -> None:
+        store.fault = lambda: None
+        other.put_pool(Pool("10.2.0.0/17"))
+
+    def before_the_first() -> None:
+        store.fault = before_the_second
+
+    store.fault = before_the_first
+    status, _, err = apply("pools: {10.1.0.0/16: {}, 10.2.0.0/16: {}}\nprofiles: {new: {}}")
+    assert status == 1 and err.splitlines()[1:] == [
+        "1 of 6 differences were applied, or a few more; the last one was '+ pool 10.1.0.0/16'. Repeat the command to "
+        "apply the rest.",
+        "10.2.0.0/16 overlaps with 10.2.0.0/17, which was added concurrently.",
+    ]
+    assert [pool.cidr for pool in other.pools(4)] == ["10.0.0.0/16", "10.1.0.0/16", "10.2.0.0/17"]
+    assert not other.profile_exists("new")
+
+
+def test_the_setting_that_goes_with_ipip_is_a_difference(store: MemoryStore, apply: Any) -> None:
+    text = "pools: {10.1.0.0/16: {ipip: tunl0}}"
+    setting = keys.config("IpInIpEnabled")
+    status, out, err = apply(f"{text}\nsettings: {{felix: {{IpInIpEnabled: false}}}}")
+    assert (status, out) == (0, "+ pool 10.1.0.0/16: ipip tunl0\n") and setting not in store.entries
+    assert "use vxlan_mode instead" in err
+    assert apply(text)[1] == "No difference.\n"
+    assert (
+        apply(text.replace(".1.", ".2."))[1] == "+ pool 10.2.0.0/16: ipip tunl0\n+ setting felix IpInIpEnabled: true\n"
+    )
+    assert store.entries[setting].value == "true"
+
+
+def test_a_profile_that_another_writer_creates_again_stays(
+    store: MemoryStore, apply: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = DatastoreClient(store.client(), "host2")
+    commit = DatastoreClient.commit
+
+    def then_create(datastore: DatastoreClient, writes: Any) -> None:
+        commit(datastore, writes)
+        other.create_profile("old")
+
+    monkeypatch.setattr(DatastoreClient, "commit", then_create)
+    assert apply("profiles: {web: {}, db: {}}", "--prune")[:2] == (0, "- profile old\n")
+    assert other.tags("old") == ["old"] and len(other.rules("old").inbound) == 1
+
+
+def test_a_profile_goes_with_what_other_programs_have_put_beside_it(store: MemoryStore, apply: Any) -> None:
+    for number in range(150):
+        store.put(f"{keys.profile('old')}/notes/{number}", "x")
+    assert apply("profiles: {web: {}, db: {}}", "--prune")[:2] == (0, "- profile old\n")
+    assert DatastoreClient(store, "host1").profile_names() == ["db", "web"]
+
+
+def test_a_profile_whose_creation_was_interrupted_is_completed(store: MemoryStore, apply: Any) -> None:
+    store.put(keys.profile_tags("half"), '["half"]')
+    store.put(keys.profile_rules("other"), '{"inbound_rules": []}')
+    assert apply("profiles: {half: {}, other: {}, web: {}}")[:2] == (
+        0,
+        "~ profile half: + inbound rule 1: allow from tag half\n~ profile half: + outbound rule 1: allow\n"
+        "~ profile other: + tag other\n",
+    )
+    assert DatastoreClient(store, "host1").rules("half").outbound == [Rule()]
+
+
+TWO_POOLS = "pools: {10.1.0.0/16: {}, 10.2.0.0/16: {}}\nprofiles: {new: {}}"
+
+
+def test_what_was_changed_before_a_failure_is_said(store: MemoryStore, apply: Any) -> None:
+    left = 2
+
+    def fault() -> str | None:
+        nonlocal left
+        left -= 1
+        return "down" if left < 0 else None
+
+    store.fault = fault
+    status, out, err = apply(TWO_POOLS, "--output=json")
+    found = json.loads(out)
+    assert (
+        status == 1
+        and found["changed"]
+        and [one["name"] for one in found["differences"]]
+        == [
+            "10.1.0.0/16",
+            "10.2.0.0/16",
+        ]
+    )
+    said = "2 of 6 differences were applied, or a few more; the last one was '+ pool 10.2.0.0/16'."
+    assert said in err and "etcd cannot be reached" in err
+    status, out, err = apply("profiles: {new: {}}")
+    assert status == 1 and err == "etcd cannot be reached\n"  # nothing was
+
+
+def test_what_was_changed_before_an_interrupt_is_said(store: MemoryStore, apply: Any) -> None:
+    calls = iter([None, Interrupted(2)])
+
+    def fault() -> None:
+        interrupted = next(calls)
+        if interrupted is not None:
+            raise interrupted
+
+    store.fault = fault
+    status, _, err = apply(TWO_POOLS)
+    assert status == 130 and "1 of 6 differences were applied" in err and "Interrupted" in err
+
+
+@pytest.mark.parametrize("api", ["etcdv2", "etcdv3"])
+def test_frozen_data_is_not_changed(apply: Any, api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen, "FRESH", -1)  # Ready is read before each write
+    world = World(api)
+    datastore = DatastoreClient(world.store, "host1")
+    monkeypatch.setattr(DatastoreClient, "from_environment", lambda *of, **options: datastore)
+    monkeypatch.setattr("calicoctl.commands.apply.warn_of_overlaps", lambda cidrs: None)
+    datastore.create_profile("web")
+    world.set_ready("false")
+    assert apply("profiles: {web: {}}")[:2] == (0, "No difference.\n")
+    assert apply(TWO_POOLS, "--dry-run")[0] == 3
+    status, out, err = apply(TWO_POOLS)
+    assert status == 1 and "data is frozen" in err and "applied" not in err and out.count("\n") == 6
+    assert datastore.profile_names() == ["web"] and datastore.pools(4) == []
+
+    # it is frozen between two commits
+    world.set_ready("true")
+    world.frozen = False
+    check = DatastoreClient.refuse_overlap
+
+    def freeze(*arguments: Any) -> None:
+        check(*arguments)
+        world.set_ready("false")
+
+    monkeypatch.setattr(DatastoreClient, "refuse_overlap", freeze)
+    status, _, err = apply(TWO_POOLS)
+    assert status == 1 and "data is frozen" in err and "1 of 6 differences were applied" in err
+    assert [pool.cidr for pool in datastore.pools(4)] == ["10.1.0.0/16"]
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_standard_input_is_utf_8_in_any_locale(locale: str) -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "calicoctl", "apply", "-"],
+        input=b"pools: {}\nprofiles: {\xff: {}}\n",
+        env={
+            **os.environ,
+            "LC_ALL": locale,
+            "PYTHONUTF8": "0",
+            "PYTHONCOERCECLOCALE": "0",
+            "CALICO_ENV_FILE": "/dev/null",
+        },
+        capture_output=True,
+    )
+    assert said.returncode == 1 and said.stderr == b"standard input:2: it is not UTF-8 text\n"
 
 
 def test_only_export_and_apply_import_yaml() -> None:
-    import subprocess
-    import sys
-
     script = "import sys, calicoctl.cli.main, calicoctl.commands.{}; assert 'yaml' not in sys.modules"
     for command in ("apply", "export", "profile", "pool"):
         subprocess.run([sys.executable, "-c", script.format(command)], check=True)

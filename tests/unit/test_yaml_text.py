@@ -15,7 +15,8 @@ from calicoctl.cli.main import main
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool
-from calicoctl.yaml_text import Inline, dump
+from calicoctl.errors import CalicoError
+from calicoctl.yaml_text import Inline, dump, load
 from tests.unit.memory_store import MemoryStore
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
@@ -40,6 +41,13 @@ TRAPS = """no No y N on off yes true null ~ 1 0 017 0o17 0x1f 089 1_000 1e3 1E3 
 @pytest.mark.parametrize("text", [*TRAPS.split(), "", " ", "- a", "a: b", "a #b"])
 def test_texts_that_look_like_something_else_are_quoted(text: str) -> None:
     assert dump([text])[2] in "'\"" and yaml.safe_load(dump({text: [text]})) == {text: [text]}
+
+
+@pytest.mark.parametrize("text", ["1.5e3", "017", "0x1f", "1_000", "1:20", "no", "+1", "1.", "2026-11-27", "Null"])
+def test_a_value_that_readers_understand_differently_is_refused(text: str) -> None:
+    with pytest.raises(CalicoError, match=r"file:1: .* can be understood in several ways"):
+        load(text, "file").data()
+    assert load(f"'{text}'", "file").data() == text
 
 
 def test_the_text_is_one_that_a_person_likes() -> None:
