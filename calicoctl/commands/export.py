@@ -30,13 +30,16 @@ Examples:
 
 from __future__ import annotations
 
+import os
+import stat
 from functools import partial
 from pathlib import Path
 
+from calicoctl import files
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.errors import CalicoError
+from calicoctl.errors import CalicoError, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import quantity, warn
+from calicoctl.output import quantity, warn_of_each
 
 HEADING = "# written by 'calicoctl export'; 'calicoctl apply FILE' makes etcd hold this\n"
 
@@ -56,15 +59,26 @@ def _export(file: str | None) -> None:
         print(text, end="")
     else:
         _write(str(file), text)
-        print(f"The configuration is in {file}")
-    for error in stored.problems.values():
-        warn(f"Warning: {error}")
+        print(f"The configuration is in {printable(str(file))}")
+    warn_of_each([*stored.problems.values()])
     if stored.problems:
         raise CalicoError(f"{quantity(len(stored.problems), 'invalid value')} left out.")
 
 
 def _write(file: str, text: str) -> None:
+    """Write or replace a file, so that nobody ever reads a part of it. Raises CalicoError."""
     try:
-        Path(file).write_text(text, encoding="utf-8")
+        if Path(file).exists() and not Path(file).is_file():  # such as a pipe
+            Path(file).write_text(text, encoding="utf-8")
+            return
+        path = Path(os.path.realpath(file))  # a link stays a link
+        umask = os.umask(0o077)
+        os.umask(umask)
+        mode, owner = 0o666 & ~umask, (-1, -1)
+        if path.exists():
+            before = path.stat()
+            mode = stat.S_IMODE(before.st_mode)
+            owner = (before.st_uid, before.st_gid) if os.geteuid() == 0 else owner
+        files.replace(path, text.encode(), mode, owner, suffix=f".{os.getpid()}").close()
     except OSError as error:
         raise CalicoError(f"{file}: {error.strerror}") from None

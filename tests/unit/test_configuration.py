@@ -642,6 +642,34 @@ def test_frozen_data_is_not_changed(apply: Any, api: str, monkeypatch: pytest.Mo
     assert [pool.cidr for pool in datastore.pools(4)] == ["10.1.0.0/16"]
 
 
+def test_a_file_is_replaced_at_once(
+    store: MemoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, link = tmp_path / "network.yaml", tmp_path / "link"
+    file.write_text("before")
+    file.chmod(0o640)
+    link.symlink_to(file)
+    reader = file.open()
+    assert main(["export", str(link)]) == 0 and link.is_symlink()
+    assert reader.read() == "before"  # whoever has it open reads no part of the new one
+    assert "profiles:" in file.read_text() and file.stat().st_mode & 0o777 == 0o640
+    monkeypatch.setattr("pathlib.Path.rename", lambda *of: pytest.fail("it could not be written"))
+    with pytest.raises(pytest.fail.Exception):
+        main(["export", str(tmp_path / "other")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "network.yaml"]
+    reader.close()
+    assert main(["export", "/dev/full"]) == 1 and "No space left on device" in capsys.readouterr().err
+    assert main(["export", str(tmp_path)]) == 1 and "Is a directory" in capsys.readouterr().err
+
+
+def test_warnings_of_invalid_values_are_bounded(store: MemoryStore, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(300):
+        store.put(keys.profile_rules(f"p{number}"), "{")
+    assert main(["export"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 102 and "300 invalid values left out." in err
+
+
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_standard_input_is_utf_8_in_any_locale(locale: str) -> None:
     said = subprocess.run(
