@@ -16,9 +16,10 @@ Options:
 
 The file has any of the sections pools, profiles, bgp, settings and endpoints;
 what is not in the file is not touched. --prune removes only what belongs to a
-section that is there, and no endpoint. Of a profile, tags, inbound and
-outbound can be left out; a new profile then has those of 'calicoctl profile
-add'. 'calicoctl export' shows each form.
+section that is there, no endpoint, and nothing that has an invalid value in
+etcd, which a warning names. Of a profile, tags, inbound and outbound can be
+left out; a new profile then has those of 'calicoctl profile add'. 'calicoctl
+export' shows each form.
 
 First the whole file is checked, as commands check their arguments: a mistake
 changes nothing, and the error names its line. A pool or profile that is in
@@ -51,7 +52,7 @@ from calicoctl.commands.pool import warn_of_overlaps
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError, Failed, one_line
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import data_format, first_few, print_data, quantity, warn
+from calicoctl.output import data_format, first_few, print_data, quantity, warn, warn_of_each
 
 if TYPE_CHECKING:
     from calicoctl.configuration.changes import Changes, Difference
@@ -95,7 +96,7 @@ class _Shown:
 
     def __init__(self, form: str | None) -> None:
         self._form = form
-        self._warnings: list[str] = []
+        self._warnings: set[str] = set()
         self.lines: dict[str, Difference] = {}
         self.missing: list[str] = []
         self.made: list[Difference] = []
@@ -103,10 +104,9 @@ class _Shown:
 
     def add(self, changes: Changes) -> None:
         self.missing = changes.missing
-        for warning in changes.warnings:
-            if warning not in self._warnings:
-                self._warnings.append(warning)
-                warn(f"Warning: {warning}.")
+        warnings = [f"{warning}." for warning in changes.warnings]
+        warn_of_each([warning for warning in warnings if warning not in self._warnings])
+        self._warnings.update(warnings)
         new = {str(one): one for one in changes.differences if str(one) not in self.lines}
         self.lines.update(new)
         if self._form is None:

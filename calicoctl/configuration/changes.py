@@ -171,6 +171,8 @@ class _Comparison:
             *removed_profiles,  # last: until then, an endpoint has them
         ]
         self._warn_of_tags()
+        if self._prune:
+            self._warnings += map(str, self._stored.problems.values())
         return Changes(steps, self._missing, self._warnings)
 
     def _has_problem(self, beginning: str) -> bool:

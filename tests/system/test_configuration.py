@@ -78,12 +78,13 @@ def test_what_fails_changes_nothing(filled: Host, tmp_path: Path) -> None:
 
 
 def test_several_at_once_lose_nothing(filled: Host, tmp_path: Path) -> None:
-    """Each declares profiles of its own, and one that all declare alike."""
+    """Each declares profiles and a pool of its own, and others that all declare alike."""
     host, names = filled, ("a", "b", "c")
-    for name in names:
+    for number, name in enumerate(names, start=1):
+        pools: dict[str, dict] = {f"10.{number}.0.0/16": {}, "10.9.0.0/16": {"masquerade": True}}
         profiles = {f"{name}{number}": {} for number in range(30)}
         shared = {"shared": {"tags": ["t"], "inbound": ["allow"]}, "web": {"tags": ["web", "t"]}}
-        (tmp_path / name).write_text(yaml.safe_dump({"profiles": {**profiles, **shared}}))
+        (tmp_path / name).write_text(yaml.safe_dump({"pools": pools, "profiles": {**profiles, **shared}}))
     started = [host.start("apply", str(tmp_path / name)) for name in names]
     for process in started:
         out, err = process.communicate(timeout=60)
@@ -92,3 +93,6 @@ def test_several_at_once_lose_nothing(filled: Host, tmp_path: Path) -> None:
     assert there == {"web", "shared", *(f"{name}{number}" for name in names for number in range(30))}
     assert json.loads(host.etcd.get(f"{PROFILES}/shared/tags")) == ["t"]
     assert json.loads(host.etcd.get(f"{PROFILES}/web/tags")) == ["web", "t"]
+    found = {one["cidr"]: one["masquerade"] for one in json.loads(host.ctl("pool", "show", "--ipv4", "-o", "json").out)}
+    own = {f"10.{number}.0.0/16": False for number in range(1, len(names) + 1)}
+    assert {cidr: on for cidr, on in found.items() if cidr.startswith("10.")} == {**own, "10.9.0.0/16": True}

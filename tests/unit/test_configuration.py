@@ -452,7 +452,10 @@ def test_values_that_are_invalid_in_the_store(
     said = capsys.readouterr()
     assert "  web:\n    tags: [web]\n  " in said.out or "  web:\n    tags: [web]\nbgp" in said.out
     assert "web/rules has an invalid value" in said.err and "1 invalid value left out." in said.err
-    assert apply(said.out, "--prune")[:2] == (0, "No difference.\n")
+    assert apply(said.out) == (0, "No difference.\n", "")
+    status, out, err = apply("profiles: {db: {}, old: {}}\nendpoints: {host1/docker/w: [db]}", "--prune")
+    assert status == 0 and "web" in DatastoreClient(store, "host1").profile_names()  # it may be anything
+    assert err.startswith("Warning: etcd key /calico/v1/policy/profile/web/rules has an invalid value: ")
     status, out, err = apply("profiles: {web: {inbound: []}}")
     assert (status, out) == (1, "") and "web/rules has an invalid value" in err
 
@@ -662,12 +665,15 @@ def test_a_file_is_replaced_at_once(
     assert main(["export", str(tmp_path)]) == 1 and "Is a directory" in capsys.readouterr().err
 
 
-def test_warnings_of_invalid_values_are_bounded(store: MemoryStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_are_bounded(store: MemoryStore, apply: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(300):
         store.put(keys.profile_rules(f"p{number}"), "{")
     assert main(["export"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 102 and "300 invalid values left out." in err
+    rules = ", ".join(f"allow from tag t{number}" for number in range(300))
+    err = apply(f"profiles: {{web: {{inbound: [{rules}]}}}}")[2]
+    assert err.count("\n") == 101 and "no profile has the tag t0, so it matches nothing.\n" in err
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
