@@ -130,6 +130,60 @@ def test_an_export_never_differs_from_its_store(contents: list, invalid: list, m
     assert yaml.safe_load(text) == document(stored) or "nan" in text
 
 
+OBJECTS = st.text(max_size=3) | JSON
+RULE_OBJECTS = st.lists(SOUND | st.sampled_from(["allow", "deny udp to ports 53"]) | OBJECTS, max_size=3)
+FILES = st.fixed_dictionaries(
+    {},
+    optional={
+        "pools": st.dictionaries(
+            st.sampled_from(["10.0.0.0/8", "10.1.0.0/16", "fd00:1::/64", "x"]),
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "ipip": st.sampled_from(["tunl0", None]),
+                    "masquerade": st.booleans(),
+                    "vxlan_mode": st.sampled_from(["always", "never"]),
+                    "note": OBJECTS,
+                },
+            ),
+        ),
+        "profiles": st.dictionaries(
+            NAMES,
+            st.fixed_dictionaries(
+                {}, optional={"tags": st.lists(NAMES), "inbound": RULE_OBJECTS, "other_fields": EXTRA | OBJECTS}
+            ),
+            max_size=2,
+        ),
+        "bgp": st.fixed_dictionaries(
+            {},
+            optional={
+                "node-mesh": st.booleans(),
+                "peers": st.dictionaries(
+                    st.sampled_from(["192.0.2.9", "fd00::9"]), st.fixed_dictionaries({"as_num": st.just(1)}) | OBJECTS
+                ),
+            },
+        ),
+        "settings": st.fixed_dictionaries(
+            {}, optional={"felix": st.dictionaries(st.sampled_from(["MTU", "loglevel"]), st.just(1400) | OBJECTS)}
+        ),
+    },
+)
+
+
+@given(FILES, st.booleans(), st.booleans())
+def test_what_was_applied_does_not_differ_any_more(content: dict, prune: bool, modern: bool) -> None:
+    datastore = DatastoreClient(MemoryStore(modern), "host1")
+    datastore.put_pool(Pool("10.1.0.0/16"))
+    datastore.create_profile("web")
+    try:
+        declared = parse(dump(content), "file")
+        changes.apply(datastore, declared, prune, lambda found: None, lambda made: None)
+    except CalicoError:
+        return  # any mistake has a sentence
+    stored = read(datastore)
+    assert changes.compare(datastore, stored, declared, prune).steps == [] and stored.problems == {}
+
+
 # One store
 
 
