@@ -49,8 +49,11 @@ def prepare(argv: list[str]) -> Prepared:
 
 def _drops(follow: bool, form: str | None) -> None:
     from calicoctl.diagnose import dropped
+    from calicoctl.felix import events, process
 
     host = hostname()
+    for why in process.troubles(host, (events.DROPS_LOGGED, events.DROPS_RECEIVED)):
+        warn(f"Warning: {why}.")
     shown: dict[int, int] = {}
     try:
         for drop in dropped.read(host, follow):

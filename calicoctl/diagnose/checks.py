@@ -28,7 +28,7 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX, READY
 from calicoctl.errors import CalicoError, DockerUnavailable
 from calicoctl.felix import process
 from calicoctl.felix.bgp import instance, passwords
-from calicoctl.felix.dataplane import connection_limit, docker_firewall, vxlan
+from calicoctl.felix.dataplane import connection_limit, docker_firewall, drops, vxlan
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.local_etcd import LocalEtcd
 from calicoctl.output import first_few
@@ -36,7 +36,7 @@ from calicoctl.workloads import docker_hook, host_network, netns
 
 MODULES = (
     *("veth", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq"),
-    *("nft_limit", "nft_log", "nft_connlimit", "nft_hash", "vxlan"),
+    *("nft_limit", "nft_log", "nfnetlink_log", "nft_connlimit", "nft_hash", "vxlan"),
 )
 """The modules that `--fix` loads, for kernels that do not load them on demand."""
 
@@ -154,6 +154,7 @@ def _kernel() -> Iterator[Check]:
         ("veth", partial(_try_link, kind="veth", peer={"ifname": "check1"}), True),
         ("nftables: policy, connection tracking, NAT, ARP", lambda: Nft().run(_TABLES), True),
         ("nftables: limits of connections", lambda: Nft().run(limit), False),
+        ("nftables: logging of dropped packets", lambda: Nft().run(drops.trial()), False),
         ("VXLAN (for pools with --vxlan)", partial(_try_link, kind="vxlan", vxlan_id=1, vxlan_port=vxlan.PORT), False),
     ):
         if os.geteuid() != 0:

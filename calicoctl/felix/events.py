@@ -249,6 +249,11 @@ BGP, BGP_CONFIGURATION, BGP_PASSWORDS = "bgp", "bgp configuration", "bgp passwor
 passwords.
 """
 
+DROPS_LOGGED, DROPS_RECEIVED = "dropped packets: logging", "dropped packets: receiving"
+"""Subjects of failures that keep packets from `calicoctl drops`: the kernel cannot log them; the agent does not receive
+them.
+"""
+
 
 @dataclass(frozen=True)
 class OverlayBlocked:

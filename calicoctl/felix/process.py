@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -129,13 +129,14 @@ def _read_report(path: Path, host: str) -> dict[str, object] | None:
     return value if isinstance(value, dict) and value.get("host") == host and "resyncs" in value else None
 
 
-def troubles(host: str) -> list[str]:
+def troubles(host: str, subjects: Collection[str] | None = None) -> list[str]:
     """Return the agent's sentences about failures of the host as a whole, such as a firewall that drops packets.
 
-    Return an empty list if there is no report.
+    `subjects` are those of the failures; None stands for all. Return an empty list if there is no report.
     """
     found = (report(host) or {}).get("troubles")
-    return [str(failure["error"]) for failure in found] if isinstance(found, list) else []
+    some = found if isinstance(found, list) else []
+    return [str(failure["error"]) for failure in some if subjects is None or failure["subject"] in subjects]
 
 
 def without_bgp(found: Mapping[str, object] | None) -> str | None:

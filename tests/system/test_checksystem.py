@@ -25,6 +25,7 @@ def test_checksystem(bare_host: Host) -> None:
     assert found["root"]["ok"] and found["veth"]["ok"]
     assert found["nftables: policy, connection tracking, NAT, ARP"]["found"] == "works"
     assert found["nftables: limits of connections"]["found"] == "works"
+    assert found["nftables: logging of dropped packets"]["found"] == "works"
     assert found["use of etcd"]["found"].startswith("version 3.")
     (limit,) = re.findall(r"thresh3 (\d+)", run("ip", "ntable", "show", "name", "arp_cache").out)
     assert f"room for {limit} endpoints" in found["neighbour table of IPv4"]["found"]

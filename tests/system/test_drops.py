@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from calicoctl.felix.dataplane import drops
+from calicoctl.felix.dataplane.nft import Nft
 from tests.system.agent import A4, A6, ALLOW, B4, B6, AgentHost
 from tests.system.conftest import clear_host
 from tests.system.support import AS_NOBODY, CALICOCTL, Etcd, free_port, run, wait_for
@@ -138,6 +139,29 @@ def test_drops_say_who_what_and_why(pair: AgentHost) -> None:
         follower.stderr.close()
         follower.stdout.close()
     assert follower.returncode == 130 and "packets were dropped on host1 since" in said
+
+
+def test_without_a_log_packets_are_dropped_and_counted_all_the_same(pair: AgentHost) -> None:
+    pair.profile("b", inbound=[{"action": "allow", "protocol": "tcp"}, {"action": "deny", "protocol": "udp"}])
+    pair.kill_agent()
+    other = Nft()
+    other.run("add table inet calico-trial { flags owner; }")  # so the kernel refuses the agent's trial
+    try:
+        pair.start_agent()
+        assert tcp("a", "b", B4, patience=PATIENT) and not udp("a", "b", B4)
+        assert rules(pair, "b")[1]["dropped_packets"] == 1
+        said = pair.ctl("drops")
+        assert not said.out and "the kernel cannot log them" in said.err and " are not shown" in said.err
+        assert "the kernel cannot log them" in pair.ctl("status").out
+        assert "jhash" not in run("nft", "list", "table", "inet", "calico").out
+    finally:
+        del other  # with its socket, the kernel removes the table
+    pair.kill_agent()
+    pair.start_agent()
+    udp("a", "b", B4)
+    wait_for(lambda: "deny udp" in pair.ctl("drops").out, "the drop")
+    assert "the kernel cannot log them" not in pair.ctl("drops").err + pair.ctl("status").out
+    assert rules(pair, "b")[1]["dropped_packets"] == 2
 
 
 def test_a_flood_is_counted_and_a_sample_of_it_is_shown(pair: AgentHost) -> None:

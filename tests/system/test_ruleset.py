@@ -6,6 +6,7 @@ import json
 
 from calicoctl.datastore.store import Change, Entry
 from calicoctl.desired.snapshot import Dirty, Snapshot
+from calicoctl.felix.dataplane import drops
 from calicoctl.felix.dataplane.nft import Nft
 from calicoctl.felix.dataplane.ruleset import Ruleset, remove_commands
 from tests.random_changes import check_random_updates
@@ -17,6 +18,32 @@ def test_any_order_of_changes_comes_to_what_a_fresh_start_gives() -> None:
     nft = Nft()
     try:
         check_random_updates(nft, tables, seeds=12, updates=60)
+    finally:
+        nft.run(remove_commands())
+
+
+def test_tables_without_a_log_of_dropped_packets_are_accepted() -> None:
+    def put(key: str, value: object) -> None:
+        snapshot.change(Change(key, Entry(key, json.dumps(value), 1, 1)))
+
+    nft = Nft()
+    assert drops.why_not_logged(nft) is None
+    assert "calico-trial" not in nft.run("list tables"), "nothing is left"
+    snapshot, ruleset = in_pools(Snapshot("h")), Ruleset(logs=False)
+    record = {"name": "cali1", "mac": "02:00:00:00:00:01", "profile_ids": ["p", "gone"]}
+    put("/calico/v1/host/h/workload/docker/1/endpoint/1", {**record, "ipv4_nets": ["192.168.0.1/32"]})
+    put("/calico/v1/policy/profile/p/tags", [])
+    rules = "/calico/v1/policy/profile/p/rules"
+    put(rules, {"inbound_rules": [{"action": "deny", "protocol": "udp"}]})
+    try:
+        nft.run(ruleset.load(snapshot).commands)
+        snapshot.take_dirty()
+        put(rules, {"inbound_rules": [{"action": "deny", "protocol": "tcp"}]})
+        nft.run(ruleset.update(snapshot, snapshot.take_dirty()).commands)
+        nft.run(ruleset.recreate())
+        listed = nft.run("list ruleset")
+        assert "jhash" not in listed and " group " not in listed
+        assert "tcp drop" in nft.run("list chain inet calico inbound/p")
     finally:
         nft.run(remove_commands())
 

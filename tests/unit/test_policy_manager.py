@@ -13,7 +13,7 @@ from calicoctl.felix.dataplane.manager import PendingAddresses
 from calicoctl.felix.dataplane.nft import Count
 from calicoctl.felix.dataplane.policy_manager import BACKOFF, PolicyManager
 from calicoctl.felix.dataplane.ruleset import rule_counters
-from calicoctl.felix.events import BgpChanged, LinkChanged, TablesChanged, Tick
+from calicoctl.felix.events import DROPS_LOGGED, BgpChanged, LinkChanged, TablesChanged, Tick
 from calicoctl.policy.verdict import Party
 from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import World, endpoint_id
@@ -141,6 +141,42 @@ def test_what_was_counted_outlives_the_tables(world: PolicyWorld) -> None:
     check()
     world.apply()
     check()
+
+
+def test_tables_of_a_kernel_that_cannot_log_dropped_packets_drop_and_count_them(world: PolicyWorld) -> None:
+    world.store.profile("web", {"action": "deny", "protocol": "udp"})
+    world.store.endpoint(2, B, profile_ids=["missing"])
+    world.apply()
+    assert any(" group " in rule for rule in world.nft.chain("inbound/web"))
+    world.nft.logs = False
+    world.manager.invalidate(-1)
+    world.apply()
+    assert world.manager.in_sync and world.manager.reloaded
+    failure = world.health.failures[DROPS_LOGGED]["error"]
+    assert "counted" in failure and "it cannot log" in failure and "tables" not in world.health.failures
+    jump, drop = world.nft.chain("inbound/web")
+    assert jump.endswith(" jump sample/inbound/rule") and drop == "meta l4proto 17 drop"
+    assert world.nft.chain("sample/inbound") == ["counter name dropped", "drop"]
+    for chain in ("inbound/missing", "dropped/inbound/no-rule"):
+        assert world.nft.chain(chain)[1] == "drop"
+    # so it stays in changes, and when the tables are restored
+    world.store.profile("web", {"action": "deny"})
+    assert world.apply() == 1 and not world.manager.reloaded
+    world.nft.flush_ruleset()
+    world.manager.on_event(TablesChanged(frozenset(["calico"])))
+    world.manager.restore()
+    assert world.manager.in_sync and world.nft.chain("inbound/web")[1] == "drop"
+    world.apply()
+    world.manager.resync()
+    assert not world.manager.needs_apply
+    # until the kernel can
+    world.nft.logs = True
+    world.manager.resync()
+    world.apply()
+    assert world.manager.reloaded and DROPS_LOGGED not in world.health.failures
+    assert " group " in world.nft.chain("inbound/web")[1]
+    world.manager.resync()
+    assert not world.manager.needs_apply
 
 
 def test_nothing_is_restored_before_the_first_update(world: PolicyWorld) -> None:

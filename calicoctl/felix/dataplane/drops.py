@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from calicoctl import clock
+from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.nft import Count
 
 if TYPE_CHECKING:
@@ -74,28 +75,19 @@ _SNAPLEN = 128
 
 _FLOW = "@th,16,16 mod 32 limit rate over 2/second burst 5 packets } drop"
 
-_SAMPLING = """
+_LIMITS = """
 add limit inet calico sampled { rate 200/second burst 400 packets ; }
 add set inet calico sampling { type ifname . mark; size 65536; flags dynamic,timeout; timeout 1m; }
-""" + "".join(
-    f"add chain inet calico {chain}\n" + "".join(f"add rule inet calico {chain} {rule}\n" for rule in rules)
-    for chain, rules in (
-        (
-            f"sample/{direction}",
-            (
-                f"counter name {TOTAL}",
-                "ip6 daddr ff02::/16 meta l4proto ipv6-icmp drop",
-                f"meta nfproto ipv4 update @sampling {{ {interface} . jhash ip saddr . ip daddr . {_FLOW}",
-                f"meta nfproto ipv6 update @sampling {{ {interface} . jhash ip6 saddr . ip6 daddr . {_FLOW}",
-                f"update @sampling {{ {interface} . 32 limit rate over 50/second burst 100 packets }} drop",
-                f'limit name "sampled" counter name {LOGGED} return',
-                "drop",
-            ),
-        )
-        for direction, interface in INTERFACES.items()
-    )
+"""
+
+_SAMPLE = (
+    "ip6 daddr ff02::/16 meta l4proto ipv6-icmp drop",
+    f"meta nfproto ipv4 update @sampling {{ INTERFACE . jhash ip saddr . ip daddr . {_FLOW}",
+    f"meta nfproto ipv6 update @sampling {{ INTERFACE . jhash ip6 saddr . ip6 daddr . {_FLOW}",
+    "update @sampling { INTERFACE . 32 limit rate over 50/second burst 100 packets } drop",
+    f'limit name "sampled" counter name {LOGGED} return',
 )
-"""The commands that create the chains `sample/…`.
+"""The rules of the chains `sample/outbound` and `sample/inbound`, from which they return for the packets to be logged.
 
 Multicasts of neighbour discovery and listeners are left out, since every interface sends some when it is brought up.
 The packets of an interface are divided into 32 parts by a hash of addresses and destination port, so that a flood of
@@ -105,6 +97,9 @@ can evade, such as packets without ports, and one for all interfaces.
 
 SPELLABLE = re.compile(r"[A-Za-z0-9_.-]{1,15}", re.ASCII)
 """Names of interfaces that may stand in the text of an element. Elements of others are neither kept nor removed."""
+_TRIAL = "calico-trial"
+"""The table that `trial` creates and deletes."""
+
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 
 
@@ -167,9 +162,17 @@ def counter(name: str, counts: Counts) -> str:
     return f'add counter inet calico {name} {{ packets {count.packets} bytes {count.bytes} ; comment "{since}" ; }}\n'
 
 
-def skeleton(counts: Counts) -> str:
-    """Return the commands that create, in new tables, what this module needs, with the values in `counts`."""
+def skeleton(counts: Counts, logs: bool = True) -> str:
+    """Return the commands that create, in new tables, what this module needs, with the values in `counts`.
+
+    `logs` is whether packets are logged: see `why_not_logged`.
+    """
     lines = [f"add set inet calico {SET} {{ type ifname . mark; size 65536; flags dynamic; counter; }}"]
+    for direction, interface in INTERFACES.items():
+        sampling = [rule.replace("INTERFACE", interface) for rule in _SAMPLE] if logs else []
+        rules = f"counter name {TOTAL}", *sampling, "drop"
+        lines.append(f"add chain inet calico sample/{direction}")
+        lines += [f"add rule inet calico sample/{direction} {rule}" for rule in rules]
     for number, (direction, reason) in KINDS.items():
         sample, chain = f"sample/{direction}/{reason}", f"dropped/{direction}/{reason}"
         lines += [
@@ -179,7 +182,7 @@ def skeleton(counts: Counts) -> str:
         ]
         if reason not in (RULE, PROFILE):
             lines.append(f"add chain inet calico {chain}")
-            lines += [f"add rule inet calico {chain} {rule}" for rule in dropping(direction, reason)]
+            lines += [f"add rule inet calico {chain} {rule}" for rule in dropping(direction, reason, logs=logs)]
     elements = ", ".join(
         f'"{interface}" . {number} counter packets {count.packets} bytes {count.bytes}'
         for (interface, number), count in counts.drops.items()
@@ -187,7 +190,27 @@ def skeleton(counts: Counts) -> str:
     )
     if elements:
         lines.append(f"add element inet calico {SET} {{ {elements} }}")
-    return counter(TOTAL, counts) + counter(LOGGED, counts) + _SAMPLING + "".join(line + "\n" for line in lines)
+    objects = counter(TOTAL, counts) + counter(LOGGED, counts) + (_LIMITS if logs else "")
+    return objects + "".join(line + "\n" for line in lines)
+
+
+def trial() -> str:
+    """Return commands that create everything of this module in a table of its own, and delete it: one transaction."""
+    created = skeleton(Counts()).replace("inet calico ", f"inet {_TRIAL} ")
+    return f"add table inet {_TRIAL}\n{created}delete table inet {_TRIAL}\n"
+
+
+def why_not_logged(nft: Nft) -> str | None:
+    """Return why the kernel refuses what this module needs to sample and log packets; None if it does not.
+
+    That takes parts of the kernel, such as the modules nft_hash and nfnetlink_log, that policy does not need. Without
+    them, the kernel would refuse the tables as a whole. So `logs` must be False then, wherever this module asks for it.
+    """
+    try:
+        nft.run(trial())
+    except CalicoError as error:
+        return str(error)
+    return None
 
 
 def chain_of(direction: str, reason: str) -> str:
@@ -195,14 +218,17 @@ def chain_of(direction: str, reason: str) -> str:
     return f"dropped/{direction}/{reason}"
 
 
-def dropping(direction: str, reason: str, subject: str = "", match: str = "", counted: str = "") -> list[str]:
+def dropping(
+    direction: str, reason: str, subject: str = "", match: str = "", counted: str = "", logs: bool = True
+) -> list[str]:
     """Return the rules that drop packets of this kind (see KINDS): those that `match`, or all.
 
     `subject` is what else the log is to say: the counter of the rule that denies, or the name of a profile as in names
-    of chains. If `counted` is not empty, it is a statement that counts the packets.
+    of chains. If `counted` is not empty, it is a statement that counts the packets. For
+    `logs`, see `skeleton`.
     """
     prefix = f"{direction} {reason} {subject}".rstrip()
-    log = f'log prefix "{prefix}" group {GROUP} snaplen {_SNAPLEN} drop'
+    log = f'log prefix "{prefix}" group {GROUP} snaplen {_SNAPLEN} drop' if logs else "drop"
     jump = f"{counted} jump sample/{direction}/{reason}"
     return [" ".join(f"{match} {action}".split()) for action in (jump, log)]
 

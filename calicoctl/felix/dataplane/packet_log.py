@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 import struct
 import threading
@@ -20,7 +21,7 @@ from calicoctl import netlink
 from calicoctl.addresses import unpack
 from calicoctl.felix.dataplane import drops
 from calicoctl.felix.dataplane.drops import Header, Logged
-from calicoctl.felix.events import Failure, PacketsLogged
+from calicoctl.felix.events import DROPS_RECEIVED, Failure, PacketsLogged
 from calicoctl.policy.rules import ICMP, ICMPV6, WITH_PORTS
 
 log = logging.getLogger("calico.felix")
@@ -43,6 +44,8 @@ _IN, _OUT, _PAYLOAD, _PREFIX = 4, 5, 9, 10
 _FRAGMENTED = 0x1FFF
 _BUFFER = 2**20
 
+_WHY = {errno.EBUSY: "another process receives them", errno.EINVAL: "the kernel has no nfnetlink_log"}
+
 _EXTENSIONS = {0, 43, 60, 135}
 """Extension headers of IPv6 that have a length in units of 8 bytes: hop-by-hop, routing, destination, mobility."""
 
@@ -61,8 +64,8 @@ class PacketLog(threading.Thread):
             try:
                 self._follow()
             except OSError as error:
-                why = "another process receives them" if error.errno == errno.EBUSY else error.strerror
-                self._put(Failure(f"dropped packets cannot be shown by 'calicoctl drops': {why}", "dropped packets"))
+                why = _WHY.get(error.errno or 0, error.strerror)
+                self._put(Failure(f"dropped packets cannot be shown by 'calicoctl drops': {why}", DROPS_RECEIVED))
             except Exception:  # of any kind: an end of this thread would end what `drops` shows
                 log.exception("%s failed", self.name)
             time.sleep(PAUSE)  # nothing tells when the group can be joined
@@ -79,7 +82,7 @@ class PacketLog(threading.Thread):
             group.setsockopt(socket.SOL_SOCKET, netlink.SO_RCVBUFFORCE, _BUFFER)
             group.bind((0, 0))
             _join(group)
-            self._put(Failure(None, "dropped packets"))
+            self._put(Failure(None, DROPS_RECEIVED))
             while True:
                 try:
                     data = group.recv(2**18)
@@ -112,7 +115,7 @@ def _join(group: socket.socket) -> None:
                 if kind == netlink.ERROR:
                     answered, code = True, netlink.refusal(message)[1]
                     if code:
-                        raise OSError(code, errno.errorcode.get(code, str(code)))
+                        raise OSError(code, os.strerror(code))
 
 
 def _decoded(message: bytes) -> Logged:

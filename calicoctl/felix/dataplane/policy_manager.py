@@ -23,7 +23,15 @@ from calicoctl.felix.dataplane.lifeline import let_members_pass
 from calicoctl.felix.dataplane.manager import Context, Manager
 from calicoctl.felix.dataplane.ruleset import Ruleset
 from calicoctl.felix.dataplane.vxlan import DEVICES
-from calicoctl.felix.events import BgpChanged, Failure, LinkChanged, OverlayBlocked, TablesChanged, Tick
+from calicoctl.felix.events import (
+    DROPS_LOGGED,
+    BgpChanged,
+    Failure,
+    LinkChanged,
+    OverlayBlocked,
+    TablesChanged,
+    Tick,
+)
 
 if TYPE_CHECKING:
     from calicoctl.felix.dataplane.nft import Nft
@@ -88,6 +96,9 @@ class PolicyManager(Manager):
 
     def resync(self) -> None:
         self._read_devices()
+        # the tables are reloaded when the kernel has got what it lacked
+        if self.in_sync and not self.ruleset.logs and self._may_log():
+            self.in_sync = False
 
     def _read_devices(self) -> None:
         with suppress(CalicoError):  # it is read again at the next Tick
@@ -147,8 +158,19 @@ class PolicyManager(Manager):
         except CalicoError as error:
             log.warning("%s; reloading our nftables tables", error)
 
+    def _may_log(self) -> bool:
+        """Return whether the kernel can log dropped packets, and report a failure if it cannot."""
+        why = drops.why_not_logged(self._nft)
+        if why is not None:
+            why = (
+                "dropped packets are counted, but 'calicoctl drops' cannot show them, since the kernel cannot log "
+                f"them; 'calicoctl checksystem --fix' loads what it lacks: {why}"
+            )
+        self._context.health.record(Failure(why, DROPS_LOGGED))
+        return why is None
+
     def _reload(self) -> None:
-        ruleset = Ruleset()
+        ruleset = Ruleset(self._may_log())
         try:
             counts = self._read_counts()
             update = ruleset.load(self._context.snapshot, self._context.pending_addresses(), self._ports, counts)

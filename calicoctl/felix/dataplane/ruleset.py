@@ -126,13 +126,13 @@ def remove_commands() -> str:
     return "".join(f"add table {family} {name}\ndelete table {family} {name}\n" for family, name in TABLES)
 
 
-def _replace_tables(commands: str, counts: Counts) -> str:
+def _replace_tables(commands: str, counts: Counts, logs: bool) -> str:
     """Return commands that delete our tables and create them with their static contents, followed by `commands`.
 
-    `counts` is what the new tables have counted already.
+    `counts` is what the new tables have counted already. For `logs`, see Ruleset.
     """
     tables = "".join(f"add table {family} {name}\n" for family, name in TABLES)
-    return remove_commands() + tables + host_rules.SKELETON + drops.skeleton(counts) + _SKELETON + commands
+    return remove_commands() + tables + host_rules.SKELETON + drops.skeleton(counts, logs) + _SKELETON + commands
 
 
 @dataclass
@@ -152,7 +152,9 @@ class Ruleset:
     Static contents, which are the same on all hosts, are left out (see `_SKELETON`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, logs: bool = True) -> None:
+        """`logs` is whether a sample of the dropped packets is logged to the agent: see drops.why_not_logged."""
+        self.logs = logs
         self._elements: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         """(family, name) of a set or map -> its elements, with reference counts. An endpoint may get an element while
         another endpoint, whose update is deferred, still has it.
@@ -191,7 +193,7 @@ class Ruleset:
         everything.topology = True
         update = self.update(snapshot, everything, pending, ports)
         self._counts = Counts()
-        return Update(_replace_tables(update.commands, counts), update.affected)
+        return Update(_replace_tables(update.commands, counts, self.logs), update.affected)
 
     def proofs(self, keys: Callable[[str], Collection[bytes]]) -> str:
         """Return commands that add, to new tables, the elements that packets had added to the old tables.
@@ -219,7 +221,7 @@ class Ruleset:
                 change.add(where, element)
         for name, rules in self._chains.items():
             change.set_chain(name, rules)
-        return _replace_tables(change.commands(), counts)
+        return _replace_tables(change.commands(), counts, self.logs)
 
     @property
     def counts_ports(self) -> bool:
@@ -450,12 +452,13 @@ class Ruleset:
             if not used:
                 change.set_chain(chain, None)
             elif of_direction is None:
-                change.set_chain(chain, tuple(drops.dropping(word, drops.PROFILE, spelled(profile))))
+                denying = drops.dropping(word, drops.PROFILE, spelled(profile), logs=self.logs)
+                change.set_chain(chain, tuple(denying))
             else:
                 places = (f"profile {spelled(profile)}, {word} rule {number}" for number in itertools.count(1))
                 names = rule_counters(profile, word, of_direction)
                 counters.update(name for name in names if name is not None)
-                of_rules = (rule_lines(*each, word) for each in zip(of_direction, places, names))
+                of_rules = (rule_lines(*each, word, self.logs) for each in zip(of_direction, places, names))
                 change.set_chain(chain, tuple(itertools.chain.from_iterable(of_rules)))
         counted = self._counters.pop(profile, set())
         if counters:
@@ -482,7 +485,7 @@ def rule_counters(profile: str, direction: str, rules: Sequence[Rule]) -> list[s
     return names
 
 
-def rule_lines(rule: Rule, where: str, counter: str | None, direction: str) -> list[str]:
+def rule_lines(rule: Rule, where: str, counter: str | None, direction: str, logs: bool = True) -> list[str]:
     """Render a rule as nftables rules. The list is empty if no packet can match the rule.
 
     If the rule contains a match that differs by IP version, the list has nftables rules for each IP version that can
@@ -490,7 +493,7 @@ def rule_lines(rule: Rule, where: str, counter: str | None, direction: str) -> l
 
     A rule that denies counts each packet in `counter`. A rule that allows counts connections: it does not count packets
     of a connection that it has let begin already, such as those of a connection by UDP that nobody has answered.
-    `direction` is "inbound" or "outbound".
+    `direction` is "inbound" or "outbound". For `logs`, see Ruleset.
 
     Each line that a log rule writes to the kernel's log begins with "calico-packet: ", followed by `where`, a text
     without characters that need escapes in nftables.
@@ -526,7 +529,8 @@ def rule_lines(rule: Rule, where: str, counter: str | None, direction: str) -> l
             lines.append(" ".join([_BEGUN, *parts, "accept"]))
             lines.append(" ".join([*parts, f"counter name {counter} accept"]))
         elif rule.action == "deny":
-            lines += drops.dropping(direction, drops.RULE, str(counter), " ".join(parts), f"counter name {counter}")
+            match, counted = " ".join(parts), f"counter name {counter}"
+            lines += drops.dropping(direction, drops.RULE, str(counter), match, counted, logs)
         else:
             lines.append(" ".join([*parts, _LOG.format(where=where)]))
     return lines
