@@ -156,11 +156,13 @@ class DropServer(threading.Thread):
 
     def _send(self, connection: socket.socket, follows: bool) -> None:
         sent, open_drops = 0, list[Drop]()
+        client = select.poll()  # select.select takes no descriptor from 1,024 on
+        client.register(connection, select.POLLIN)
         while True:
             new = self._drops.after(sent)
             over = [drop for drop in open_drops if drop.is_over]
             connection.sendall(self._drops.lines([*(drop for drop in over if drop.is_repeated), *new]))
-            if not follows or select.select([connection], [], [], 0)[0]:  # it has gone: it has nothing more to say
+            if not follows or client.poll(0):  # it has gone: it has nothing more to say
                 return
             sent = new[-1].number if new else sent
             open_drops = [drop for drop in (*open_drops, *new) if not drop.is_over]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import socket
 import struct
 from contextlib import suppress
@@ -237,6 +239,27 @@ def test_clients_get_all_and_followers_what_comes(tmp_path: Path, monkeypatch: p
         while found[-1]["count"] < 2:  # at once, and once more when its period is over
             found.append(json.loads(lines.readline()))
         assert {one["id"] for one in found} == {2} and len(found) <= 2
+
+
+def test_followers_are_served_while_many_files_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = DropLog()
+    kept.add("a", {"time": "1"})
+    path = served(tmp_path, monkeypatch, kept)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(2000, before[0]), before[1]))
+    opened: list[int] = []
+    try:
+        while not opened or opened[-1] < 1100:
+            opened.append(os.open("/dev/null", os.O_RDONLY))
+        assert answer(path), "which gets the descriptor that accept(2) has taken before"
+        with asked(path, FOLLOW) as client, client.makefile() as lines:
+            assert json.loads(lines.readline())["id"] == 1
+            kept.add("b", {"time": "2"})
+            assert json.loads(lines.readline())["id"] == 2
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_no_more_clients_are_served_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
