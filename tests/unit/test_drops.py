@@ -162,7 +162,6 @@ def test_every_prefix_is_understood_and_fits() -> None:
 
 def test_counts_of_interfaces_that_are_gone_are_removed() -> None:
     world = Dropping()
-    world.nft.counted = {"dropped": Count(9)}
     world.nft.dropped = [(struct.pack("=16sI", name, 9), Count(3)) for name in (b"cali1", b"cali9", b"lo", b'cali"')]
     assert [(one.endpoint, one.reason, one.packets) for one in world.manager.counted()] == [("e1", "no-rule", 3)]
     assert not world.manager.needs_apply
@@ -170,6 +169,19 @@ def test_counts_of_interfaces_that_are_gone_are_removed() -> None:
     world.nft.objects["set inet calico drops"] = ['"cali9" . 9']
     world.manager.apply()
     assert world.nft.transactions == ['delete element inet calico drops { "cali9" . 9 }\n']
+
+
+def test_metrics_never_go_back_when_the_tables_are_reloaded() -> None:
+    world = Dropping()
+
+    def counted(*packets: int) -> list[int]:
+        world.nft.dropped = [(struct.pack("=16sI", b"cali1", 9), Count(number)) for number in packets]
+        return [one.packets for one in world.manager.counted()]
+
+    assert counted(5) == [5]
+    assert counted(3) == [5], "which were read before two more were dropped"
+    assert counted(6) == [6]
+    assert counted() == [] and counted(1) == [1], "the endpoint is a new one"
 
 
 # What is kept

@@ -148,11 +148,16 @@ def read(nft: Nft) -> Counts:
     counters = nft.counters("calico")
     if TOTAL not in counters:
         raise FileNotFoundError(TOTAL)
+    return Counts(counters, read_drops(nft))
+
+
+def read_drops(nft: Nft) -> dict[tuple[str, int], Count]:
+    """Return the field `drops` of Counts alone. Raises OSError like `read`."""
     found = {}
     for key, count in nft.element_counts("calico", SET):
         name, number = struct.unpack("=16sI", key)  # a concatenation of an interface's name and a mark
         found[name.rstrip(b"\0").decode(errors="replace"), number] = count
-    return Counts(counters, found)
+    return found
 
 
 def counter(name: str, counts: Counts) -> str:

@@ -69,6 +69,8 @@ class DropsManager(Manager):
         self._nft = nft
         self._log = log
         self._due = False
+        self._shown: dict[tuple[str, int], int] = {}
+        """The packets that `counted` has found last: see Counts.drops."""
         self._rules: dict[str, dict[str, tuple[str, int, str]]] = {}
         """Profile as in names of chains -> counter -> the profile, and the number and the text of the rule."""
         self._owners: dict[str, EndpointId] = {}
@@ -97,7 +99,7 @@ class DropsManager(Manager):
             return
         self._due = False
         with suppress(OSError, CalicoError):  # tried again after the next Tick
-            counted = drops.read(self._nft).drops
+            counted = drops.read_drops(self._nft)
             unknown = {name for name, _ in counted} - {endpoint.interface for endpoint in self._snapshot.local.values()}
             if unknown:
                 unknown -= {name for _, name in socket.if_nameindex()}
@@ -112,15 +114,20 @@ class DropsManager(Manager):
                 self._nft.run(f"delete element inet calico {drops.SET} {{ {', '.join(gone)} }}\n")
 
     def counted(self) -> Iterator[Counted]:
-        """Yield the drops of this host's endpoints, as the kernel counts them now. May be called by any thread."""
+        """Yield the drops of this host's endpoints, as the kernel counts them now. May be called by any thread.
+
+        No count is lower than in the call before, unless the kernel's was removed in between.
+        """
         try:
-            found = drops.read(self._nft).drops
+            found = drops.read_drops(self._nft)
         except OSError:  # the tables are not there
             return
-        for (interface, number), count in sorted(found.items()):
+        # a reload of the tables may lose some packets, and Prometheus takes a counter that goes back for a new one
+        self._shown = {key: max(count.packets, self._shown.get(key, 0)) for key, count in found.items()}
+        for (interface, number), packets in sorted(self._shown.items()):
             local = self._snapshot.owner(interface)
             if local is not None and number in drops.KINDS:
-                yield Counted(local.id.endpoint, *drops.KINDS[number], count.packets)
+                yield Counted(local.id.endpoint, *drops.KINDS[number], packets)
 
     def _add(self, packet: Logged) -> None:
         parsed, header = drops.parse_prefix(packet.prefix), packet.header
