@@ -11,8 +11,9 @@ Options:
 Each line says when the packet was dropped, from and to which workload, host
 or address, its protocol and port, whether it was outbound of a workload or
 inbound of one, why, and how often the same was dropped within ten seconds.
-The command at its end says what policy does to such a packet now. The reasons
-are explained by `calicoctl endpoint --help`.
+The command at its end, for TCP, UDP and pings, says what policy does now to the
+first packet of such a connection. `calicoctl endpoint --help` explains the
+reasons.
 
 The kernel counts all drops, but reports no more than a sample of them to the
 agent: two packets a second of a connection, 50 of a workload, 200 of the
@@ -64,7 +65,7 @@ def _drops(follow: bool, form: str | None) -> None:
         number = getattr(interrupted, "number", signal.SIGINT)
         raise Failed(_summary(host, shown), 128 + number) from None
     if follow:
-        raise CalicoError("The host agent has ended, or takes no more commands that follow.")
+        raise CalicoError("The host agent has ended, or has waited too long for this command to print.")
     warn(_summary(host, shown))
 
 

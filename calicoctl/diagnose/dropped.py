@@ -10,7 +10,7 @@ from typing import Any
 from calicoctl import sockets
 from calicoctl.errors import CalicoError
 from calicoctl.felix import process
-from calicoctl.felix.drop_log import ALL, FOLLOW
+from calicoctl.felix.drop_log import ALL, FOLLOW, MOST_CLIENTS
 
 
 def read(host: str, follow: bool) -> Iterator[dict[str, Any]]:
@@ -31,5 +31,8 @@ def read(host: str, follow: bool) -> Iterator[dict[str, Any]]:
         if process.running(host) is None:
             why = "it is not running. Start it with 'calicoctl node'"
         else:
-            why = f"{error.strerror or error}. If it is of an older version, restart it with 'calicoctl node restart'"
+            why = (
+                f"{error.strerror or error}. If {MOST_CLIENTS} commands follow already, end one; if it is of an older "
+                "version, restart it with 'calicoctl node restart'"
+            )
         raise CalicoError(f"The host agent, which knows the dropped packets, does not answer: {why}.") from None

@@ -142,6 +142,26 @@ def test_other_reasons_and_what_is_none_of_ours() -> None:
     assert len(world.log.after(0)) == count
 
 
+@pytest.mark.parametrize(
+    ("header", "traced"),
+    [
+        (Header(A, B, 6, 4000, 80), " tcp 80 --from-port=4000"),
+        (Header(A, B, 6, 0, 80), None),
+        (Header(A, B, 17, 4000, 0), None),
+        (Header(A, B, 17), None),  # a fragment
+        (Header(A, B, 132, 4000, 80), None),
+        (Header(A, B, 1, icmp_type=8, icmp_code=0), " icmp"),
+        (Header(A, B, 1, icmp_type=3, icmp_code=1), None),
+        (Header(A6, "fd00::2", 58, icmp_type=128, icmp_code=0), " icmpv6"),
+        (Header(A6, "fd00::2", 58, icmp_type=135, icmp_code=0), None),
+    ],
+)
+def test_only_what_can_be_traced_is_offered(header: Header, traced: str | None) -> None:
+    """`profile trace` is about echo requests and ports from 1 on."""
+    expected = traced and f"calicoctl profile trace {header.source} {header.destination}{traced}"
+    assert Dropping().drop("inbound no-rule", header)["trace"] == expected
+
+
 def test_a_name_that_nftables_cannot_spell_is_known_all_the_same() -> None:
     world = Dropping()
     world.store.profile('a" b', {"action": "deny"})

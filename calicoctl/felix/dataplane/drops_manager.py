@@ -36,7 +36,8 @@ INTERVAL = 2.0
 """Seconds between two readings of the addresses of all hosts' endpoints at least, while these change."""
 
 _NAMES = {number: name for name, number in PROTOCOLS.items()}
-_TRACED = ("tcp", "udp", "icmp", "icmpv6")
+_TRACED = {"tcp": None, "udp": None, "icmp": 8, "icmpv6": 128}
+"""Protocol that `profile trace` knows -> the type of the packet that it is about: an echo request."""
 
 _WHY = {
     drops.NO_RULE: "no rule matched",
@@ -220,7 +221,7 @@ class DropsManager(Manager):
         return (None if endpoint is None else endpoint.workload_name) or short_id(id.workload)
 
     def _trace(self, header: Header, protocol: str | int, forged_by: str | None) -> str | None:
-        """Return the command that says what policy does to such a packet; None for a protocol that it does not know.
+        """Return the command that says what policy does to such a packet; None for a packet that it does not know.
 
         If the sender is forged, by the endpoint with the interface `forged_by`, it is about the endpoint's own address.
         """
@@ -232,6 +233,8 @@ class DropsManager(Manager):
         if source is None or protocol not in _TRACED:
             return None
         command = f"calicoctl profile trace {source} {header.destination} {protocol}"
-        if header.port is not None:
-            command += f" {header.port} --from-port={header.source_port}"
-        return command if header.port is not None or str(protocol).startswith("icmp") else None
+        if header.icmp_type is not None:
+            return command if header.icmp_type == _TRACED[protocol] else None
+        if not header.port or not header.source_port:
+            return None
+        return f"{command} {header.port} --from-port={header.source_port}"
