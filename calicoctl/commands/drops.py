@@ -16,7 +16,7 @@ first packet of such a connection. `calicoctl endpoint --help` explains the
 reasons.
 
 The kernel counts all drops, but reports no more than a sample of them to the
-agent: two packets a second of a connection, 50 of a workload, 200 of the
+agent: two packets a second of a connection, 50 from a workload, 200 of the
 host, without the multicasts that every interface sends by IPv6 (ICMPv6 to
 ff02::/16). The agent keeps the last 1,000 drops, until it ends. How many are
 not shown is said at the end, on standard error. With --follow, a drop that

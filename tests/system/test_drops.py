@@ -15,7 +15,7 @@ import pytest
 
 from calicoctl.felix.dataplane import drops
 from calicoctl.felix.dataplane.nft import Nft
-from tests.system.agent import A4, A6, ALLOW, B4, B6, AgentHost
+from tests.system.agent import A4, A6, ALLOW, B4, B6, C4, AgentHost
 from tests.system.conftest import clear_host
 from tests.system.support import AS_NOBODY, CALICOCTL, Etcd, free_port, run, wait_for
 from tests.system.traffic import PATIENT, inside, ping, tcp, udp
@@ -195,6 +195,25 @@ def test_a_flood_is_counted_and_a_sample_of_it_is_shown(pair: AgentHost) -> None
     assert (path.stat().st_mode & 0o777, path.stat().st_uid) == (0o600, 0)
     pair.kill_agent()
     assert "it is not running. Start it with" in pair.ctl("drops", status=1).err
+
+
+def test_a_workload_that_floods_hides_no_drops_of_others(pair: AgentHost) -> None:
+    pair.add("c", C4)
+    pair.profile("c", outbound=[ALLOW])
+    pair.set_profiles("c", "c")
+    pair.sync()
+    clients = [inside(name, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for name in "ac"]
+    with clients[0] as flooding, clients[1] as other:
+        for port in range(5000, 5020):
+            for number in range(500):  # to all ports, of which some fall to each 32nd
+                flooding.sendto(b"x", (B4, 6000 + number))
+            other.sendto(b"x", (B4, port))
+
+    def shown() -> set[int]:
+        drops = map(json.loads, pair.ctl("drops", "--output=json").out.splitlines())
+        return {drop["port"] for drop in drops if drop["from"]["address"] == C4}
+
+    wait_for(lambda: shown() == set(range(5000, 5020)), "the drops of c")
 
 
 def send_udp(source: str, destination: str, count: int = 1) -> None:

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from calicoctl import clock
+from calicoctl.datastore.keys import INTERFACE_PREFIX
 from calicoctl.errors import CalicoError
 from calicoctl.felix.dataplane.nft import Count
 
@@ -73,26 +74,9 @@ GROUP = 2015
 _SNAPLEN = 128
 """How many bytes of a packet are logged: its headers."""
 
-_FLOW = "@th,16,16 mod 32 limit rate over 2/second burst 5 packets } drop"
-
 _LIMITS = """
 add limit inet calico sampled { rate 200/second burst 400 packets ; }
 add set inet calico sampling { type ifname . mark; size 65536; flags dynamic,timeout; timeout 1m; }
-"""
-
-_SAMPLE = (
-    "ip6 daddr ff02::/16 meta l4proto ipv6-icmp drop",
-    f"meta nfproto ipv4 update @sampling {{ INTERFACE . jhash ip saddr . ip daddr . {_FLOW}",
-    f"meta nfproto ipv6 update @sampling {{ INTERFACE . jhash ip6 saddr . ip6 daddr . {_FLOW}",
-    "update @sampling { INTERFACE . 32 limit rate over 50/second burst 100 packets } drop",
-    f'limit name "sampled" counter name {LOGGED} return',
-)
-"""The rules of the chains `sample/outbound` and `sample/inbound`, from which they return for the packets to be logged.
-
-Multicasts of neighbour discovery and listeners are left out, since every interface sends some when it is brought up.
-The packets of an interface are divided into 32 parts by a hash of addresses and destination port, so that a flood of
-one connection's packets leaves room for others. There is a limit for each part, one for each interface, which nothing
-can evade, such as packets without ports, and one for all interfaces.
 """
 
 SPELLABLE = re.compile(r"[A-Za-z0-9_.-]{1,15}", re.ASCII)
@@ -173,9 +157,8 @@ def skeleton(counts: Counts, logs: bool = True) -> str:
     `logs` is whether packets are logged: see `why_not_logged`.
     """
     lines = [f"add set inet calico {SET} {{ type ifname . mark; size 65536; flags dynamic; counter; }}"]
-    for direction, interface in INTERFACES.items():
-        sampling = [rule.replace("INTERFACE", interface) for rule in _SAMPLE] if logs else []
-        rules = f"counter name {TOTAL}", *sampling, "drop"
+    for direction in INTERFACES:
+        rules = [*(_sample(direction) if logs else [f"counter name {TOTAL}"]), "drop"]
         lines.append(f"add chain inet calico sample/{direction}")
         lines += [f"add rule inet calico sample/{direction} {rule}" for rule in rules]
     for number, (direction, reason) in KINDS.items():
@@ -197,6 +180,29 @@ def skeleton(counts: Counts, logs: bool = True) -> str:
         lines.append(f"add element inet calico {SET} {{ {elements} }}")
     objects = counter(TOTAL, counts) + counter(LOGGED, counts) + (_LIMITS if logs else "")
     return objects + "".join(line + "\n" for line in lines)
+
+
+def _sample(direction: str) -> Iterator[str]:
+    """Yield the rules of a chain `sample/DIRECTION` that drop most packets, and return from it for those to be logged.
+
+    Multicasts of neighbour discovery and listeners are left out, since every interface sends some when it is brought
+    up. Packets from a workload are limited by the interface that they come from, also if they are counted for the one
+    that they go to: so a workload that floods others leaves room for what the rest sends. An interface's packets are
+    divided into 32 parts by a hash of addresses and destination port, so that a flood of one connection's packets
+    leaves room for others. There is a limit for each part, one for each interface, which nothing can evade, such as
+    packets without ports, and one for all interfaces.
+    """
+    interface = INTERFACES[direction]
+    if direction == "inbound":
+        yield f'iifname "{INTERFACE_PREFIX}*" goto sample/outbound'
+    yield f"counter name {TOTAL}"
+    yield "ip6 daddr ff02::/16 meta l4proto ipv6-icmp drop"
+    for version, family in ((4, "ip"), (6, "ip6")):
+        part = f"{interface} . jhash {family} saddr . {family} daddr . @th,16,16 mod 32"
+        yield f"meta nfproto ipv{version} update @sampling {{ {part} limit rate over 2/second burst 5 packets }} drop"
+    for one in dict.fromkeys(("iifname", interface)):
+        yield f"update @sampling {{ {one} . 32 limit rate over 50/second burst 100 packets }} drop"
+    yield f'limit name "sampled" counter name {LOGGED} return'
 
 
 def trial() -> str:
