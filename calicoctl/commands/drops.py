@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -59,6 +60,7 @@ def _drops(follow: bool, form: str | None) -> None:
     try:
         for drop in dropped.read(host, follow):
             _print(drop, form)
+            sys.stdout.flush()  # a pipe, too, gets each drop as it happens
             shown[drop["id"]] = drop["count"]
     except KeyboardInterrupt as interrupted:
         interrupted.handled = True  # type: ignore[attr-defined]  # see cli/main.py
@@ -66,16 +68,18 @@ def _drops(follow: bool, form: str | None) -> None:
         raise Failed(_summary(host, shown), 128 + number) from None
     if follow:
         raise CalicoError("The host agent has ended, or has waited too long for this command to print.")
+    if form == "yaml" and not shown:
+        print_data([], form)
     warn(_summary(host, shown))
 
 
 def _print(drop: dict[str, Any], form: str | None) -> None:
     if form == "json":
-        print(json.dumps(drop), flush=True)
+        print(json.dumps(drop))
     elif form:
         print_data(iter([drop]), form)
     else:
-        print(one_line(_line(drop)), flush=True)
+        print(one_line(_line(drop)))
 
 
 def _line(drop: dict[str, Any]) -> str:

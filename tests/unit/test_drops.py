@@ -7,17 +7,20 @@ import os
 import resource
 import socket
 import struct
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calicoctl.commands import drops as command
+from calicoctl.diagnose import counters, dropped
 from calicoctl.felix import drop_log, process
 from calicoctl.felix.dataplane import drops
-from calicoctl.felix.dataplane.drops import Header, Logged
+from calicoctl.felix.dataplane.drops import Counts, Header, Logged
 from calicoctl.felix.dataplane.drops_manager import DropsManager
 from calicoctl.felix.dataplane.nft import Count
 from calicoctl.felix.dataplane.packet_log import header_of
@@ -202,6 +205,28 @@ def test_metrics_never_go_back_when_the_tables_are_reloaded() -> None:
     assert counted(3) == [5], "which were read before two more were dropped"
     assert counted(6) == [6]
     assert counted() == [] and counted(1) == [1], "the endpoint is a new one"
+
+
+def test_the_command_prints_each_drop_as_it_happens_and_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drop = {"id": 1, **Dropping().drop("inbound no-rule", Header(A, B, 47)), "count": 2}
+    found: list[dict] = [drop]
+    flushed: list[str] = []
+    monkeypatch.setattr(dropped, "read", lambda host, follow: iter(found))
+    monkeypatch.setattr(counters, "read", lambda: Counts({"dropped": Count(5, 0, "then")}))
+    monkeypatch.setattr(process, "troubles", lambda host, subjects: ["the kernel cannot log them"])
+    for form, parsed in (("json", json.loads), ("yaml", yaml.safe_load)):
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.stdout, "flush", lambda: flushed.append(sys.stdout.getvalue()))  # type: ignore[attr-defined]
+            command._drops(False, form)
+        said = capsys.readouterr()
+        assert parsed(said.out) == (drop if form == "json" else [drop]) and flushed.pop() == said.out
+        assert said.err.splitlines()[0] == "Warning: the kernel cannot log them."
+        assert "5 packets were dropped" in said.err and "since then; 3 of them are not shown." in said.err
+    found.clear()
+    command._drops(False, "yaml")
+    assert yaml.safe_load(capsys.readouterr().out) == []
 
 
 # What is kept
