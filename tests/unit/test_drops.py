@@ -31,6 +31,8 @@ from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import World
 from tests.unit.waiting import wait_for
 
+ROOT = Path(__file__).parent.parent.parent
+
 A, B, A6 = "192.168.0.1", "192.168.0.2", "fd00::1"
 
 
@@ -114,6 +116,13 @@ def test_a_drop_names_workloads_and_the_rule() -> None:
     world.manager.on_event(world.snapshot.take_dirty())
     drop = world.drop(f"inbound rule {former}", Header(A, B, 6, 4000, 81))
     assert drop["why"] == "a rule of profile web that has been changed since" and drop["rule"] is None
+
+
+def test_every_field_of_a_drop_is_documented() -> None:
+    drop = {"id": 1, **Dropping().drop("inbound no-rule", Header(A, B, 47))}
+    text = (ROOT / "docs" / "seeing.md").read_text()
+    documented = text.partition("`--output=json` is a line")[2].partition("\n\n")[0]
+    assert {name for name in (*drop, *drop["from"]) if f"`{name}`" not in documented} == set()
 
 
 def test_a_drop_names_workloads_of_other_hosts_hosts_and_addresses() -> None:

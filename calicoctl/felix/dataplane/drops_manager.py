@@ -150,7 +150,7 @@ class DropsManager(Manager):
             "why": why,
             "profile": profile,
             "rule": rule,
-            "interface": interface,
+            "interface": interface or None,
             **ends,
             "protocol": protocol,
             "source_port": header.source_port,
