@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -16,17 +17,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calicoctl import netlink
 from calicoctl.commands import drops as command
 from calicoctl.diagnose import counters, dropped
 from calicoctl.felix import drop_log, process
-from calicoctl.felix.dataplane import drops
+from calicoctl.felix.dataplane import drops, packet_log
 from calicoctl.felix.dataplane.drops import Counts, Header, Logged
 from calicoctl.felix.dataplane.drops_manager import DropsManager
 from calicoctl.felix.dataplane.nft import Count
 from calicoctl.felix.dataplane.packet_log import header_of
 from calicoctl.felix.dataplane.ruleset import rule_counters
 from calicoctl.felix.drop_log import ALL, FOLLOW, MOST, PERIOD, DropLog, DropServer
-from calicoctl.felix.events import PacketsLogged, Tick
+from calicoctl.felix.events import DROPS_RECEIVED, Failure, PacketsLogged, Tick
 from tests.unit.kernel import FakeNft
 from tests.unit.snapshots import World
 from tests.unit.waiting import wait_for
@@ -75,6 +77,31 @@ def test_the_header_of_a_packet(packet: bytes, expected: Header | None) -> None:
 @given(st.binary(max_size=80), st.sampled_from([b"", b"\x45", b"\x4f", b"\x60"]))
 def test_no_bytes_of_a_packet_break_its_decoding(rest: bytes, first: bytes) -> None:
     header_of(first + rest)
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (errno.EBUSY, "another process receives them"),
+        (errno.EINVAL, "the kernel has no nfnetlink_log"),
+        (errno.EPERM, "Operation not permitted"),
+    ],
+)
+def test_why_logged_packets_cannot_be_received(monkeypatch: pytest.MonkeyPatch, code: int, why: str) -> None:
+    answer = netlink.message(netlink.ERROR, 0, 0, struct.pack("=i", -code) + bytes(16))
+    monkeypatch.setattr(packet_log, "PAUSE", None)  # which no thread can sleep for
+    monkeypatch.setattr(packet_log.PacketLog, "_follow", lambda self: packet_log._join(Group()))  # type: ignore[arg-type]
+
+    class Group:
+        def send(self, data: bytes) -> None: ...
+
+        def recv(self, size: int) -> bytes:
+            return answer
+
+    events: list[Failure] = []
+    with pytest.raises(TypeError):
+        packet_log.PacketLog(events.append).run()
+    assert events == [Failure(f"dropped packets cannot be shown by 'calicoctl drops': {why}", DROPS_RECEIVED)]
 
 
 class Dropping(World):
