@@ -7,7 +7,7 @@ Each rule of the tables that drops a packet of an endpoint does so through chain
   the total. It drops most packets of a flood, so that these cost next to nothing, and returns from the others.
 * These are logged to the agent (packet_log.py), with a prefix that says why they are dropped (see `dropping`), and
   counted in `logged`. A rule that denies does that itself, since its prefix names the rule. `dropped/DIRECTION/REASON`
-  does it for all other reasons.
+  does it for all other reasons. A kernel that cannot log drops and counts the same packets: see `why_not_logged`.
 
 The named counters of ruleset.py, one for each rule of a profile that allows or denies, are read here, too. The comment
 of a counter is the time since when it has counted. A reload of the tables creates the counters and elements with the
@@ -235,8 +235,8 @@ def dropping(
     """Return the rules that drop packets of this kind (see KINDS): those that `match`, or all.
 
     `subject` is what else the log is to say: the counter of the rule that denies, or the name of a profile as in names
-    of chains. If `counted` is not empty, it is a statement that counts the packets. For
-    `logs`, see `skeleton`.
+    of chains. If `counted` is not empty, it is a statement that counts the packets. For `logs`,
+    see `skeleton`.
     """
     prefix = f"{direction} {reason} {subject}".rstrip()
     log = f'log prefix "{prefix}" group {GROUP} snaplen {_SNAPLEN} drop' if logs else "drop"
