@@ -90,6 +90,11 @@ class _HealthCollector:
             "1 while the store can be read, written and followed.",
             int(self._health.store.works),
         )
+        yield GaugeMetricFamily(
+            "calico_felix_failures",
+            "Failures that last: of this host, and of its containers that cannot be connected as their labels ask.",
+            len(self._health.failures) + len(self._health.labels_failed),
+        )
         yield from self._bgp(self._health.bgp)
         last = self._health.last_error
         yield GaugeMetricFamily(

@@ -37,6 +37,28 @@ def test_sessions_routes_restarts_and_refusals(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
+def test_failures_while_they_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr(metrics_server, "serve", lambda app, address, port: served.append(app))
+    health = Health("host1", "1")
+    Metrics(health, 9091)
+
+    def failures() -> str:
+        environ: dict[str, object] = {}
+        setup_testing_defaults(environ)
+        lines = b"".join(served[0](environ, lambda *_: None)).decode().splitlines()
+        (line,) = (line for line in lines if line.startswith("calico_felix_failures "))
+        return line.split()[1]
+
+    assert failures() == "0.0"
+    health.record(events.Failure("BIRD does not run", events.BGP))
+    health.record(events.Failure("once"))
+    health.record_labels(events.LabelsFailed("1" * 64, "web", "there is no such address"))
+    assert failures() == "2.0"
+    health.record(events.Failure(None, events.BGP))
+    assert failures() == "1.0"
+
+
 def test_drops_of_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     served = []
     monkeypatch.setattr(metrics_server, "serve", lambda app, address, port: served.append(app))
