@@ -169,6 +169,9 @@ class Daemon:
         with open(
             os.open(self._log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640), "ab"
         ) as output:
+            # this bounds also the log of a daemon that ends again and again, or that nobody supervises
+            with suppress(OSError):
+                logs.shorten(output.fileno())
             self._child = subprocess.Popen(
                 command,
                 env=self._environment,
@@ -220,6 +223,7 @@ class Daemon:
     def _supervise(self, launch: Callable[[], object]) -> None:
         pause = FIRST_PAUSE
         while True:
+            self._bound_log()  # also while the daemon runs, but does not become ready
             try:
                 launch()
                 self.await_ready()  # a daemon that takes longer goes on, and is waited for again

@@ -76,18 +76,32 @@ def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
             os.waitpid(pid, 0)
 
 
+@pytest.mark.parametrize("becomes_ready", [True, False])
 def test_the_log_of_a_supervised_daemon_does_not_grow_for_ever(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    becomes_ready: bool, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "LARGEST", 10_000)
     monkeypatch.setattr(daemon, "LOG_INTERVAL", 0.01)
-    script = f"touch {sandbox.ready}; while :; do seq 100000 101000; touch {sandbox.folder}/written; sleep 0.05; done"
-    sandbox.supervise(sandbox.daemon(), script=script)
+    for name in ("FIRST_PAUSE", "LONGEST_PAUSE"):
+        monkeypatch.setattr(daemon, name, 0.01)
+    first = f"touch {sandbox.ready}; " if becomes_ready else ""
+    script = f"{first}while :; do seq 100000 101000; touch {sandbox.folder}/written; sleep 0.05; done"
+    sandbox.supervise(sandbox.daemon(PATIENCE if becomes_ready else 0.01), script=script)
     for _ in range(3):  # it goes on writing at the end of what is left
         (sandbox.folder / "written").unlink(missing_ok=True)
         wait_for((sandbox.folder / "written").exists)
         wait_for(lambda: sandbox.log.stat().st_size <= 5_000)
         assert b"\0" not in sandbox.log.read_bytes()
+
+
+def test_the_log_of_a_daemon_that_ends_again_and_again_does_not_grow_for_ever(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "LARGEST", 10_000)
+    sandbox.log.parent.mkdir()
+    sandbox.log.write_text("of before\n" * 2_000)
+    sandbox.start(sandbox.daemon())
+    assert sandbox.log.stat().st_size <= 5_010 and sandbox.log.read_text().endswith("of before\nhello\n")
 
 
 def test_a_daemon_is_started_and_its_output_is_logged(sandbox: Sandbox) -> None:
