@@ -6,6 +6,8 @@ dpkg changes `/usr` in an overlay, which goes away after each test.
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +65,13 @@ def dpkg(*arguments: str) -> Result:
     return run("dpkg", *arguments, check=False)
 
 
+def tree() -> Path:
+    """Return the folder that the program runs in; there must be one alone."""
+    (found,) = (path for path in Path("/usr/lib/calicoctl").iterdir() if not path.is_symlink())
+    assert Path(PROGRAM).resolve() == found / "bin/calicoctl"
+    return found
+
+
 def left() -> list[str]:
     """Return what of calicoctl lies where the package, or what it has installed, puts files."""
     found = run("find", "/usr/bin", "/usr/lib", "/usr/share", "-xdev", "-name", "*calico*").out.splitlines()
@@ -94,14 +103,14 @@ def test_it_is_installed_upgraded_without_loss_removed_and_purged(
     host.add_pair()
     host.sync()
     old = host.pid
-    assert program(old).startswith(f"/usr/lib/calicoctl/{OLDER}/bin/")
+    assert program(old).startswith(f"/usr/lib/calicoctl/{OLDER}-")
 
     with pinging():
         done = dpkg("--install", str(deb))
     assert done.status == 0 and "The host agent is restarted" in done.out, done
     assert gone(old) and host.pid != old
-    (new,) = (path for path in Path("/usr/lib/calicoctl").iterdir() if not path.is_symlink())
-    assert Path(program(host.pid)).parent == new / "bin" == Path(PROGRAM).resolve().parent
+    new = tree()
+    assert Path(program(host.pid)).parent == new / "bin"
     host.sync()
     assert host.ctl("profile", "show", "-o", "yaml", command=[PROGRAM]).status == 0, "with Debian's PyYAML"
     assert "calicoctl container add" in run("man", "calicoctl").out
@@ -117,7 +126,8 @@ def test_it_is_installed_upgraded_without_loss_removed_and_purged(
     old = host.pid
     run("dpkg-trigger", "--by-package=python3-minimal", "/usr/bin/python3")  # as when this is replaced
     done = dpkg("--triggers-only", "calicoctl")
-    assert done.status == 0 and gone(old) and Path(program(host.pid)).parent == new / "bin", done
+    assert done.status == 0 and gone(old) and Path(program(host.pid)).parent == tree() / "bin", done
+    assert tree() != new, "what ran was whole until the end"
 
     done = dpkg("--remove", "calicoctl")
     assert done.status == 0 and "Endpoints of this host stay connected" in done.err, done
@@ -139,3 +149,40 @@ def test_it_is_installed_upgraded_without_loss_removed_and_purged(
     wait_for(lambda: "calico" not in run("nft", "list", "tables").out, "no table of the agent's")
     assert run("ip", "route", "show", "proto", "80").out == ""
     assert left() == [] and dpkg("--status", "calicoctl").status != 0
+
+
+def test_it_is_configured_without_shared_memory(deb: Path, usr: None) -> None:
+    """As in a root that is just being made, without /dev."""
+    run("unshare", "--mount", "sh", "-ec", f"mount -t tmpfs -o size=0,nr_inodes=1 tmpfs /dev/shm; dpkg -i {deb}")
+    assert list((tree() / "lib/python3/site-packages/calicoctl/__pycache__").glob("*.pyc"))
+
+
+def test_purging_keeps_what_docker_or_another_calicoctl_uses(deb: Path, usr: None) -> None:
+    assert dpkg("--install", str(deb)).status == 0
+    data, pid_file = Path("/var/lib/calico"), Path("/run/calico/host1/felix.pid")
+    runtime, other = data / "docker-hook/runtime", data / "host1/workloads"
+    script = Path("/var/lib/dpkg/info/calicoctl.preinst")
+    folder = Path("/usr/local/lib/calicoctl")
+    folder.mkdir(parents=True)
+    assert run(str(script), "upgrade", "1", check=False).status == 1
+    assert run(str(script), "abort-upgrade", "1", check=False).status == 0, "nothing is installed then"
+    folder.rmdir()
+    try:
+        for path in (runtime, other, pid_file):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        assert dpkg("--remove", "calicoctl").status == 0
+        agent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "-m", "calicoctl.felix"])
+        try:
+            pid_file.write_text(f"{agent.pid} 1\n")
+            done = run("sh", "/var/lib/dpkg/info/calicoctl.postrm", "purge", check=False)
+            assert done.status == 0 and "are kept" in done.err and other.exists(), done
+        finally:
+            agent.kill()
+            agent.wait()
+        done = dpkg("--purge", "calicoctl")
+        assert done.status == 0 and "docker-hook is kept" in done.err, done
+        assert runtime.exists() and not other.parent.exists()
+    finally:
+        for folder in (data, pid_file.parent):
+            shutil.rmtree(folder, ignore_errors=True)
