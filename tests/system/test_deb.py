@@ -15,7 +15,7 @@ import pytest
 
 from tests.system.agent import B4, LOG_DIR, FreeHost
 from tests.system.support import HOST_IP, Host, Result, gone, run, wait_for
-from tests.system.test_install import ROOT, WHEELS, make, pinging, program
+from tests.system.test_install import ROOT, WHEELS, commit, make, pinging, program
 from tests.system.traffic import PATIENT, ping
 
 pytestmark = pytest.mark.api("etcdv3")
@@ -82,10 +82,22 @@ def test_lintian_finds_no_error(deb: Path) -> None:
     fields = run("dpkg-deb", "--info", str(deb)).out
     assert "Architecture: all" in fields
     names = {line.split()[5] for line in run("dpkg-deb", "--contents", str(deb)).out.splitlines()}
-    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    assert not [name for name in names if name.endswith((".so", ".pyc", "/WHEEL"))], "what differs between builders"
     assert {"./usr/share/man/man1/calicoctl.1.gz", "./usr/lib/systemd/system/calico-node.service"} <= names
     if "VERSION_CODENAME=bookworm" in Path("/etc/os-release").read_text():
         run("lintian", "--allow-root", "--fail-on=error", "--tag-display-limit=0", str(deb))
+
+
+def test_it_has_the_licenses_of_its_libraries_and_its_commit(deb: Path, tmp_path: Path) -> None:
+    run("dpkg-deb", "--raw-extract", str(deb), str(tmp_path))
+    version = run("dpkg-deb", "--field", str(deb), "Version").out.strip()
+    assert version.partition("+")[2].partition(".g")[2] == (commit() or "").replace("-", ".")
+    libraries = {path.stem for path in tmp_path.glob("usr/share/calicoctl/lib/python3/site-packages/*.dist-info")}
+    libraries -= {name for name in libraries if name.startswith("calicoctl-")}
+    _, *texts = (tmp_path / "usr/share/doc/calicoctl/copyright").read_text().split("\n== ")
+    found = {text.partition("\n")[0]: text.partition("\n")[2] for text in texts}
+    assert set(found) == libraries and len(libraries) > 10
+    assert not [name for name, text in found.items() if "licen" not in text.lower() and "permi" not in text.lower()]
 
 
 def test_it_is_installed_upgraded_without_loss_removed_and_purged(

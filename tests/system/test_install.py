@@ -270,14 +270,22 @@ def test_an_agent_of_systemds_is_restarted_and_ended_by_systemd(
         booted.rmdir()
 
 
-def test_a_wheel_has_the_package_alone_and_its_commit() -> None:
+def test_a_wheel_has_the_package_alone_and_its_license_and_commit() -> None:
     file = ROOT / f"dist/calicoctl-{__version__}-py3-none-any.whl"
     file.unlink(missing_ok=True)
-    done = make("wheel", ROOT)
+    private = ROOT / "LICENSE"
+    mode = private.stat().st_mode
+    private.chmod(0o600)  # as all of a careful user's checkout
+    try:
+        done = make("wheel", ROOT)
+    finally:
+        private.chmod(mode)
     assert done.status == 0 and done.out == f"{file.relative_to(ROOT)}\n", done
     with zipfile.ZipFile(file) as wheel:
         ours = {name for name in wheel.namelist() if ".dist-info/" not in name}
         said = wheel.read("calicoctl/__init__.py").decode()
+        (license,) = (one for one in wheel.infolist() if one.filename.endswith("/LICENSE"))
+    assert license.external_attr >> 16 & 0o777 == 0o644
     files = (path.relative_to(ROOT) for path in (ROOT / "calicoctl").rglob("*") if path.is_file())
     assert ours == {str(file) for file in files if "__pycache__" not in file.parts}
     assert f'__commit__ = "{commit() or ""}"\n' in said
