@@ -44,6 +44,14 @@ def test_they_are_what_setup_allows(python: str) -> None:
     assert {"setuptools", "wheel"} <= set(pinned("build-requirements.txt", python))
 
 
+def test_the_debian_package_has_the_same_libraries_for_each_of_its_pythons() -> None:
+    minors = re.search(r'^PYTHONS="([\d ]+)"', (ROOT / "setup/deb").read_text(), re.MULTILINE)[1].split()
+    first, *others = (pinned("requirements.txt", f"3.{minor}") for minor in minors)
+    assert others and all(other == first for other in others)
+    depends = (ROOT / "setup/debian/control").read_text()
+    assert f"Depends: python3 (>= 3.{minors[0]}), python3 (<< 3.{int(minors[-1]) + 1}), " in depends
+
+
 @pytest.mark.parametrize("name", ["requirements.txt", "build-requirements.txt"])
 def test_they_name_no_place(name: str) -> None:
     assert not re.search(r"https?:|file:|://|^-|/", (ROOT / "setup" / name).read_text(), re.MULTILINE)
