@@ -169,6 +169,23 @@ def test_it_is_configured_without_shared_memory(deb: Path, usr: None) -> None:
     assert list((tree() / "lib/python3/site-packages/calicoctl/__pycache__").glob("*.pyc"))
 
 
+def test_what_cannot_be_configured_can_be_removed(deb: Path, usr: None) -> None:
+    assert dpkg("--unpack", str(deb)).status == 0
+    script, hook = Path("/var/lib/dpkg/info/calicoctl.postinst"), Path("/var/lib/calico/docker-hook")
+    script.write_text(script.read_text().replace("-m compileall", "-m nothing"))
+    assert dpkg("--configure", "calicoctl").status != 0
+    assert not list(Path("/usr/lib/calicoctl").iterdir())
+    refused = make("install", Path("/usr/local"))
+    assert refused.status != 0 and "The Debian package calicoctl is installed" in refused.err, refused
+    hook.mkdir(parents=True)
+    try:
+        (hook / "settings.json").write_text(f'{{\n  "command": "{PROGRAM}",\n}}\n')  # of one that was removed
+        done = dpkg("--remove", "calicoctl")
+        assert done.status == 0, done
+    finally:
+        shutil.rmtree(hook.parent)
+
+
 def test_purging_keeps_what_docker_or_another_calicoctl_uses(deb: Path, usr: None) -> None:
     assert dpkg("--install", str(deb)).status == 0
     data, pid_file = Path("/var/lib/calico"), Path("/run/calico/host1/felix.pid")
