@@ -88,6 +88,19 @@ def test_lintian_finds_no_error(deb: Path) -> None:
         run("lintian", "--allow-root", "--fail-on=error", "--tag-display-limit=0", str(deb))
 
 
+def test_the_same_commit_makes_the_same_file(deb: Path) -> None:
+    before = deb.read_bytes()
+    build = ROOT / "build"
+    build.mkdir(exist_ok=True)
+    run("mount", "-t", "tmpfs", "tmpfs", str(build))  # where folders have other sizes than on disk
+    try:
+        done = make("deb", Path("/unused"), by=("sh", "-c", 'umask 077; exec "$@"', "sh"))
+    finally:
+        run("umount", str(build))
+    assert done.status == 0, done
+    assert deb.read_bytes() == before
+
+
 def test_it_has_the_licenses_of_its_libraries_and_its_commit(deb: Path, tmp_path: Path) -> None:
     run("dpkg-deb", "--raw-extract", str(deb), str(tmp_path))
     version = run("dpkg-deb", "--field", str(deb), "Version").out.strip()
