@@ -182,6 +182,19 @@ def test_it_is_configured_without_shared_memory(deb: Path, usr: None) -> None:
     assert list((tree() / "lib/python3/site-packages/calicoctl/__pycache__").glob("*.pyc"))
 
 
+def test_commands_end_before_the_program_is_removed(deb: Path, usr: None) -> None:
+    assert dpkg("--install", str(deb)).status == 0
+    works = "import sys; print(flush=True); sys.stdin.read(); import calicoctl.workloads.wiring"
+    command = subprocess.Popen(
+        [str(tree() / "bin/python"), "-I", "-c", works], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert command.stdout is not None and command.stdout.readline() == b"\n"
+    removal = subprocess.Popen(["dpkg", "--remove", "calicoctl"], stdout=subprocess.DEVNULL)
+    wait_for(lambda: run("pgrep", "-xf", "sleep 1", check=False).out, "the removal to wait")
+    assert command.communicate(timeout=30) and command.returncode == 0, "it finds its modules"
+    assert removal.wait(timeout=30) == 0 and left() == []
+
+
 def test_what_cannot_be_configured_can_be_removed(deb: Path, usr: None) -> None:
     assert dpkg("--unpack", str(deb)).status == 0
     script, hook = Path("/var/lib/dpkg/info/calicoctl.postinst"), Path("/var/lib/calico/docker-hook")
