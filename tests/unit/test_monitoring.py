@@ -64,6 +64,28 @@ def test_the_metrics_and_labels_exist(served: dict[str, set[str]]) -> None:
         assert expression.count("(") == expression.count(")") and expression.count("{") == expression.count("}")
 
 
+def kept_labels(expression: str, served: dict[str, set[str]]) -> set[str]:
+    """Return the labels that the result of an expression has."""
+    grouped = re.search(r"by \(([^)]*)\)", expression)
+    if grouped:
+        return set(grouped[1].split(", "))
+    if re.match(r"(sum|count)\(", expression):
+        return set()
+    return {"instance"}.union(*(served.get(name, ()) for name in re.findall(r"\bcalico_\w+", expression)))
+
+
+def test_legends_and_summaries_use_labels_that_are_left(served: dict[str, set[str]]) -> None:
+    for one in panels():
+        assert one["fieldConfig"]["defaults"]["unit"] in ("short", "pps", "s"), one["title"]
+        for target in one["targets"]:
+            used = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            assert used <= kept_labels(target["expr"], served), target["expr"]
+        assert len({target["legendFormat"] for target in one["targets"]}) == len(one["targets"]), one["title"]
+    for rule in alerts():
+        used = set(re.findall(r"\$labels\.(\w+)", json.dumps(rule["annotations"])))
+        assert "instance" in used and used <= kept_labels(rule["expr"], served), rule["alert"]
+
+
 def test_the_dashboard_shows_every_metric(served: dict[str, set[str]]) -> None:
     shown = "\n".join(target["expr"] for one in panels() for target in one["targets"])
     for name in served:
@@ -77,8 +99,6 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
     for rule in alerts():
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert set(rule["annotations"]) == {"summary", "description"}
-        for name in re.findall(r"\$labels\.(\w+)", json.dumps(rule)):
-            assert name == "instance" or name in rule["expr"], rule["alert"]
 
 
 def test_panels_do_not_overlap() -> None:
