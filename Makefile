@@ -38,7 +38,7 @@ LEFT_OUT_trixie = $(LEFT_OUT) command_server fault_injection concurrency connect
 LEFT_OUT_noble = $(LEFT_OUT) deb etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
 	host_attacks policy host_addresses lifeline vxlan docker_hook cni
 
-.PHONY: help packages lint types docs unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean wheel deb install uninstall install-cni uninstall-cni clean
+.PHONY: help packages lint types docs docs-picture unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean wheel deb install uninstall install-cni uninstall-cni clean
 
 help:
 	@echo 'make demo         connect three containers for real; make demo-clean removes everything'
@@ -50,6 +50,7 @@ help:
 	@echo 'make system       system tests; ARGS="-k name" selects, TESTED_API=etcdv2 runs them through etcd'"'s v2 API"
 	@echo '                  and TESTED_COLD=yes without the command server'
 	@echo 'make docs         generate the pages of the commands and the man page'
+	@echo 'make docs-picture make the picture of a map again'
 	@echo 'make lock         pin the newest versions of the libraries that make install installs, by their hashes'
 	@echo 'make tox          unit tests on Python 3.9 to 3.13; TOXENV=py39 selects'
 	@echo 'make releases     unit and system tests on other releases of Debian and Ubuntu, on one of them through'
@@ -82,6 +83,11 @@ types: $(VENV)/ready
 # the pages of the commands, and the man page, from the help texts and two tables of README.md
 docs: $(VENV)/ready
 	$(VENV)/bin/python docs/generate.py
+
+# docs/map.png, the picture of a map in README.md
+docs-picture: $(VENV)/ready
+	@demo/packages chromium:chromium
+	$(VENV)/bin/python -m docs.picture
 
 # the tests give BIRD the configuration that we write for it
 unit: $(VENV)/ready

@@ -126,6 +126,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
         yield browser
         browser._session = None
         browser.call("Browser.close")
+        process.wait(PATIENCE)  # it writes to its directory until its end
     finally:
         process.kill() if process.poll() is None else None
         process.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from tests.system.agent import B4, AgentHost
 from tests.system.browser import Browser, chromium
-from tests.system.support import CALICOCTL, Host, wait_for
+from tests.system.support import CALICOCTL, Host, run, wait_for
 from tests.system.traffic import ping
 
 HOSTILE = [
@@ -217,3 +218,9 @@ def test_drops_of_late_are_on_the_map(pair: AgentHost, tmp_path: Path) -> None:
         details = browser.evaluate("document.querySelector('#panel').innerText")
         assert "icmp type 8, inbound" in details and "no rule of closed matches" in details
         refuse_trouble(browser, file)
+
+
+def test_the_picture_in_the_readme_can_be_made_again(tmp_path: Path) -> None:
+    picture = tmp_path / "map.png"
+    run(sys.executable, "-m", "docs.picture", str(picture), cwd=Path(__file__).parent.parent.parent)
+    assert picture.read_bytes().startswith(b"\x89PNG")
