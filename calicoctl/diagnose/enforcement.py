@@ -6,17 +6,20 @@ Each endpoint is evaluated with the snapshot of its own host (snapshot.py), and 
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from calicoctl.addresses import version_of
-from calicoctl.datastore.keys import EndpointId, parse_endpoint
+from calicoctl.datastore.keys import PROFILES, EndpointId, parse_endpoint
 from calicoctl.datastore.model import Rule
+from calicoctl.datastore.store import Entry
 from calicoctl.desired.local_endpoint import usable_addresses
 from calicoctl.desired.snapshot import Snapshot
-from calicoctl.policy.verdict import Packet, Verdict, decide, is_from_host, is_host_service
+from calicoctl.policy.verdict import Packet, Verdict, decide, is_from_host, is_host_service, within
 
 if TYPE_CHECKING:
     from calicoctl.datastore.client import DatastoreClient
@@ -75,29 +78,36 @@ class Enforcement:
     def __init__(self, datastore: DatastoreClient) -> None:
         self.host = datastore.host
         """The host on whose behalf the store is read. Its snapshot has the endpoints of all hosts."""
-        self._entries = {directory: datastore.list_for_watch(directory)[0] for directory in datastore.followed()}
+        self._entries: dict[str, dict[str | None, list[Entry]]] = {}
+        """By the followed directory, and by the host that alone needs the entry, None if every host does."""
+        for directory in datastore.followed():
+            by_host = self._entries[directory] = defaultdict(list)
+            for entry in datastore.list_for_watch(directory)[0]:
+                by_host[self._needed_by(entry.key)].append(entry)
         self._snapshots: dict[str, Snapshot] = {}
         self.endpoints = self.seen_by(datastore.host).endpoints
         """The endpoints of all hosts."""
-        self._members: dict[str, set[str]] = {}
-        """By tag, computed on demand: the addresses of the endpoints with a profile that has the tag."""
+        self._tags: dict[str, set[str]] | None = None
+        """By address, computed on demand: the tags of the endpoints that have the address."""
 
     def seen_by(self, host: str) -> Snapshot:
-        """Return the snapshot for a host. Of other hosts' endpoints, only the client's own host has any in it."""
+        """Return the snapshot for a host.
+
+        Only the snapshot for the client's own host has profiles, and the endpoints of other hosts: what is read from
+        the others depends on neither, and with them, each would take megabytes.
+        """
         if host not in self._snapshots:
             snapshot = self._snapshots[host] = Snapshot(host)
-            for directory, entries in self._entries.items():
-                snapshot.replace(directory, (entry for entry in entries if self._concerns(host, entry.key)))
+            for directory, by_host in self._entries.items():
+                needed = by_host.values() if host == self.host else (by_host.get(None, []), by_host.get(host, []))
+                snapshot.replace(directory, itertools.chain.from_iterable(needed))
         return self._snapshots[host]
 
-    def _concerns(self, host: str, key: str) -> bool:
-        """Return whether the snapshot for a host is to contain a key.
-
-        Other hosts' endpoints are only in the snapshot for the host on whose behalf the client acts: what is evaluated
-        for a host does not depend on them, and each copy takes 15 MB for 10,000 endpoints.
-        """
+    def _needed_by(self, key: str) -> str | None:
         id = parse_endpoint(key)
-        return id is None or host in (id.host, self.host)
+        if id is not None:
+            return id.host
+        return self.host if key.startswith(PROFILES + "/") else None
 
     def outbound(self, id: EndpointId, destination: Place, packet: Packet) -> Ruling:
         """Return the decision about a packet that an endpoint sends to another place."""
@@ -139,12 +149,10 @@ class Enforcement:
         If a pool masquerades the packet, its source is the registered address of `host`. If `host` has no such address
         of the packet's IP version, the packet is returned unchanged.
         """
-        from netaddr.ip import IPNetwork
-
         snapshot = self.seen_by(host)
         pools = snapshot.pools.values()
-        of_source = any(pool.masquerade and packet.source in IPNetwork(pool.cidr) for pool in pools)
-        if not of_source or any(packet.destination in IPNetwork(pool.cidr) for pool in pools):
+        of_source = any(pool.masquerade and within(packet.source, pool.cidr) for pool in pools)
+        if not of_source or any(within(packet.destination, pool.cidr) for pool in pools):
             return packet
         own = [address for address, user in snapshot.topology.users.items() if user == host]
         addresses = [snapshot.topology.own(packet.version), *(a for a in own if version_of(a) == packet.version)]
@@ -167,12 +175,18 @@ class Enforcement:
 
     def has_tag(self, tag: str, address: str) -> bool:
         """Return whether an endpoint with a tag has an address."""
-        if tag not in self._members:
+        return tag in self.tags_of(address)
+
+    def tags_of(self, address: str) -> set[str]:
+        """Return the tags of the endpoints, of all hosts, that have an address."""
+        if self._tags is None:
             profiles = self.seen_by(self.host).profiles
-            with_tag = {name for name, profile in profiles.items() if tag in profile.tags}
-            members = [e for e in self.endpoints.values() if not with_tag.isdisjoint(e.profile_ids)]
-            self._members[tag] = {address for endpoint in members for address in usable_addresses(endpoint)}
-        return address in self._members[tag]
+            self._tags = defaultdict(set)
+            for endpoint in self.endpoints.values():
+                tags = [profiles[name].tags for name in endpoint.profile_ids if name in profiles]
+                for one in usable_addresses(endpoint):
+                    self._tags[one].update(*tags)
+        return self._tags.get(address, set())
 
 
 def why(verdict: Verdict, rules: Mapping[str, Sequence[Rule] | None], profiles: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ class _Data:
         self._kinds: dict[tuple[int, int], dict[int, Node]] = {}
         self._endpoints = [group for group in self._reach.groups if not group.is_hosts]
         self._hosts = [group for group in self._reach.groups if group.is_hosts]
+        self._of_version = {version: [g for g in self._endpoints if version in g.traits] for version in (4, 6)}
+        self._with_trait: dict[tuple[int, int], list[Group]] = defaultdict(list)
+        """By IP version and trait, as in the lists of traits."""
+        for version, groups in self._of_version.items():
+            for group in groups:
+                for trait in _numbers(group.traits[version]):
+                    self._with_trait[version, trait].append(group)
 
     def to_dict(self, made: str, drops: Iterable[dict[str, Any]]) -> dict[str, Any]:
         profiles = sorted({name for group in self._endpoints for name in group.profiles})
@@ -158,22 +166,25 @@ class _Data:
         one, reach = group.members[0], self._reach
         if group.host is None:
             return {}
-        others = [(other, other.members[0]) for other in self._endpoints if version in other.traits]
-        for _, peer in others:
+        others = [other.members[0] for other in self._of_version[version]]
+        outside = (peer for peer in others if peer.host != one.host and not peer.group.traits[version] & IN_POOL)
+        if peer := next(outside, None):
             sent = reach.traits_as_sent(one, peer, version)
             if sent != group.traits[version]:
                 shown.setdefault("sent", {})[version] = _numbers(sent)
         if group.traits[version] & IN_POOL:
             return {}
         return {
-            reach.traits_as_sent(peer, one, version) & looks_at: reach.inbound(peer, one, version) for _, peer in others
+            reach.traits_as_sent(peer, one, version) & looks_at: reach.inbound(peer, one, version) for peer in others
         }
 
     def _peers(self, looks_at: int, version: int) -> dict[int, Node]:
         """Return an endpoint for each combination of the traits in `looks_at` that an endpoint has."""
         key = (looks_at, version)
         if key not in self._kinds:
-            groups = [group for group in self._endpoints if version in group.traits]
+            some = {group for trait in _numbers(looks_at) for group in self._with_trait[version, trait]}
+            none = next((group for group in self._of_version[version] if not group.traits[version] & looks_at), None)
+            groups = sorted(some if none is None else {*some, none}, key=lambda group: group.number)
             self._kinds[key] = {group.traits[version] & looks_at: group.members[0] for group in groups}
         return self._kinds[key]
 
@@ -202,4 +213,9 @@ def _drop(drop: dict[str, Any]) -> dict[str, Any]:
 
 def _numbers(traits: int) -> list[int]:
     """Return a sum of powers of two as the list of their exponents."""
-    return [number for number in range(traits.bit_length()) if traits >> number & 1]
+    found = []
+    while traits:
+        lowest = traits & -traits
+        found.append(lowest.bit_length() - 1)
+        traits ^= lowest
+    return found

@@ -17,7 +17,7 @@ routes, the state of agents, and hosts' own firewalls are left out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, NamedTuple, TypeVar
 
 from calicoctl.addresses import version_of
@@ -129,6 +129,9 @@ class Reachability:
         self._equal: dict[object, Any] = {}
         self._of_profiles: dict[tuple[object, ...], Answers[Verdict]] = {}
         self._has_tag = enforcement.has_tag
+        self._masquerades: dict[tuple[str, int], str | None] = {}
+        """By host and IP version: the source of masqueraded packets; None if the host has no address for them."""
+        self._named: dict[tuple[str, str], list[tuple[int, int]]] = {}
         self._looks: dict[tuple[str, str], tuple[int, int]] = {}
         self._looked_at: dict[tuple[tuple[str, ...], str], tuple[int, int]] = {}
         self._traits = _Traits(enforcement)
@@ -207,9 +210,13 @@ class Reachability:
 
     def _as_sent(self, source: Node, destination: Node, version: int) -> str:
         here, there = source.place(version).address, destination.place(version).address
-        if self._traits.is_masqueraded(source, destination, version):
-            return self._enforcement.as_sent(source.host, Packet(here, there, OTHERS)).source
-        return here
+        if not self._traits.is_masqueraded(source, destination, version):
+            return here
+        key = (source.host, version)
+        if key not in self._masquerades:
+            sent = self._enforcement.as_sent(source.host, Packet(here, there, OTHERS)).source
+            self._masquerades[key] = None if sent == here else sent
+        return self._masquerades[key] or here
 
     def looks_at(self, direction: str, group: Group) -> tuple[int, int]:
         """Return the traits that the rules of a group's profiles look at: of its own address, and of the other one.
@@ -262,13 +269,20 @@ class Reachability:
         sides = self._sides(profile, direction)
         key = (profile, direction, version, self._traits.of(source) & sides[0], self._traits.of(destination) & sides[1])
         if key not in self._of_profiles:
-            rules = self._enforcement.rules([profile], direction)
+            rules = self._enforcement.rules([profile], direction)[profile]
+            # a rule that names a trait that an address lacks matches no packet between the two
+            named = enumerate(self._named_by_rules(profile, direction), start=1)
+            numbers = [number for number, (one, other) in named if one & key[3] == one and other & key[4] == other]
+            left = None if rules is None else [rules[number - 1] for number in numbers]
+
+            def verdict(protocol: int, first: int) -> Verdict:
+                packet = _packet(source, destination, protocol, first)
+                found = decide([profile], {profile: left}, packet, self._has_tag)
+                return found if found.rule is None else replace(found, rule=numbers[found.rule - 1])
+
             found = {
-                protocol: tuple(
-                    (first, decide([profile], rules, _packet(source, destination, protocol, first), self._has_tag))
-                    for first in starts
-                )
-                for protocol, starts in divisions(rules[profile] or (), version).items()
+                protocol: tuple((first, verdict(protocol, first)) for first in starts)
+                for protocol, starts in divisions(left or (), version).items()
             }
             self._of_profiles[key] = self._equal.setdefault(tuple(found.items()), found)
         return self._of_profiles[key]
@@ -277,8 +291,19 @@ class Reachability:
         """Return the traits that a profile's rules look at: of the source, and of the destination."""
         key = (profile, direction)
         if key not in self._looks:
-            self._looks[key] = self._traits.named_by(self._enforcement.rules([profile], direction)[profile] or ())
+            source = destination = 0
+            for one, other in self._named_by_rules(profile, direction):
+                source, destination = source | one, destination | other
+            self._looks[key] = (source, destination)
         return self._looks[key]
+
+    def _named_by_rules(self, profile: str, direction: str) -> list[tuple[int, int]]:
+        """Return for each rule of a profile the traits that it names: of the source, and of the destination."""
+        key = (profile, direction)
+        if key not in self._named:
+            rules = self._enforcement.rules([profile], direction)[profile]
+            self._named[key] = [self._traits.named_by(rule) for rule in rules or ()]
+        return self._named[key]
 
     # Nodes and groups
 
@@ -351,18 +376,15 @@ class _Traits:
         if address not in self._of:
             pools = [pool for pool in self._pools if within(address, pool.cidr)]
             found = IN_POOL * bool(pools) | MASQUERADED * any(pool.masquerade for pool in pools)
-            found |= sum(number for tag, number in self._tags.items() if self._enforcement.has_tag(tag, address))
+            found |= sum(self._tags.get(tag, 0) for tag in self._enforcement.tags_of(address))
             found |= sum(number for net, number in self._nets.items() if within(address, net))
             self._of[address] = found
         return self._of[address]
 
-    def named_by(self, rules: Iterable[Rule]) -> tuple[int, int]:
-        """Return the sums of the traits that rules name for the source, and for the destination."""
-        source = destination = 0
-        for rule in rules:
-            source |= self._tags.get(rule.src_tag or "", 0) | self._nets.get(rule.src_net or "", 0)
-            destination |= self._tags.get(rule.dst_tag or "", 0) | self._nets.get(rule.dst_net or "", 0)
-        return source, destination
+    def named_by(self, rule: Rule) -> tuple[int, int]:
+        """Return the sums of the traits that a rule names for the source, and for the destination."""
+        source = self._tags.get(rule.src_tag or "", 0) | self._nets.get(rule.src_net or "", 0)
+        return source, self._tags.get(rule.dst_tag or "", 0) | self._nets.get(rule.dst_net or "", 0)
 
     def is_masqueraded(self, source: Node, destination: Node, version: int) -> bool:
         """Return whether packets to a node reach it masqueraded. One of the nodes must be an endpoint."""
@@ -412,7 +434,12 @@ def merged(answers: Sequence[Answers[Any]]) -> Iterator[tuple[int, int, list[Any
 
 
 def _at(parts: Parts[Any], number: int) -> Any:
-    return next(value for first, value in reversed(parts) if first <= number)
+    found = None
+    for first, value in parts:
+        if first > number:
+            break
+        found = value
+    return found
 
 
 def joined(outbound: Decisions | None, inbound: Decisions | None) -> list[Joint]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.reserved import HostNetwork
+from calicoctl.desired import snapshot
+from calicoctl.diagnose import reachability
 from calicoctl.diagnose.enforcement import Enforcement
 from calicoctl.diagnose.network_map import NetworkMap
 from calicoctl.diagnose.reachability import OTHERS, Joint, Node, Reachability
@@ -330,6 +333,31 @@ def test_the_json_names_the_rules_that_decide() -> None:
     own = shown["pairs"][shown["own_hosts"][0]["to_host"]]
     assert own["allowed"] == "all" and own["ipv6"] is None
     assert [problem["key"] for problem in shown["problems"]] == ["/calico/v1/policy/profile/broken/rules"]
+
+
+def test_profiles_are_read_once_and_not_for_each_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.profile("web", [{**TCP, "src_tag": "web"}], tags=["web"])
+    for number, host in enumerate(HOSTS, start=1):
+        world.endpoint(number, f"10.65.0.{number}", host=host, profile_ids=["web"])
+    load_tags = Mock(side_effect=snapshot.load_tags)
+    monkeypatch.setattr(snapshot, "load_tags", load_tags)
+    assert world.map().to_dict()["pairs"]
+    assert load_tags.call_count <= 2, "once for each of its two keys"
+
+
+def test_rules_that_cannot_match_an_address_are_not_asked_about_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a profile with a rule for each of many tags takes time for each rule, and not for each pair of rules."""
+    world = World()
+    world.profile("big", [{**TCP, "dst_ports": [2 * n + 1], "src_tag": f"t{n}"} for n in range(40)])
+    for number in range(40):
+        world.profile(f"p{number}", [ALLOW], tags=[f"t{number}"])
+        world.endpoint(number + 1, f"10.65.0.{number + 1}", profile_ids=["big", f"p{number}"])
+    counted = Mock(side_effect=reachability.decide)
+    monkeypatch.setattr(reachability, "decide", counted)
+    assert world.allowed("w3", "w5") == "all"
+    world.map().to_dict()
+    assert counted.call_count < 40 * 10
 
 
 def test_a_network_without_endpoints_has_a_map() -> None:
