@@ -92,8 +92,8 @@ def main() -> None:
         seconds = [timed(PROGRAM, "map", str(file), env=environment) for _ in range(3)]
         report(f"{what}: seconds", "under 10", statistics.median(seconds))
         report(f"{what}: size of the file, MB", "under 5", file.stat().st_size / 1e6)
-        seconds = [timed(PROGRAM, "map", "--output=json", env=environment)]
-        report(f"{what}: seconds as JSON", "", statistics.median(seconds))
+        if endpoints <= 1500:  # there is no JSON of very many groups
+            report(f"{what}: seconds as JSON", "", timed(PROGRAM, "map", "--output=json", env=environment))
         with chromium(Path(folder) / "chromium") as browser:
             browser.open(file)
             clicks = [click(browser, number) for number in range(CLICKS)]

@@ -54,7 +54,8 @@ def _print_json(value: Any) -> None:
     import json
 
     if not isinstance(value, Iterator):
-        print(json.dumps(value, indent=2))
+        json.dump(value, sys.stdout, indent=2)  # piece by piece: the whole text may be large
+        print()
         return
     before = "["
     for item in value:

@@ -27,6 +27,7 @@ lately. It contains the names, addresses, tags and rules of the whole network.
 In the matrix, `all` means that everything passes, and `-` that nothing does.
 Everything passes from a host to its own endpoints, whatever profiles say.
 What an endpoint sends to its own host is then up to that host's own firewall.
+Of more than 2,000 groups, there is the file only; as YAML, of more than 500.
 
 Examples:
   calicoctl map map.html
@@ -39,6 +40,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,10 +49,20 @@ from calicoctl import clock, files
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import data_format, print_data, print_table, quantity, warn_of_each
+from calicoctl.output import data_format, print_data, print_table, quantity, warn_of_each, with_progress
 
 if TYPE_CHECKING:
     from calicoctl.diagnose.network_map import NetworkMap
+    from calicoctl.diagnose.reachability import Group
+
+MOST_GROUPS = {None: 2000, "json": 2000, "yaml": 500}
+"""The size of the largest matrix that is printed, by the format; None is text.
+
+Four million pairs take about 20 seconds, and 450 MB of memory; YAML takes ten times as much as JSON.
+"""
+
+MANY_GROUPS = 200
+"""The number of groups above which the progress is shown on a terminal."""
 
 
 def prepare(argv: list[str]) -> Prepared:
@@ -62,11 +74,17 @@ def prepare(argv: list[str]) -> Prepared:
 
 def _show(form: str | None, complete: bool) -> None:
     network = _network()
+    count, most = len(network.reach.groups), MOST_GROUPS[form]
+    if count > most:
+        raise CalicoError(
+            f"Policy tells {count} groups of endpoints and hosts apart, too many for a matrix as {form or 'text'}, "
+            f"which can have {most}: write a file instead, such as 'calicoctl map map.html', which has no such limit."
+        )
     if form:
-        print_data(network.to_dict(), form)
+        print_data(network.to_dict(_progress), form)
         return
     print_table(["Group", "Members", "Names", "Profiles"], network.legend(), complete=complete)
-    heading, rows = network.table()
+    heading, rows = network.table(_progress)
     for columns in _parts(heading, rows, complete):
         print_table([heading[n] for n in columns], [[row[n] for n in columns] for row in rows], complete=complete)
     warn_of_each([f"{key}: {problem}" for key, problem in network.problems()])
@@ -78,7 +96,7 @@ def _write(file: Path) -> None:
     _check(file)
     made = clock.now()
     network = _network()
-    content = page(network, made, _drops(network.enforcement.host))
+    content = page(network, made, _drops(network.enforcement.host), _progress)
     _check(file)
     umask = os.umask(0o077)
     os.umask(umask)
@@ -102,6 +120,11 @@ def _drops(host: str) -> list[dict[str, Any]]:
         return list(dropped.read(host, follow=False))
     except CalicoError:  # no agent runs
         return []
+
+
+def _progress(groups: Sequence[Group]) -> Iterable[Group]:
+    """Yield the groups; show the progress on a terminal if there are many."""
+    return with_progress(groups, "evaluating") if len(groups) > MANY_GROUPS else groups
 
 
 def _check(file: Path) -> None:

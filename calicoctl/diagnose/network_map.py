@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
+from calicoctl.datastore.keys import endpoint as endpoint_key
 from calicoctl.datastore.model import Rule
 from calicoctl.diagnose.enforcement import Cause, Enforcement, Ruling
 from calicoctl.diagnose.reachability import LAST, OTHERS, Decisions, Group, Node, Parts, Reachability, merged
@@ -18,6 +19,9 @@ NAMES = {number: name for name, number in PROTOCOLS.items()}
 _ORDER = {PROTOCOLS[name]: place for place, name in enumerate(("tcp", "udp", "icmp", "icmpv6", "sctp", "udplite"))}
 
 Ranges = list[tuple[int, int]]
+
+Progress = Callable[[Sequence[Group]], Iterable[Group]]
+"""A function that yields the groups that it is given, and may show meanwhile how many of them have been evaluated."""
 
 Passing = tuple[tuple[int, Parts[bool]], ...]
 """What passes at one end of a path: the items of an Answers[bool]."""
@@ -148,20 +152,23 @@ class NetworkMap:
     def problems(self) -> list[tuple[str, str]]:
         """Return what of the store cannot be used, sorted, as pairs of a key and the reason."""
         found: dict[str, str] = {}
-        for host in self._host_of:
+        for host in {self.enforcement.host, *self._host_of}:
             seen = self.enforcement.seen_by(host)
             found.update({**seen.problems, **seen.skipped})
             found.update((key, "it is too large to be read") for key in seen.unread)
+        for node in self.reach.endpoints:
+            if node.problem is not None and node.group.is_set_up and node.endpoint is not None:
+                found[endpoint_key(node.endpoint)] = node.problem
         return sorted(found.items())
 
     # As a table
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
+    def table(self, progress: Progress = iter) -> tuple[list[str], list[list[str]]]:
         """Return the heading and the rows of the matrix: what may pass from the group of a row to that of a column."""
         heading = ["From", *(str(group.number + 1) for group in self.reach.groups)]
         heading.append("own host")
         rows: list[list[str]] = []
-        for one in self.reach.groups:
+        for one in progress(self.reach.groups):
             cells = [self._cell([self.sample(one, other)]) for other in self.reach.groups]
             own = "" if one.is_hosts else self._cell(self.own_hosts(one))
             rows.append([str(one.number + 1), *cells, own])
@@ -182,7 +189,7 @@ class NetworkMap:
 
     # As JSON
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, progress: Progress = iter) -> dict[str, Any]:
         """Return the map for scripts: see docs/map.md for the fields."""
         writer = Writer(self)
         groups = self.reach.groups
@@ -192,7 +199,7 @@ class NetworkMap:
                 {"host": node.host, "addresses": list(node.addresses), "group": node.group.number}
                 for node in self.reach.hosts
             ],
-            "reach": [[writer.pair(self.sample(one, other)) for other in groups] for one in groups],
+            "reach": [[writer.pair(self.sample(one, other)) for other in groups] for one in progress(groups)],
             "own_hosts": [
                 {
                     "group": group.number,
@@ -321,4 +328,5 @@ def described(group: Group) -> str:
     if group.is_hosts:
         return f"hosts, DefaultEndpointToHostAction {group.action}"
     profiles = ", ".join(group.profiles) or "no profile"
-    return profiles if group.is_set_up else f"{profiles} (not set up: see its problem)"
+    problems = dict.fromkeys(str(node.problem) for node in group.members)
+    return profiles if group.is_set_up else f"{profiles} (not set up: {first_few(problems)})"

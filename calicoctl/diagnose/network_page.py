@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Rule
-from calicoctl.diagnose.network_map import NetworkMap, Writer
+from calicoctl.diagnose.network_map import NetworkMap, Progress, Writer
 from calicoctl.diagnose.reachability import IN_POOL, OTHERS, Decisions, Group, Node
 from calicoctl.errors import printable
 from calicoctl.policy.rules import PROTOCOLS, text
@@ -25,13 +26,13 @@ from calicoctl.policy.rules import PROTOCOLS, text
 PAGE = Path(__file__).parent / "page"
 
 
-def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = ()) -> bytes:
+def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = (), progress: Progress = iter) -> bytes:
     """Return the file. `made` is the time at which the store was read, as a text.
 
     `drops` are the packets that were dropped lately on the host on whose behalf the store was read (see dropped.py).
     """
     parts = {name: (PAGE / f"map.{name}").read_text() for name in ("html", "css", "js")}
-    data = json.dumps(_escaped(_Data(network).to_dict(made, drops)), separators=(",", ":"))
+    data = json.dumps(_escaped(_Data(network).to_dict(made, drops, progress)), separators=(",", ":"))
     for character in "<>&":  # none of them is outside of JSON's strings
         data = data.replace(character, f"\\u{ord(character):04x}")
     filled = parts["html"].replace("@STYLE_HASH@", _hash(parts["css"])).replace("@SCRIPT_HASH@", _hash(parts["js"]))
@@ -60,6 +61,8 @@ class _Data:
         self._network = network
         self._reach = network.reach
         self._writer = Writer(network)
+        self._endpoint_numbers: dict[EndpointId, int] = {}
+        """Endpoints of different workloads may have the same id in the store, and one may have several nodes."""
         self._tables: list[dict[str, Any]] = []
         self._table_numbers: dict[object, int] = {}
         self._kinds: dict[tuple[int, int], dict[int, Node]] = {}
@@ -73,11 +76,11 @@ class _Data:
                 for trait in _numbers(group.traits[version]):
                     self._with_trait[version, trait].append(group)
 
-    def to_dict(self, made: str, drops: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    def to_dict(self, made: str, drops: Iterable[dict[str, Any]], progress: Progress) -> dict[str, Any]:
         profiles = sorted({name for group in self._endpoints for name in group.profiles})
         numbers = {name: number for number, name in enumerate(profiles)}
         hosts = {node.host: number for number, node in enumerate(self._reach.hosts)}
-        groups = [self._group(group, numbers) for group in self._reach.groups]
+        groups = [self._group(group, numbers) for group in progress(self._reach.groups)]
         return {
             "made": made,
             "protocols": {str(number): name for name, number in PROTOCOLS.items()},
@@ -116,6 +119,7 @@ class _Data:
         }
         if node.endpoint is not None:
             shown["id"] = node.endpoint.endpoint
+            shown["endpoint"] = self._endpoint_numbers.setdefault(node.endpoint, len(self._endpoint_numbers))
         if node.problem is not None:
             shown["problem"] = node.problem
         return shown

@@ -110,7 +110,7 @@ def test_a_browser_shows_what_the_map_says(network: Host, tmp_path: Path) -> Non
     with chromium(tmp_path / "chromium") as browser:
         opened(browser, network, file)
         text = browser.evaluate("document.body.innerText")
-        assert "10 endpoints on 2 hosts, 5 profiles" in text and "1 object in etcd cannot be used" in text
+        assert "10 endpoints on 2 hosts, 5 profiles" in text and "2 objects in etcd cannot be used" in text
 
         # each pair as in the JSON
         said = json.loads(network.ctl("map", "--output=json").out)

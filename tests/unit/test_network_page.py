@@ -11,8 +11,11 @@ import json
 import re
 from typing import Any
 
+from hypothesis import HealthCheck, given, settings
+
 from calicoctl.diagnose.network_page import page
-from tests.unit.test_reachability import ALLOW, TCP, World
+from calicoctl.diagnose.reachability import Decisions
+from tests.unit.test_reachability import ALLOW, TCP, WORLD, World, made, network, pairs  # noqa: F401 a fixture of all
 
 
 def parts(text: str, name: str, attributes: str = "") -> str:
@@ -51,7 +54,7 @@ def test_only_the_scripts_and_styles_of_the_page_are_allowed() -> None:
 def test_drops_are_named_by_their_addresses() -> None:
     ends = {"from": {"name": "a", "address": "10.65.0.1"}, "to": {"name": "b", "address": "10.65.0.2"}}
     said = {"time": "now", "direction": "inbound", "why": "<b>", "count": 2, "id": 7, **ends}
-    packets = [
+    packets: list[dict[str, Any]] = [
         {"protocol": "tcp", "port": 80, "icmp_type": None},
         {"protocol": "icmp", "port": None, "icmp_type": 0},
         {"protocol": 47, "port": None, "icmp_type": None},
@@ -80,3 +83,63 @@ def test_pairs_take_no_space() -> None:
             world.endpoint(number, f"10.65.0.{number}", profile_ids=["web"])
         sizes.append(len(json.dumps(data(page(world.map(), "now").decode()))))
     assert sizes[1] < 2 * sizes[0] + 200
+
+
+def looked_up(shown: dict[str, Any], source: dict[str, Any], destination: dict[str, Any]) -> dict[int, list[Any]]:
+    """Return by IP version the decisions at both ends, found in the file's tables as its script finds them.
+
+    This is what `decisionsOf` does there. None stands for the end that is a host.
+    """
+    found: dict[int, list[Any]] = {}
+    one, other = (shown["groups"][node["group"]] for node in (source, destination))
+    is_near = source["host"] == destination["host"]
+    for version in one["traits"].keys() & other["traits"].keys():
+        seen, ends = one["traits"][version], found.setdefault(int(version), [None, None])
+        if not is_near and version in one.get("sent", {}) and 0 not in other["traits"][version]:
+            seen = one["sent"][version]
+        if "id" in source:
+            tables = one["toOwn"][other["action"]] if is_near and "id" not in destination else one["out"]
+            ends[0] = looked_at(shown, tables[version], other["traits"][version])
+        if "id" in destination:
+            tables = other["in" if "id" in source else "fromOwn" if is_near else "fromHost"]
+            ends[1] = looked_at(shown, tables[version], seen)
+    return found
+
+
+def looked_at(shown: dict[str, Any], number: int, traits: list[int]) -> Any:
+    table = shown["tables"][number]
+    parts = shown["decisions"][table["by"][",".join(str(trait) for trait in table["looks"] if trait in traits)]]
+    return {(protocol, first, *shown["rulings"][ruling]) for protocol, first, ruling in parts}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(WORLD)
+def test_the_tables_of_the_file_have_the_decisions_about_all_pairs(drawn: dict[str, Any]) -> None:
+    found = made(drawn).map()
+    shown = data(page(found, "now").decode())
+    numbers = {node: number for number, node in enumerate(found.reach.nodes)}
+
+    def said(direction: str, decisions: Decisions | None) -> Any:
+        if decisions is None:
+            return None
+        return {
+            (protocol, first, ruling.allowed, found.reason(ruling, direction))
+            for protocol, parts in decisions.items()
+            for first, ruling in parts
+        }
+
+    for source, destination in pairs(found.reach):
+        ends = looked_up(shown, *(shown["nodes"][numbers[node]] for node in (source, destination)))
+        assert ends == {
+            version: [said("outbound", one), said("inbound", other)]
+            for version, (one, other) in found.reach.decisions(source, destination).items()
+        }
+
+
+def test_endpoints_with_the_same_id_are_told_apart() -> None:
+    world = World()
+    record = {"name": "cali1", "mac": "02:00:00:00:00:01", "ipv4_nets": ["10.65.0.1/32", "172.20.0.1/32"]}
+    for workload in ("w1", "w2"):
+        world.put(f"/calico/v1/host/host1/workload/docker/{workload}/endpoint/{1:032x}", record)
+    nodes = data(page(world.map(), "now").decode())["nodes"]
+    assert [node.get("endpoint") for node in nodes] == [0, 0, 1, 1, None, None]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from calicoctl.commands import map as map_command
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.reserved import HostNetwork
 from calicoctl.desired import snapshot
@@ -18,6 +19,7 @@ from calicoctl.diagnose.enforcement import Enforcement
 from calicoctl.diagnose.network_map import NetworkMap
 from calicoctl.diagnose.reachability import OTHERS, Joint, Node, Reachability
 from calicoctl.diagnose.trace import trace
+from calicoctl.errors import CalicoError
 from calicoctl.policy.rules import PROTOCOLS
 from calicoctl.policy.verdict import Packet
 from calicoctl.workloads import host_network
@@ -335,6 +337,22 @@ def test_the_json_names_the_rules_that_decide() -> None:
     assert [problem["key"] for problem in shown["problems"]] == ["/calico/v1/policy/profile/broken/rules"]
 
 
+def test_problems_are_named_wherever_the_map_is_made() -> None:
+    world = World()
+    world.put("/calico/v1/policy/profile/broken/rules", "{")
+    world.put("/calico/v1/host/elsewhere/workload/docker/w1/endpoint/1", "{")
+    world.endpoint(2, "10.65.0.2", "172.20.0.2", host="host2")
+    world.endpoint(3, "10.65.0.3", state="inactive")
+    found = NetworkMap(Enforcement(DatastoreClient(world.store, "laptop")))
+    assert [key for key, _ in found.problems()] == [
+        "/calico/v1/host/elsewhere/workload/docker/w1/endpoint/1",
+        f"/calico/v1/host/host2/workload/docker/w2/endpoint/{2:032x}",
+        "/calico/v1/policy/profile/broken/rules",
+    ]
+    assert found.problems()[1][1] == "its address 172.20.0.2 is in no pool"
+    assert found.legend()[0][3] == "no profile (not set up: it is inactive)"
+
+
 def test_profiles_are_read_once_and_not_for_each_host(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     world.profile("web", [{**TCP, "src_tag": "web"}], tags=["web"])
@@ -358,6 +376,14 @@ def test_rules_that_cannot_match_an_address_are_not_asked_about_it(monkeypatch: 
     assert world.allowed("w3", "w5") == "all"
     world.map().to_dict()
     assert counted.call_count < 40 * 10
+
+
+def test_a_matrix_that_would_take_minutes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calicoctl.commands.map._network", World().map)
+    monkeypatch.setattr("calicoctl.commands.map.MOST_GROUPS", {None: 1, "json": 1, "yaml": 1})
+    for form in ("json", "yaml", "text"):
+        with pytest.raises(CalicoError, match=r"tells 2 groups .* apart, .* 'calicoctl map map\.html'"):
+            map_command.prepare(["map", f"--output={form}"])()
 
 
 def test_a_network_without_endpoints_has_a_map() -> None:
