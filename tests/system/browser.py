@@ -75,8 +75,11 @@ class Browser:
         return result["result"].get("value")
 
     def press(self, key: str) -> None:
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+        text = "\r" if key == "Enter" else ""  # a button is pressed by the character
+        for kind in ("keyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key], text=text
+            )
 
     def click(self, selector: str) -> None:
         """Click on the middle of the first element that a CSS selector matches."""

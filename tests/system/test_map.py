@@ -98,6 +98,14 @@ def opened(browser: Browser, host: Host, file: Path) -> None:
     browser.open(file)
 
 
+def choose(browser: Browser, field: str, value: str) -> None:
+    """Set a filter; texts take effect a moment later."""
+    browser.evaluate(
+        f"(field => {{ field.value = '{value}'; field.dispatchEvent(new Event('input', {{bubbles: true}})) }})"
+        f"(document.getElementById('{field}'))"
+    )
+
+
 def refuse_trouble(browser: Browser, file: Path) -> None:
     requested = {e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"}
     assert requested <= {file.as_uri()}
@@ -110,7 +118,10 @@ def test_a_browser_shows_what_the_map_says(network: Host, tmp_path: Path) -> Non
     with chromium(tmp_path / "chromium") as browser:
         opened(browser, network, file)
         text = browser.evaluate("document.body.innerText")
-        assert "10 endpoints on 2 hosts, 5 profiles" in text and "2 objects in etcd cannot be used" in text
+        assert (
+            "10 endpoints on 2 hosts, 5 profiles" in text
+            and "2 objects in etcd cannot be used, or only in part" in text
+        )
 
         # each pair as in the JSON
         said = json.loads(network.ctl("map", "--output=json").out)
@@ -155,10 +166,7 @@ def test_a_browser_shows_what_the_map_says(network: Host, tmp_path: Path) -> Non
             return list(browser.evaluate("[...document.querySelectorAll('#rows .head')].map(head => head.innerText)"))
 
         def fill(field: str, value: str) -> None:
-            browser.evaluate(
-                f"(field => {{ field.value = '{value}'; field.dispatchEvent(new Event('input', {{bubbles: true}})) }})"
-                f"(document.getElementById('{field}'))"
-            )
+            choose(browser, field, value)
 
         fill("name", "192.168.0.4")
         wait_for(lambda: rows() == ["missing4"], "filtering by an address")
@@ -175,6 +183,50 @@ def test_a_browser_shows_what_the_map_says(network: Host, tmp_path: Path) -> Non
             "[...document.querySelectorAll('[role=gridcell]')].filter(cell => cell.classList.contains('some')).length"
         )
         wait_for(lambda: browser.evaluate(states) == 0, "asking for a port, which passes or does not")
+        refuse_trouble(browser, file)
+
+
+def test_the_map_is_usable_by_keyboard(network: Host, tmp_path: Path) -> None:
+    file = tmp_path / "map.html"
+    with chromium(tmp_path / "chromium") as browser:
+        opened(browser, network, file)
+        focus = "document.activeElement.getAttribute('aria-label')"
+        browser.call("Emulation.setDeviceMetricsOverride", width=1500, height=420, deviceScaleFactor=1, mobile=False)
+        browser.evaluate("document.querySelector('[role=gridcell][tabindex=\"0\"]').focus()")
+        browser.press("ArrowRight")
+        browser.press("Enter")
+        where = browser.evaluate(focus)
+        browser.evaluate("document.getElementById('body').scrollTo(0, 1000)")
+        wait_for(lambda: browser.evaluate("document.querySelector('[data-row=\"11\"]') !== null"), "the last row")
+        assert browser.evaluate(focus) == where, "the cell with the focus exists even out of view"
+        browser.press("ArrowDown")
+        assert browser.evaluate("+document.activeElement.dataset.row") == 1
+
+        browser.evaluate("document.querySelector('#panel button').focus()")
+        browser.press("Enter")
+        assert browser.evaluate("document.activeElement.id") == "panel", "not the start of the page"
+        shown = browser.evaluate("document.querySelector('#panel').innerText")
+
+        choose(browser, "name", "nobody")
+        wait_for(lambda: "Nothing fits" in browser.evaluate("document.body.innerText"), "an empty matrix")
+        browser.evaluate("(body => { body.tabIndex = 0; body.focus(); })(document.getElementById('body'))")
+        browser.press("Enter")
+        assert browser.evaluate("document.querySelector('#panel').innerText") == shown
+        refuse_trouble(browser, file)
+
+
+def test_names_that_are_not_unique_are_told_apart(network: Host, tmp_path: Path) -> None:
+    for number, on in ((21, "host1"), (22, "host2")):
+        put_endpoint(network, number, on, ["web"], workload_name="twin")
+    put_endpoint(network, 23, "host1", ["db"], ipv4_nets=["192.168.0.23/32", "172.31.0.23/32"], ipv6_nets=[])
+    file = tmp_path / "map.html"
+    with chromium(tmp_path / "chromium") as browser:
+        opened(browser, network, file)
+        heads = "[...document.querySelectorAll('#rows .head')]"
+        shown = browser.evaluate(f"{heads}.map(head => head.innerText)")
+        assert {"twin on host1", "twin on host2", "w23 (192.168.0.23)", "w23 (172.31.0.23)"} <= set(shown)
+        problems = browser.evaluate(f"{heads}.filter(head => head.classList.contains('problem')).map(h => h.innerText)")
+        assert set(problems) == {"nat12", "w23 (192.168.0.23)", "w23 (172.31.0.23)"}
         refuse_trouble(browser, file)
 
 
@@ -217,6 +269,11 @@ def test_drops_of_late_are_on_the_map(pair: AgentHost, tmp_path: Path) -> None:
         browser.click(".cell.dropped[role=gridcell]")
         details = browser.evaluate("document.querySelector('#panel').innerText")
         assert "icmp type 8, inbound" in details and "no rule of closed matches" in details
+        choose(browser, "order", "name")  # the row becomes the column, and the other way round
+        for drops in (False, True):
+            browser.click("#panel p button:last-child")
+            details = browser.evaluate("document.querySelector('#panel').innerText")
+            assert ("icmp type 8, inbound" in details) == drops
         refuse_trouble(browser, file)
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 
 from calicoctl.diagnose.network_page import page
@@ -143,3 +144,28 @@ def test_endpoints_with_the_same_id_are_told_apart() -> None:
         world.put(f"/calico/v1/host/host1/workload/docker/{workload}/endpoint/{1:032x}", record)
     nodes = data(page(world.map(), "now").decode())["nodes"]
     assert [node.get("endpoint") for node in nodes] == [0, 0, 1, 1, None, None]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_contrasts_are_those_that_wcag_asks_for(scheme: int) -> None:
+    """Text has a contrast of 4.5 to what is behind it; lines that tell what something is, 3. Source: WCAG 2.2."""
+    colors = dict(re.findall(r"--(\w+): (#\w{6})", re.findall(r":root \{(.*?)\}", style(), re.DOTALL)[scheme]))
+
+    def luminance(color: str) -> float:
+        parts = (int(colors[color][place : place + 2], 16) / 255 for place in (1, 3, 5))
+        linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
+
+    def contrast(one: str, other: str) -> float:
+        darker, lighter = sorted(map(luminance, (one, other)))
+        return (lighter + 0.05) / (darker + 0.05)
+
+    texts = ["text ground", "text sheet", "text faint", "soft ground", "soft sheet", "mark sheet"]
+    texts += ["bad ground", "bad sheet", "good sheet", "ink all"]
+    lines = ["control ground", "control sheet", "all sheet", "thin sheet"]
+    assert {pair: contrast(*pair.split()) for pair in texts if contrast(*pair.split()) < 4.5} == {}
+    assert {pair: contrast(*pair.split()) for pair in lines if contrast(*pair.split()) < 3} == {}
+
+
+def style() -> str:
+    return parts(page(World().map(), "now").decode(), "style")

@@ -20,13 +20,19 @@
 
   // What is in the data
 
+  const counted = (values) => values.reduce((counts, value) => counts.set(value, (counts.get(value) ?? 0) + 1), new Map());
+  const nodesOf = counted(data.nodes.map((node) => node.endpoint));
+  const bearers = counted([...new Set(data.nodes.map((node) => JSON.stringify([node.name, node.endpoint])))].map((pair) => JSON.parse(pair)[0]));
   const nodes = data.nodes.map((node, number) => {
     const group = data.groups[node.group];
     const isHost = node.id === undefined;
     const profiles = group.profiles.map((n) => data.profiles[n]);
     const tags = [...new Set(profiles.flatMap((profile) => profile.tags))];
     const search = [node.name, ...node.addresses, ...tags].join("\n").toLowerCase();
-    return { ...node, number, group, groupNumber: node.group, isHost, profiles, tags, search, hostName: data.hosts[node.host] };
+    const hostName = data.hosts[node.host];
+    const label = isHost ? node.name : node.name + (bearers.get(node.name) > 1 ? ` on ${hostName}` : "")
+      + (nodesOf.get(node.endpoint) > 1 ? ` (${node.addresses.join(", ")})` : "");
+    return { ...node, number, group, groupNumber: node.group, isHost, profiles, tags, search, hostName, label };
   });
   for (const group of data.groups) {
     group.sets = {};
@@ -45,7 +51,9 @@
 
   function lookUp(tableNumber, traits) {
     const table = data.tables[tableNumber];
-    return table.by[table.looks.filter((trait) => traits.has(trait)).join(",")];
+    const found = table.by[table.looks.filter((trait) => traits.has(trait)).join(",")];
+    if (found === undefined) throw new Error("The file lacks a decision");
+    return found;
   }
 
   /** The decisions at both ends, by IP version: [[version, outbound, inbound], …]; undefined for an end that is a host. */
@@ -153,17 +161,14 @@
 
   // What was dropped lately: drops between two nodes, and between two items
 
-  const byAddress = new Map(nodes.flatMap((node) => node.addresses.map((address) => [address, node])));
+  const usableLast = [...nodes].sort((x, y) => Boolean(y.problem) - Boolean(x.problem));
+  const byAddress = new Map(usableLast.flatMap((node) => node.addresses.map((address) => [address, node])));
   const dropped = data.drops.map((drop) => [byAddress.get(drop.from), byAddress.get(drop.to), drop]).filter(([a, b]) => a && b);
   const droppedBetween = new Map();
 
-  function assignDrops() {
-    const itemOf = new Map(items.flatMap((item) => item.nodes.map((node) => [node, item])));
-    droppedBetween.clear();
+  function assignDrops(itemOf) {
     for (const [a, b, drop] of dropped) {
-      const [from, to] = [itemOf.get(a), itemOf.get(b)];
-      if (!from || !to) continue;
-      const key = `${from.number} ${to.number}`;
+      const key = `${itemOf.get(a).number} ${itemOf.get(b).number}`;
       droppedBetween.set(key, [...(droppedBetween.get(key) ?? []), drop]);
     }
   }
@@ -171,24 +176,37 @@
 
   // Filters
 
-  let items = [], rows = [], columns = [], packets = null, chosen = null, cursor = { row: 0, column: 0 };
+  let items = [], itemOf = new Map(), rows = [], columns = [], packets = null, chosen = null, cursor = { row: 0, column: 0 };
+  const profilesOf = (item) => item.nodes[0].profiles.map((profile) => profile.name).join(", ");
+  const itemOfNode = {};
+  let itemCount = 0;
 
-  /** A row or column: endpoints that policy treats alike, one endpoint, or a host. */
-  function makeItems() {
-    const merge = $("merge").checked;
-    const byGroup = new Map();
-    items = [];
+  /** Return a map from nodes to items. An item is a row or column: endpoints that policy treats alike, one endpoint, or a host. */
+  function makeItems(isMerged) {
+    const byGroup = new Map(), found = new Map();
     for (const node of nodes) {
-      if (node.isHost && !$("hosts").checked) continue;
-      const known = merge && !node.isHost ? byGroup.get(node.groupNumber) : undefined;
-      if (known) known.nodes.push(node);
-      else {
-        const item = { nodes: [node], isHost: node.isHost };
-        items.push(item);
-        byGroup.set(node.groupNumber, item);
-      }
+      let item = isMerged && !node.isHost ? byGroup.get(node.groupNumber) : undefined;
+      if (!item) item = { number: itemCount++, nodes: [], isHost: node.isHost };
+      item.nodes.push(node);
+      byGroup.set(node.groupNumber, item);
+      found.set(node, item);
     }
-    const profilesOf = (item) => item.nodes[0].profiles.map((profile) => profile.name).join(", ");
+    for (const item of new Set(found.values())) {
+      const [{ label, hostName, addresses }, more] = [item.nodes[0], item.nodes.length - 1];
+      const problem = item.nodes.find((node) => node.problem)?.problem;
+      item.label = label + (more ? ` + ${more} more` : "");
+      item.hasProblem = problem !== undefined;
+      item.about = (item.isHost ? "host" : `${profilesOf(item) || "no profile"}, on ${hostName}${more ? " and others" : ""}`)
+        + (more ? "" : `, ${addresses.join(", ") || "no address"}`) + (problem ? `; ${problem}` : "");
+    }
+    assignDrops(found);
+    return found;
+  }
+
+  /** Set what is a row or column, sorted; an item that is shown again is the same object. */
+  function useItems() {
+    itemOf = itemOfNode[$("merge").checked] ??= makeItems($("merge").checked);
+    items = [...new Set(itemOf.values())].filter((item) => !item.isHost || $("hosts").checked);
     const keys = {
       profile: (item) => [item.isHost, profilesOf(item), item.nodes[0].name],
       host: (item) => [item.isHost, item.nodes[0].hostName, item.nodes[0].name],
@@ -197,12 +215,8 @@
     const collator = new Intl.Collator("en", { numeric: true });
     const key = new Map(items.map((item) => [item, keys[$("order").value](item)]));
     items.sort((x, y) => key.get(x).map((part, n) => collator.compare(part, key.get(y)[n])).find((n) => n) ?? 0);
-    items.forEach((item, number) => {
-      item.number = number;
-      const more = item.nodes.length - 1;
-      item.label = item.nodes[0].name + (more ? ` + ${more} more` : "");
-      item.about = item.isHost ? "host" : `${profilesOf(item) || "no profile"}, on ${item.nodes[0].hostName}${more ? " and others" : ""}`;
-    });
+    items.forEach((item, place) => { item.place = place; });
+    if (chosen) chosen = chosen.map((item) => item && itemOf.get(item.nodes[0]));
   }
 
   function packetsOf(text) {
@@ -242,7 +256,7 @@
         return a && b && [a, b];
       }).filter(Boolean);
     }
-    for (const a of from.nodes.slice(0, 2)) for (const b of to.nodes.slice(0, 2)) if (a.id !== b.id || a.host !== b.host) return [[a, b]];
+    for (const a of from.nodes.slice(0, 2)) for (const b of to.nodes.slice(0, 2)) if (a.endpoint !== b.endpoint) return [[a, b]];
     return [];
   }
 
@@ -254,8 +268,7 @@
   }
 
   function applyFilters() {
-    makeItems();
-    assignDrops();
+    useItems();
     const name = $("name").value.trim().toLowerCase(), host = $("host").value, profile = $("profile").value;
     packets = packetsOf($("port").value);
     say(packets === undefined ? "This is no port: write tcp 80, udp 53, 443 or icmp" : "", true);
@@ -270,6 +283,7 @@
     const isGraph = new FormData($("filters")).get("view") === "graph";
     $("matrix").hidden = isGraph;
     $("graph").hidden = !isGraph;
+    body.scrollTo(0, 0);
     if (isGraph) drawGraph(); else layOut();
     if (!left.length) say("Nothing fits these filters", true);
   }
@@ -297,7 +311,6 @@
     sheet.style.height = `${rows.length * ROW}px`;
     body.setAttribute("aria-rowcount", rows.length);
     body.setAttribute("aria-colcount", columns.length);
-    body.scrollTo(0, 0);
     draw();
   }
 
@@ -307,13 +320,15 @@
     const [left, right] = visible(scrollLeft, clientWidth, width, columns.length);
     const [first, last] = visible(scrollTop, clientHeight, ROW, rows.length);
     const hadFocus = document.activeElement?.getAttribute("role") === "gridcell";
-    const made = [];
-    for (let r = first; r < last; r++) {
-      const row = element("div", { role: "row", "aria-rowindex": r + 1 });
+    const rowOf = (r, some) => {
+      const row = element("div", { role: "row", "aria-rowindex": r + 1 }, ...some.map((c) => cell(r, c)));
       row.style.top = `${r * ROW}px`;
-      for (let c = left; c < right; c++) row.append(cell(r, c));
-      made.push(row);
-    }
+      return row;
+    };
+    const made = range(first, last).map((r) => rowOf(r, range(left, right)));
+    const { row, column } = cursor;  // its cell exists even out of view: it is where the Tab key leads to
+    const isInView = first <= row && row < last && left <= column && column < right;
+    if (!isInView && rows.length && columns.length) made.push(rowOf(row, [column]));
     sheet.replaceChildren(...made);
     top.replaceChildren(...range(left, right).map((c) => head(columns[c], c, { left: c * width, width, height: top.parentElement.clientHeight }, c === cursor.column)));
     side.replaceChildren(...range(first, last).map((r) => head(rows[r], r, { top: r * ROW, height: ROW, width: side.parentElement.clientWidth }, r === cursor.row)));
@@ -324,7 +339,7 @@
   const range = (first, last) => Array.from({ length: Math.max(0, last - first) }, (_, n) => first + n);
 
   function head(item, number, box, isOn) {
-    const made = element("div", { class: `head${isOn ? " on" : ""}${item.isHost ? " host" : ""}`, title: `${item.label} (${item.about})`, "data-number": number }, named(item.label));
+    const made = element("div", { class: `head${isOn ? " on" : ""}${item.isHost ? " host" : ""}${item.hasProblem ? " problem" : ""}`, title: `${item.label} (${item.about})`, "data-number": number }, named(item.label));
     for (const [name, value] of Object.entries(box)) made.style[name] = `${value}px`;
     made.style.lineHeight = box.top === undefined && !isWide ? `${width}px` : `${ROW}px`;
     return made;
@@ -396,14 +411,14 @@
       PageUp: [row - page, column], PageDown: [row + page, column], Home: [start, 0], End: [end, columns.length - 1],
     };
     if (moves[event.key]) moveTo(...moves[event.key]);
-    else if (event.key === "Enter" || event.key === " ") { choose(rows[row], columns[column]); mark(); }
+    else if ((event.key === "Enter" || event.key === " ") && rows[row] && columns[column]) { choose(rows[row], columns[column]); mark(); }
     else return;
     event.preventDefault();
   });
 
   // Graph
 
-  const MOST = 48, DRAWN = 60, LISTED = 150;
+  const MOST = 48, DRAWN = 60, LISTED = 150, DENSE = 150;
 
   function shape(name, attributes, ...children) {
     const made = document.createElementNS(SVG, name);
@@ -413,7 +428,7 @@
   }
 
   function drawGraph() {
-    const some = [...new Set([...rows, ...columns])].sort((x, y) => x.number - y.number);
+    const some = [...new Set([...rows, ...columns])].sort((x, y) => x.place - y.place);
     const edges = [];
     const isRound = some.length <= MOST;
     let center = chosen && !chosen[1] && some.includes(chosen[0]) ? chosen[0] : null;
@@ -453,7 +468,7 @@
       say(`${quantity(some.length, "node")} fit the filters, too many to draw: these reach ${center.label} (${sources.length}), `
         + `or are reached from it (${targets.length})${Math.max(sources.length, targets.length) > DRAWN ? `; the first ${DRAWN} of each` : ""}`);
     }
-    const svg = shape("svg", { width: size[0], height: size[1], viewBox: `0 0 ${size[0]} ${size[1]}`, role: "group", "aria-label": "Graph: arrows lead to what may be reached" });
+    const svg = shape("svg", { width: size[0], height: size[1], viewBox: `0 0 ${size[0]} ${size[1]}`, role: "group", class: edges.length > DENSE ? "dense" : "", "aria-label": "Graph: arrows lead to what may be reached" });
     const mark = shape("marker", { id: "tip", viewBox: "0 0 8 8", refX: 7.5, refY: 4, markerWidth: 7, markerHeight: 7, markerUnits: "userSpaceOnUse", orient: "auto" }, shape("path", { d: "M0 0L8 4L0 8z" }));
     svg.append(shape("defs", {}, mark));
     const lines = edges.map(([from, to, found]) => {
@@ -480,12 +495,11 @@
       const own = item.item ?? item;
       const label = item.label.length > 34 ? `${item.label.slice(0, 33)}…` : item.label;
       const shift = { start: 12, end: -12, middle: 0 }[anchor];
-      const group = shape("g", { role: "button", tabindex: 0, "aria-label": `${item.label} (${item.about})`, class: `${item.isHost ? "host " : ""}${own === center ? "on" : ""}` },
+      const group = shape("g", { role: "button", tabindex: 0, "aria-label": `${item.label} (${item.about})`, class: `${item.isHost ? "host " : ""}${item.hasProblem ? "problem " : ""}${own === center ? "on" : ""}` },
         shape("title", {}, `${item.label} (${item.about})`), shape("circle", { cx: x, cy: y, r: 6.5 }),
         shape("text", { x: x + shift, y: y + (anchor === "middle" ? -14 : 4), "text-anchor": anchor }, label));
-      group.addEventListener("mouseenter", () => highlight(item));
-      group.addEventListener("mouseleave", () => highlight(isRound ? center : null));
-      group.addEventListener("focus", () => highlight(item));
+      for (const event of ["mouseenter", "focus"]) group.addEventListener(event, () => highlight(item));
+      for (const event of ["mouseleave", "blur"]) group.addEventListener(event, () => highlight(isRound ? center : null));
       const pick = () => { choose(own); drawGraph(); [...$("graph").querySelectorAll("g")].find((g) => g.classList.contains("on"))?.focus(); };
       group.addEventListener("click", pick);
       group.addEventListener("keydown", (event) => {
@@ -495,14 +509,17 @@
     }
     if (isRound) highlight(center);
     $("graph").replaceChildren(svg);
+    if (!isRound) $("graph").scrollTop = (size[1] - $("graph").clientHeight) / 2;
   }
 
   // Details
 
   /** Show the rules between two items, or what is known of one. */
   function choose(from, to = null) {
-    chosen = [from, to];
-    $("panel").replaceChildren(...(to ? aboutPair(from, to) : aboutItem(from)));
+    chosen = [from, to].map((item) => item && itemOf.get(item.nodes[0]));
+    const hadFocus = $("panel").contains(document.activeElement);
+    $("panel").replaceChildren(...(to ? aboutPair(...chosen) : aboutItem(chosen[0])));
+    if (hadFocus) $("panel").focus();  // the button that was pressed is gone
     $("panel").scrollTop = 0;
   }
 
@@ -558,10 +575,10 @@
     return node.profiles.length ? `no rule of ${node.profiles.map((profile) => profile.name).join(", ")} matches` : "it has no profile";
   }
 
-  /** Packets to ask `profile trace` about: some that pass, if there are any. */
+  /** Packets to ask `profile trace` about: some that pass if there are any, else the fewest that a rule tells apart. */
   function example(parts) {
     const known = parts.filter((part) => [1, 6, 17, 58].includes(part.protocol));
-    const part = known.find((one) => one.allowed) ?? known[0];
+    const part = known.find((one) => one.allowed) ?? known.sort((x, y) => x.last - x.first - (y.last - y.first))[0];
     if (!part) return "tcp 80";
     return isIcmp(part.protocol) ? protocolName(part.protocol) : `${protocolName(part.protocol)} ${Math.max(1, part.first)}`;
   }
@@ -570,7 +587,7 @@
     const parts = [element("h2", {}, named(item.label))];
     const node = item.nodes[0];
     if (item.isHost) parts.push(element("p", {}, `Host; addresses: ${node.addresses.join(", ") || "none"}; DefaultEndpointToHostAction: ${node.group.action}`));
-    else if (item.nodes.length > 1) parts.push(element("p", {}, `${quantity(item.nodes.length, "endpoint")} that policy treats alike:`), list(item.nodes.map((one) => `${one.name} (${one.addresses.join(", ")}) on ${one.hostName}`)));
+    else if (item.nodes.length > 1) parts.push(element("p", {}, `${quantity(item.nodes.length, "endpoint")} that policy treats alike:`), list(item.nodes.map((one) => `${one.name} (${one.addresses.join(", ") || "no address"}) on ${one.hostName}`)));
     else parts.push(element("p", {}, `Endpoint ${node.id} on ${node.hostName}; addresses: ${node.addresses.join(", ") || "none"}`));
     for (const one of item.nodes) if (one.problem) parts.push(element("p", { class: "no" }, named(one.name), `: ${one.problem}`));
     for (const profile of item.isHost ? [] : node.profiles) {
@@ -584,7 +601,7 @@
     const reached = { "May reach": (other) => [item, other], "May be reached from": (other) => [other, item] };
     for (const [title, ends] of Object.entries(reached)) {
       const some = items.map((other) => [other, cellOf(...ends(other))]).filter(([other, found]) => other !== item && (found.state === "all" || found.state === "some"));
-      parts.push(element("h3", {}, `${title}: ${some.length}`));
+      parts.push(element("h3", {}, `${title}${packets ? ` by ${$("port").value.trim()}` : ""}: ${some.length}`));
       const links = element("ul", { class: "links" });
       for (const [other, found] of some.slice(0, LISTED)) {
         links.append(element("li", {}, element("button", { type: "button", title: found.text, onclick: () => choose(...ends(other)) }, named(other.label))));
@@ -603,14 +620,14 @@
 
   // Start
 
-  const endpointIds = new Set(nodes.filter((node) => !node.isHost).map((node) => `${node.host} ${node.id}`));
-  $("summary").textContent = `${quantity(endpointIds.size, "endpoint")} on ${quantity(data.hosts.length, "host")}, `
+  const endpoints = new Set(nodes.filter((node) => !node.isHost).map((node) => node.endpoint));
+  $("summary").textContent = `${quantity(endpoints.size, "endpoint")} on ${quantity(data.hosts.length, "host")}, `
     + `${quantity(data.profiles.length, "profile")}; policy as of ${data.made}`
     + (dropped.length ? `; ${quantity(dropped.length, "drop")} lately, as the agent of ${data.dropsOf} reports` : "");
   $("drops").hidden = !dropped.length;
   if (data.problems.length) {
     $("problems").hidden = false;
-    $("problems").querySelector("summary").textContent = `${quantity(data.problems.length, "object")} in etcd cannot be used`;
+    $("problems").querySelector("summary").textContent = `${quantity(data.problems.length, "object")} in etcd cannot be used, or only in part`;
     $("problems").querySelector("ul").append(...data.problems.map(([key, problem]) => element("li", {}, `${key}: ${problem}`)));
   }
   for (const [id, names] of [["host", data.hosts], ["profile", data.profiles.map((profile) => profile.name)]]) {
