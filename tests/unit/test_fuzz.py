@@ -180,6 +180,8 @@ LOOKS = (
     "export",
     "profile web rule show",
     "profile trace 192.168.0.1 10.0.0.1 tcp 80",
+    "map --output=json",
+    "map --output=text",
     "endpoint e profile append web",
     "pool add 10.0.0.0/8",
     "pool remove 10.0.0.0/8",
