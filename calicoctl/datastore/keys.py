@@ -84,6 +84,14 @@ def host(host: str) -> str:
     return f"{HOSTS}/{host}"
 
 
+def host_of(key: str) -> str | None:
+    """Return the name of the host that a key is about, None if its path names no host."""
+    for directory in (HOSTS, BGP_HOSTS, IPAM_HOSTS):
+        if key.startswith(directory + "/"):
+            return key[len(directory) + 1 :].partition("/")[0]
+    return None
+
+
 def host_bird_ip(host: str) -> str:
     return f"{HOSTS}/{host}/bird_ip"
 

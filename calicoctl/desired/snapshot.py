@@ -119,7 +119,8 @@ class Snapshot:
     In this class, "this host" is `host`.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, known: Topology | None = None) -> None:
+        """`known`: see Topology."""
         self.host = host
         self.ready = False
         self.endpoints: dict[EndpointId, Endpoint] = {}
@@ -141,7 +142,7 @@ class Snapshot:
         """The MTU for workloads' interfaces; None if it is derived from the host's interfaces."""
         self.check_senders = str(config.CHECK_SENDERS.default)
         """How packets from other hosts' addresses are checked: one of config.CHECK_SENDERS.values."""
-        self.topology = Topology(host)
+        self.topology = Topology(host, known)
         self.admission = Admission(self.topology)
         self.problems: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
@@ -200,6 +201,10 @@ class Snapshot:
             for key in self._entries.below(change.key):
                 self._set(key, None)
         self._check_local()
+
+    def complete(self) -> None:
+        """Release the memory that only changes need. Afterwards, this snapshot must not be changed."""
+        self._entries, self._claims, self._owners, self.dirty = _Entries(), Claims(), {}, Dirty()
 
     def _forget_skipped(self, directory: str) -> None:
         self.unread = {key for key in self.unread if not (key + "/").startswith(directory + "/")}

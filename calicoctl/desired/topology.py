@@ -29,7 +29,11 @@ _MAC = re.compile("([0-9a-f]{2}:){5}[0-9a-f]{2}")
 class Topology:
     """The registered hosts, their blocks, and the BGP configuration of `host`, which is called "this host" below."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, known: Topology | None = None) -> None:
+        """`known` is the complete topology of another host, with the same store.
+
+        Then what both know of all hosts (see `is_of_all`) is shared with it, and must not be changed.
+        """
         self.host = host
         self.users: dict[str, str] = {}
         """Registered address of a host (canonical) -> name of the host."""
@@ -53,6 +57,9 @@ class Topology:
         self._changed: set[str] = set()
         self._settings: dict[str, str] = {}
         """The log level of BIRD, global and of `host`, by key."""
+        if known is not None:
+            self.users, self.blocks, self.macs = known.users, known.blocks, known.macs
+            self.as_nums, self._addresses = known.as_nums, known._addresses
 
     def address(self, host: str, version: int) -> str | None:
         """Return a host's registered BGP address of an IP version, or None if it has none."""
@@ -127,14 +134,9 @@ class Topology:
         The method is called with the key and its entry, or with None as the entry if the key was deleted. If the value
         is invalid, the method removes the previous value, and raises CalicoError.
         """
-        if keys.parse_bgp_host_address(key) is not None or keys.parse_host_bird_ip(key) is not None:
-            return self._set_address
-        if keys.parse_affinity(key) is not None:
-            return self._set_block
-        if keys.parse_bgp_host_setting(key, keys.MACS) is not None:
-            return self._set_macs
-        if keys.parse_bgp_host_setting(key, keys.AS_NUM) is not None:
-            return self._set_as_num
+        of_all = self._handler_of_all(key)
+        if of_all is not None:
+            return of_all
         directories = [keys.bgp_peers(version, host) for host in (None, self.host) for version in (4, 6)]
         if key.rpartition("/")[0] in directories:
             return self._set_peer
@@ -146,6 +148,25 @@ class Topology:
             keys.bgp_setting(config.BGP_LOG_LEVEL.name, self.host): self._set_log_level,
         }
         return settings.get(key)
+
+    def is_of_all(self, key: str) -> bool:
+        """Return whether a key is about one host, but interpreted by all hosts, and by all in the same way.
+
+        These are the addresses, blocks, MACs and AS numbers of hosts.
+        """
+        return self._handler_of_all(key) is not None
+
+    def _handler_of_all(self, key: str) -> Callable[[str, Entry | None], None] | None:
+        """Return the method for a key for which `is_of_all` is true, None for any other key; see `handler`."""
+        if keys.parse_bgp_host_address(key) is not None or keys.parse_host_bird_ip(key) is not None:
+            return self._set_address
+        if keys.parse_affinity(key) is not None:
+            return self._set_block
+        if keys.parse_bgp_host_setting(key, keys.MACS) is not None:
+            return self._set_macs
+        if keys.parse_bgp_host_setting(key, keys.AS_NUM) is not None:
+            return self._set_as_num
+        return None
 
     def _set_address(self, key: str, entry: Entry | None) -> None:
         host = keys.parse_bgp_host_address(key) or keys.parse_host_bird_ip(key) or ""

@@ -6,7 +6,6 @@ Each endpoint is evaluated with the snapshot of its own host (snapshot.py), and 
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from calicoctl.addresses import version_of
-from calicoctl.datastore.keys import PROFILES, EndpointId, parse_endpoint
+from calicoctl.datastore import keys
+from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Rule
 from calicoctl.datastore.store import Entry
 from calicoctl.desired.local_endpoint import usable_addresses
@@ -73,41 +73,40 @@ class Place:
 
 
 class Enforcement:
-    """A copy of the watched part of the store, and a snapshot for each host, as its agent would derive it from that."""
+    """A copy of the watched part of the store: a snapshot for each host, as its agent would derive it from that."""
 
     def __init__(self, datastore: DatastoreClient) -> None:
         self.host = datastore.host
-        """The host on whose behalf the store is read. Its snapshot has the endpoints of all hosts."""
-        self._entries: dict[str, dict[str | None, list[Entry]]] = {}
-        """By the followed directory, and by the host that alone needs the entry, None if every host does."""
-        for directory in datastore.followed():
-            by_host = self._entries[directory] = defaultdict(list)
-            for entry in datastore.list_for_watch(directory)[0]:
-                by_host[self._needed_by(entry.key)].append(entry)
-        self._snapshots: dict[str, Snapshot] = {}
-        self.endpoints = self.seen_by(datastore.host).endpoints
+        """The host on whose behalf the store is read. Its snapshot has the profiles, and the problems of all keys."""
+        entries = [entry for directory in datastore.followed() for entry in datastore.list_for_watch(directory)[0]]
+        own = _snapshot(Snapshot(self.host), entries)
+        self._snapshots = {self.host: own}
+        self.endpoints = own.endpoints
         """The endpoints of all hosts."""
+        self._of_all: list[Entry] = []
+        self._of_host: dict[str, list[Entry]] = defaultdict(list)
+        """The entries from which the snapshots for other hosts are derived; the rest they share with the first one."""
+        for entry in entries:
+            host = keys.host_of(entry.key)
+            if host is None and keys.parse_profile(entry.key) is None:
+                self._of_all.append(entry)
+            elif host not in (None, self.host) and not own.topology.is_of_all(entry.key):
+                self._of_host[host].append(entry)
         self._tags: dict[str, set[str]] | None = None
         """By address, computed on demand: the tags of the endpoints that have the address."""
 
     def seen_by(self, host: str) -> Snapshot:
-        """Return the snapshot for a host.
+        """Return the snapshot for a host. Only that for `self.host` has profiles: they do not differ between hosts.
 
-        Only the snapshot for the client's own host has profiles, and the endpoints of other hosts: what is read from
-        the others depends on neither, and with them, each would take megabytes.
+        All snapshots have the same endpoints and, of the topology, the same of all hosts. If each had a copy, many
+        hosts would take memory and time with the square of their number.
         """
         if host not in self._snapshots:
-            snapshot = self._snapshots[host] = Snapshot(host)
-            for directory, by_host in self._entries.items():
-                needed = by_host.values() if host == self.host else (by_host.get(None, []), by_host.get(host, []))
-                snapshot.replace(directory, itertools.chain.from_iterable(needed))
+            of_host = self._of_host.pop(host, [])
+            snapshot = _snapshot(Snapshot(host, self._snapshots[self.host].topology), [*self._of_all, *of_host])
+            snapshot.endpoints = self.endpoints
+            self._snapshots[host] = snapshot
         return self._snapshots[host]
-
-    def _needed_by(self, key: str) -> str | None:
-        id = parse_endpoint(key)
-        if id is not None:
-            return id.host
-        return self.host if key.startswith(PROFILES + "/") else None
 
     def outbound(self, id: EndpointId, destination: Place, packet: Packet) -> Ruling:
         """Return the decision about a packet that an endpoint sends to another place."""
@@ -187,6 +186,13 @@ class Enforcement:
                 for one in usable_addresses(endpoint):
                     self._tags[one].update(*tags)
         return self._tags.get(address, set())
+
+
+def _snapshot(snapshot: Snapshot, entries: Iterable[Entry]) -> Snapshot:
+    """Return a new snapshot with these entries, which is not changed afterwards."""
+    snapshot.replace(keys.ROOT, entries)
+    snapshot.complete()
+    return snapshot
 
 
 def why(verdict: Verdict, rules: Mapping[str, Sequence[Rule] | None], profiles: Sequence[str]) -> str:
