@@ -31,12 +31,30 @@ def data_format(arguments: dict[str, Any]) -> str | None:
 def print_data(value: Any, form: str) -> None:
     """Print a value that JSON can express, in the format `form`, "json" or "yaml".
 
-    An iterator is printed as an array, item by item, so that not all are in memory at once.
+    An iterator is printed as an array, item by item, so that not all are in memory at once. So is an iterator that is a
+    value of a dictionary, if `value` is one; the values of a dictionary are printed one after the other.
     """
-    (_print_yaml if form == "yaml" else _print_json)(value)
+    by_name = isinstance(value, dict) and any(isinstance(one, Iterator) for one in value.values())
+    if form == "yaml":
+        _print_yaml_object(value) if by_name else _print_yaml(value)
+    else:
+        _print_json_object(value) if by_name else _print_json(value)
+        print()
 
 
-def _print_yaml(value: Any) -> None:
+def _print_yaml_object(value: dict[str, Any]) -> None:
+    from calicoctl.yaml_text import dump
+
+    for name, one in value.items():
+        if isinstance(one, Iterator):
+            print(dump({name: []}).removesuffix(" []\n"), end="")
+            _print_yaml(one, "\n", " ")
+        else:
+            print(dump({name: one}), end="")
+
+
+def _print_yaml(value: Any, before: str = "", before_none: str = "") -> None:
+    """Print a value. If it is an iterator, `before` stands before its first item, `before_none` if there is none."""
     from calicoctl.yaml_text import dump
 
     if not isinstance(value, Iterator):
@@ -44,24 +62,35 @@ def _print_yaml(value: Any) -> None:
         return
     empty = True
     for item in value:
-        print(dump([item]), end="")
+        print((before if empty else "") + dump([item]), end="")
         empty = False
     if empty:
-        print("[]")
+        print(f"{before_none}[]")
 
 
-def _print_json(value: Any) -> None:
+def _print_json_object(value: dict[str, Any]) -> None:
+    import json
+
+    before = "{"
+    for name, one in value.items():
+        print(f"{before}\n  {json.dumps(name)}: ", end="")
+        _print_json(one, "\n  ")
+        before = ","
+    print("\n}", end="")
+
+
+def _print_json(value: Any, margin: str = "\n") -> None:
+    """Print a value, without a newline at its end. `margin` is a newline, and how far the value is indented."""
     import json
 
     if not isinstance(value, Iterator):
-        json.dump(value, sys.stdout, indent=2)  # piece by piece: the whole text may be large
-        print()
+        print(json.dumps(value, indent=2).replace("\n", margin), end="")
         return
     before = "["
     for item in value:
-        print(before + "\n  " + json.dumps(item, indent=2).replace("\n", "\n  "), end="")
+        print(f"{before}{margin}  " + json.dumps(item, indent=2).replace("\n", margin + "  "), end="")
         before = ","
-    print("[]" if before == "[" else "\n]")
+    print("[]" if before == "[" else f"{margin}]", end="")
 
 
 def abridges(arguments: dict[str, Any]) -> bool:

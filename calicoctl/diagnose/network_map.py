@@ -190,17 +190,21 @@ class NetworkMap:
     # As JSON
 
     def to_dict(self, progress: Progress = iter) -> dict[str, Any]:
-        """Return the map for scripts: see docs/map.md for the fields."""
+        """Return the map for scripts: see docs/map.md for the fields.
+
+        Lists that may be long are iterators. They must be taken in the order of the fields: what `pairs`, `decisions`
+        and `rulings` contain is found while those before them are taken.
+        """
         writer = Writer(self)
         groups = self.reach.groups
         return {
-            "endpoints": [self._endpoint(node) for node in self.reach.endpoints],
-            "hosts": [
+            "endpoints": map(self._endpoint, self.reach.endpoints),
+            "hosts": (
                 {"host": node.host, "addresses": list(node.addresses), "group": node.group.number}
                 for node in self.reach.hosts
-            ],
-            "reach": [[writer.pair(self.sample(one, other)) for other in groups] for one in progress(groups)],
-            "own_hosts": [
+            ),
+            "reach": ([writer.pair(self.sample(one, other)) for other in groups] for one in progress(groups)),
+            "own_hosts": (
                 {
                     "group": group.number,
                     "host_group": host.group.number,
@@ -210,11 +214,11 @@ class NetworkMap:
                 for group in groups
                 if not group.is_hosts
                 for node, host in self.own_hosts(group)
-            ],
-            "pairs": writer.pairs,
-            "decisions": writer.decisions,
-            "rulings": writer.rulings,
-            "problems": [{"key": key, "problem": problem} for key, problem in self.problems()],
+            ),
+            "pairs": iter(writer.pairs),
+            "decisions": iter(writer.decisions),
+            "rulings": iter(writer.rulings),
+            "problems": ({"key": key, "problem": problem} for key, problem in self.problems()),
         }
 
     def _endpoint(self, node: Node) -> dict[str, Any]:

@@ -115,11 +115,18 @@ def test_no_command_needs_64_mib(host: Host, blue: str, workload: str, tmp_path:
         ("endpoint", "show", "--detailed", "--output=json"),
     )
     fill(host, blocks[ENDPOINTS // 64 :])  # of a /16, every block but the last is taken and full
+    network = str(tmp_path / "network.yaml")
     found |= peaks(
         host,
         tmp_path,
         ("version",),
         ("profile", "add", "web"),
+        ("map", str(tmp_path / "map.html")),
+        ("map", "--output=text"),
+        ("map", "--output=json"),
+        ("map", "--output=yaml"),
+        ("export", network),
+        ("apply", network, "--dry-run"),
         ("container", "add", blue, "ipv4"),
         ("container", "add", "workload", "192.168.255.250"),
         ("container", blue, "profile", "append", "web"),

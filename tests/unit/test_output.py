@@ -94,6 +94,10 @@ def test_an_iterator_is_printed_as_an_array(items: list[Any], form: str, capsys:
     printed = capsys.readouterr().out
     print_data(items, form)
     assert printed == capsys.readouterr().out
+    print_data({"first": iter(items), "second": [1, {"a": "b"}], "third": iter(items)}, form)
+    printed = capsys.readouterr().out
+    print_data({"first": items, "second": [1, {"a": "b"}], "third": items}, form)
+    assert printed == capsys.readouterr().out
 
 
 def test_warnings_are_bounded(capsys: pytest.CaptureFixture[str]) -> None:
