@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Callable
@@ -383,13 +382,14 @@ class _Comparison:
         return [one.rule for one in declared]
 
     def _removed_profiles(self, endpoints: list[tuple[Endpoint, Step]]) -> Iterator[Step]:
-        lists = {id: endpoint for id, (_, endpoint) in self._stored.endpoints.items()}
-        lists.update({endpoint.id: endpoint for endpoint, _ in endpoints})
+        lists = {id: endpoint.profile_ids for id, endpoint in self._stored.endpoints.items()}
+        lists.update({endpoint.id: endpoint.profile_ids for endpoint, _ in endpoints})
         for name in self._unneeded:
-            users = [endpoint for endpoint in lists.values() if name in endpoint.profile_ids]
+            users = [id for id, profiles in lists.items() if name in profiles]
             keeping = network_profiles.containers_with(self._datastore.host, name)
             if users or keeping:
-                some = [one.workload_name or short_id(one.id.workload) for one in users] or map(short_id, keeping)
+                names = (self._stored.endpoints[id].workload_name or short_id(id.workload) for id in users)
+                some = names if users else map(short_id, keeping)
                 who = quantity(len(users), "endpoint") if users else quantity(len(keeping), "stopped container")
                 raise CalicoError(
                     f"profile {name} is not in the file, and cannot be removed: {who} "
@@ -511,7 +511,7 @@ class _Comparison:
         """Yield the endpoints that change, as they will be, each with its step."""
         if self._declared.endpoints is None:
             return
-        named = self._stored.named()
+        named = self._stored.named(self._declared.endpoints)
         seen: set[EndpointId] = set()
         for name, located in self._declared.endpoints.items():
             ids = named.get(name, [])
@@ -524,7 +524,7 @@ class _Comparison:
             if ids[0] in seen:
                 raise located.node.error(f"{name} is an endpoint that is there already, by another name")
             seen.add(ids[0])
-            entry, before = self._stored.endpoints[ids[0]]
+            before = self._stored.endpoints[ids[0]]
             profiles = [one.value for one in located.value]
             if profiles == before.profile_ids:
                 continue
@@ -536,7 +536,7 @@ class _Comparison:
                 if one.value in found:
                     raise one.node.error(f"profile {one.value} is in the list twice")
                 found.add(one.value)
-            now = copy(before)
+            now = Endpoint.from_json(ids[0], before.entry.value, before.entry.key)
             now.profile_ids = profiles
             with _at(located.node):
                 text = now.to_json()
@@ -546,7 +546,7 @@ class _Comparison:
                     f"NAME profile set' on {now.id.host} has them kept for its next start, too"
                 )
             detail = f"profiles from {_listed(before.profile_ids)} to {_listed(profiles)}"
-            yield now, Step([Difference(CHANGE, "endpoint", name, detail)], [Update(entry, text)])
+            yield now, Step([Difference(CHANGE, "endpoint", name, detail)], [Update(before.entry, text)])
 
 
 @contextmanager

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Container
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple, Optional
 
 from calicoctl.addresses import pack, parse_as_number, version_of
@@ -64,6 +66,14 @@ class StoredProfile:
     rules_entry: Entry | None = None
 
 
+class StoredEndpoint(NamedTuple):
+    """What is compared of an endpoint, and its entry. Ten thousand whole endpoints would take 10 MiB more."""
+
+    entry: Entry
+    profile_ids: list[str]
+    workload_name: str | None
+
+
 @dataclass
 class Stored:
     """The configuration in the store. Each object has the entry that it was read from.
@@ -79,36 +89,39 @@ class Stored:
     as_num: tuple[Entry, str] | None = None
     peers: dict[PeerId, tuple[Entry, Peer]] = field(default_factory=dict)
     settings: dict[SettingId, Entry] = field(default_factory=dict)
-    endpoints: dict[EndpointId, tuple[Entry, Endpoint]] = field(default_factory=dict)
+    endpoints: dict[EndpointId, StoredEndpoint] = field(default_factory=dict)
     hosts: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     foreign: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
     problems: dict[str, InvalidValue] = field(default_factory=dict)
 
-    def named(self) -> dict[str, list[EndpointId]]:
-        """Return the endpoints by what a file may call them.
+    def named(self, wanted: Container[str] | None = None) -> dict[str, list[EndpointId]]:
+        """Return the endpoints by what a file may call them; only by the names in `wanted`, unless that is None.
 
-        That is HOST/ORCHESTRATOR/WORKLOAD, where WORKLOAD is the id or the name of the workload, which may have several
-        endpoints; and the same with /ENDPOINT, the endpoint's id. If the name of a workload is the id of another one,
-        it means that other one.
+        A name is HOST/ORCHESTRATOR/WORKLOAD, where WORKLOAD is the id or the name of the workload, which may have
+        several endpoints; and the same with /ENDPOINT, the endpoint's id. If the name of a workload is the id of
+        another one, it means that other one.
         """
         by_id: dict[str, list[EndpointId]] = defaultdict(list)
         by_name: dict[str, list[EndpointId]] = defaultdict(list)
-        for id, (_, endpoint) in self.endpoints.items():
+        for id, endpoint in self.endpoints.items():
             for found, workload in ((by_id, id.workload), (by_name, endpoint.workload_name)):
                 if workload and "/" not in workload:  # no Docker container has such a name
                     place = f"{id.host}/{id.orchestrator}/{workload}"
-                    found[place].append(id)
-                    found[f"{place}/{id.endpoint}"].append(id)
+                    for name in (place, f"{place}/{id.endpoint}"):
+                        if wanted is None or name in wanted:
+                            found[name].append(id)
         return {**by_name, **by_id}
 
 
 def read(datastore: DatastoreClient) -> Stored:
-    """Read the configuration; through etcd's v3 API, all of it at one revision.
+    """Read the configuration, but for BGP; through etcd's v3 API, all of it at one revision. Then read BGP likewise.
 
     Raises InvalidValue if a directory cannot be read.
     """
     stored = Stored()
-    for entry in sorted(datastore.collect(_relevant), key=lambda entry: entry.key):
+    # not all at once: below /calico are also addresses, handles and statuses, three times as much
+    found = [datastore.collect(directory, _relevant) for directory in (keys.POLICY_AND_HOSTS, keys.BGP)]
+    for entry in sorted(chain(*found), key=lambda entry: entry.key):
         if entry.is_unread_directory:
             raise InvalidValue(entry.key, str(entry.problem))
         try:
@@ -160,7 +173,8 @@ def _add(stored: Stored, entry: Entry) -> None:
     elif _is_below(entry, keys.BGP):
         _add_bgp(stored, entry, parts)
     elif (id := keys.parse_endpoint(entry.key)) is not None:
-        stored.endpoints[id] = entry, Endpoint.from_json(id, entry.value, entry.key)
+        endpoint = Endpoint.from_json(id, entry.value, entry.key)
+        stored.endpoints[id] = StoredEndpoint(entry, endpoint.profile_ids, endpoint.workload_name)
     elif _is_below(entry, keys.CONFIG) and len(parts) == 5:
         _add_setting(stored, SettingId("felix", None, parts[4]), entry)
     elif _is_below(entry, keys.HOSTS) and len(parts) == 7 and parts[5] == "config":
@@ -290,7 +304,7 @@ def _endpoints(stored: Stored) -> dict[str, Any]:
     """Return the profiles of the endpoints, by the shortest name that only one endpoint has."""
     named = stored.named()
     shown: dict[str, Any] = {}
-    for id, (_, endpoint) in stored.endpoints.items():
+    for id, endpoint in stored.endpoints.items():
         places = [
             f"{id.host}/{id.orchestrator}/{workload}" for workload in (endpoint.workload_name, id.workload) if workload
         ]

@@ -121,12 +121,12 @@ class DatastoreClient:
         """Yield all entries below `/calico`, except those that cannot be read (see `each_below`)."""
         return each_below(self._store, keys.ROOT)
 
-    def collect(self, convert: Callable[[Entry], T | None]) -> list[T]:
-        """Return `convert(entry)` for each entry below `/calico`, without None; see Store.collect.
+    def collect(self, directory: str, convert: Callable[[Entry], T | None]) -> list[T]:
+        """Return `convert(entry)` for each entry below a directory, without None; see Store.collect.
 
         If the store is atomic, all are of one revision.
         """
-        return self._store.collect(keys.ROOT, convert)
+        return self._store.collect(directory, convert)
 
     @property
     def atomic(self) -> bool:

@@ -127,7 +127,7 @@ class _Facts:
 
     @classmethod
     def read(cls, datastore: DatastoreClient) -> _Facts:
-        found = datastore.collect(_fact)
+        found = datastore.collect(keys.ROOT, _fact)
         copy, unread = datastore.copy_of(fact for fact in found if isinstance(fact, Entry))
         return cls(
             [fact for fact in found if isinstance(fact, _Listing)],

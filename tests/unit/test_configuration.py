@@ -545,6 +545,20 @@ def test_another_writer_comes_between(store: MemoryStore, apply: Any) -> None:
     assert status == 1 and "keeps being modified concurrently; retry" in err
 
 
+def test_what_is_no_configuration_is_not_read(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses, handles and statuses are most of what is below /calico."""
+    read_directories: list[str] = []
+    collect = store.collect
+
+    def noting(directory: str, *more: Any) -> list[Any]:
+        read_directories.append(directory)
+        return collect(directory, *more)
+
+    monkeypatch.setattr(store, "collect", noting)
+    read(DatastoreClient(store, "host1"))
+    assert read_directories == ["/calico/v1", "/calico/bgp/v1"]
+
+
 def test_a_pool_is_compared_with_what_the_difference_was_computed_from(store: MemoryStore, apply: Any) -> None:
     other = DatastoreClient(store.client(), "host2")
 
