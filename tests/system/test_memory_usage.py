@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
-from tests.system.agent import AgentHost
-from tests.system.support import CALICOCTL, Host, b64, run, wait_for
+from tests.system.agent import LOG_DIR, AgentHost
+from tests.system.support import CALICOCTL, HOST_IP, Host, b64, run, wait_for
 
 LIMIT = 64 * 1024
 """KiB"""
@@ -85,6 +85,16 @@ def of_endpoint(number: int) -> Iterator[tuple[str, dict]]:
     yield f"/calico/ipam/v2/handle/docker.{number:064x}", {"block": {cidr: 1}}
 
 
+def add_interfaces(count: int) -> None:
+    """Create interfaces as those of the first endpoints have (see `endpoint`)."""
+    run("ip", "netns", "add", "many")
+    pairs = (
+        f"link add cali{n:011x} type veth peer name p{n} netns many\nlink set cali{n:011x} up\n"
+        for n in range(1, count + 1)
+    )
+    run("ip", "-batch", "-", input="".join(pairs))
+
+
 def peaks(host: Host, tmp: Path, *commands: tuple[str, ...]) -> dict[str, int]:
     return {" ".join(command): peak(host, tmp, *command) for command in commands}
 
@@ -143,13 +153,17 @@ def test_no_command_needs_64_mib(host: Host, blue: str, workload: str, tmp_path:
     assert {command: used for command, used in found.items() if used > LIMIT} == {}, json.dumps(found, indent=1)
 
 
+def test_two_thousand_interfaces_do_not_change_that(bare_host: Host, tmp_path: Path) -> None:
+    host = AgentHost(bare_host.etcd)
+    fill(host, chain.from_iterable(map(of_endpoint, range(ENDPOINTS))))
+    add_interfaces(2000)
+    found = peaks(host, tmp_path, ("node", f"--ip={HOST_IP}", f"--log-dir={LOG_DIR}"), ("diags",), ("drops",))
+    assert {command: used for command, used in found.items() if used > LIMIT} == {}, json.dumps(found, indent=1)
+
+
 def test_an_agent_with_a_thousand_endpoints_needs_70_mib(bare_host: Host) -> None:
     host = AgentHost(bare_host.etcd)
-    run("ip", "netns", "add", "many")
-    pairs = "".join(
-        f"link add cali{n:011x} type veth peer name p{n} netns many\nlink set cali{n:011x} up\n" for n in range(1, 1001)
-    )
-    run("ip", "-batch", "-", input=pairs)
+    add_interfaces(1000)
     host.profile("web")
     fill(host, (endpoint(host.name, "test", n) for n in range(1, 1001)))
     host.start_agent()
