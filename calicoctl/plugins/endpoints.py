@@ -164,8 +164,8 @@ def is_left(datastore: DatastoreClient, address: IPAddress) -> bool:
     id = None if owner is None else _endpoint_of(owner, datastore.host)
     if id is None or is_of_another_machine(datastore):
         return False
-    name = libnetwork.endpoint_id(datastore.host, id).interface
-    return not any(one.name == name and one.peer_is_elsewhere for one in netns.interfaces())
+    interface = netns.find_interface(libnetwork.endpoint_id(datastore.host, id).interface)
+    return interface is None or not interface.peer_is_elsewhere
 
 
 def is_of_another_machine(datastore: DatastoreClient) -> bool:
