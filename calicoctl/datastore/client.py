@@ -38,7 +38,7 @@ from calicoctl.datastore.store import (
     read_all,
     set_value,
 )
-from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, NotFound
+from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, KeyExists, NotFound
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
@@ -424,8 +424,8 @@ class DatastoreClient:
             tags = load_tags(old, key)
             return json.dumps(check_tags(tags)) if change(tags) else None
 
-        self._complete(key, name, "[]")
-        return modify(self._store, key, _no_profile(name), text_of)
+        known = self._complete(key, name, "[]")
+        return modify(self._store, key, _no_profile(name), text_of, known)
 
     def rules(self, name: str) -> Rules:
         """Return a profile's rules; empty Rules if the profile exists without the key of its rules.
@@ -449,8 +449,8 @@ class DatastoreClient:
             rules = Rules.from_json(name, old, key)
             return rules.to_json() if change(rules) else None
 
-        self._complete(key, name, Rules(name).to_json())
-        return modify(self._store, key, _no_profile(name), text_of)
+        known = self._complete(key, name, Rules(name).to_json())
+        return modify(self._store, key, _no_profile(name), text_of, known)
 
     def replace_rules(self, rules: Rules) -> None:
         """Overwrite a profile's rules, even if the stored rules are invalid.
@@ -459,8 +459,8 @@ class DatastoreClient:
         if other writers keep changing the stored rules.
         """
         key = keys.profile_rules(rules.id)
-        self._complete(key, rules.id, rules.to_json())
-        modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json())
+        known = self._complete(key, rules.id, rules.to_json())
+        modify(self._store, key, _no_profile(rules.id), lambda old: rules.to_json(), known)
 
     def _profile_entry(self, key: str, name: str) -> Entry | None:
         """Return the entry of `key`, one of the keys of the profile `name`; None if only this key is missing.
@@ -472,13 +472,16 @@ class DatastoreClient:
             self.require_profile(name)
         return entry
 
-    def _complete(self, key: str, name: str, value: str) -> None:
+    def _complete(self, key: str, name: str, value: str) -> Entry | None:
         """Create `key`, one of the keys of the profile `name`, with `value`, unless the key exists.
 
-        Raises NotFound if the profile does not exist.
+        Return its entry, None if another writer has just created it. Raises NotFound if the profile does not exist.
         """
-        if self._profile_entry(key, name) is None:
-            create_if_missing(self._store, key, value)
+        entry = self._profile_entry(key, name)
+        if entry is None:
+            with suppress(KeyExists):
+                entry = self._store.create(key, value)
+        return entry
 
     # Endpoints
 

@@ -15,7 +15,7 @@ from calicoctl.commands import profile as profile_command
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
-from calicoctl.datastore.model import Endpoint, Pool
+from calicoctl.datastore.model import Endpoint, Pool, Rules
 from calicoctl.datastore.store import Entry
 from calicoctl.errors import CalicoError, NotFound
 from tests.unit.memory_store import MemoryStore
@@ -124,6 +124,31 @@ def test_all_profiles_are_shown_with_few_requests(store: RecordingStore, capsys:
     said = capsys.readouterr()
     assert store.requests == 3 and said.out.count('"inbound_rules"') == 5
     assert "p4/tags has an invalid value" in said.err
+
+
+def test_a_profile_is_read_once_to_be_changed(store: RecordingStore) -> None:
+    datastore = DatastoreClient(store, "host1")
+
+    def requests(change: Callable[[], object]) -> int:
+        store.requests = 0
+        change()
+        return store.requests
+
+    def add(tags: list[str]) -> bool:
+        tags.append("red")
+        return True
+
+    def clear(rules: Rules) -> bool:
+        rules.inbound = []
+        return True
+
+    assert requests(lambda: datastore.modify_tags("p0", add)) == 2
+    assert requests(lambda: datastore.modify_rules("p0", clear)) == 2
+    assert requests(lambda: datastore.replace_rules(Rules("p0"))) == 2
+    assert datastore.tags("p0") == ["p0", "red"] and datastore.rules("p0") == Rules("p0")
+    store.remove_tree(keys.profile_tags("p0"))  # without tags, as an old program may have left it
+    datastore.modify_tags("p0", add)
+    assert datastore.tags("p0") == ["red"]
 
 
 def test_a_pool_that_is_refused_changes_nothing() -> None:
