@@ -50,19 +50,21 @@ def _print_yaml_object(value: dict[str, Any]) -> None:
             print(dump({name: []}).removesuffix(" []\n"), end="")
             _print_yaml(one, "\n", " ")
         else:
-            print(dump({name: one}), end="")
+            _print_yaml({name: one})
 
 
 def _print_yaml(value: Any, before: str = "", before_none: str = "") -> None:
     """Print a value. If it is an iterator, `before` stands before its first item, `before_none` if there is none."""
-    from calicoctl.yaml_text import dump
+    from calicoctl.yaml_text import dumped
 
     if not isinstance(value, Iterator):
-        print(dump(value), end="")
+        for text in dumped(value):
+            print(text, end="")
         return
     empty = True
     for item in value:
-        print((before if empty else "") + dump([item]), end="")
+        print(before if empty else "", end="")
+        _print_yaml([item])
         empty = False
     if empty:
         print(f"{before_none}[]")

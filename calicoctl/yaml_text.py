@@ -6,7 +6,7 @@ What is read is bounded, in its size, its depth and what its aliases (`*name`) s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Union
@@ -16,6 +16,9 @@ from calicoctl.spelling import did_you_mean, nearest
 
 LONGEST = 8 * 1024 * 1024
 """Maximum length of YAML that is read, in characters."""
+
+PART = 500
+"""The number of items of a list or a mapping that `dumped` converts at once."""
 
 PARTS = 1_000_000
 """Maximum number of parts of YAML that is read: of texts, lists and mappings. What an alias stands for is counted again
@@ -47,6 +50,48 @@ def dump(value: Any) -> str:
     # a line of any width: a broken line would be harder to compare
     text: str = yaml.dump(value, Dumper=_dumper(), sort_keys=False, default_flow_style=False, width=2**31 - 1)
     return text.removesuffix("...\n")  # the end of a document that is a single plain word
+
+
+def dumped(value: Any) -> Iterator[str]:
+    """Yield what `dump` returns, in parts: PyYAML takes many times as much memory for a value as the value itself."""
+    if not _is_large(value):
+        yield dump(value)
+        return
+    is_list = isinstance(value, list)
+    waiting: list[tuple[str, Any]] = []
+    """Items of the list or mapping that are not large, to be converted together; names are "" in a list."""
+    for name, one in (("", one) for one in value) if is_list else value.items():
+        key = "- " if is_list else dump({name: 0}).removesuffix(" 0\n") + "\n"
+        by_itself = _is_large(one) and not key.startswith("? ")  # the value of such a key is indented otherwise
+        if waiting and (by_itself or len(waiting) >= PART):
+            yield _together(waiting, is_list)
+            waiting = []
+        if not by_itself:
+            waiting.append((name, one))
+        elif is_list:
+            first, *others = map(_indented, dumped(one))
+            yield key + first[2:]
+            yield from others
+        else:
+            yield key
+            yield from dumped(one) if isinstance(one, list) else map(_indented, dumped(one))
+    if waiting:
+        yield _together(waiting, is_list)
+
+
+def _together(items: list[tuple[str, Any]], is_list: bool) -> str:
+    return dump([one for _, one in items] if is_list else dict(items))
+
+
+def _is_large(value: Any) -> bool:
+    """Return whether a list or a mapping with more than PART items is in a value."""
+    if isinstance(value, Inline) or not isinstance(value, (list, dict)):
+        return False
+    return len(value) > PART or any(map(_is_large, value if isinstance(value, list) else value.values()))
+
+
+def _indented(text: str) -> str:
+    return re.sub("^(?=.)", "  ", text, flags=re.MULTILINE)
 
 
 @cache

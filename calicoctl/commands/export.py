@@ -51,10 +51,10 @@ def prepare(argv: list[str]) -> Prepared:
 
 def _export(file: str | None) -> None:
     from calicoctl.configuration.stored import document, read
-    from calicoctl.yaml_text import dump
+    from calicoctl.yaml_text import dumped
 
     stored = read(DatastoreClient.from_environment())
-    text = HEADING + dump(document(stored))
+    text = HEADING + "".join(dumped(document(stored)))
     if file in (None, "-"):
         print(text, end="")
     else:

@@ -142,6 +142,8 @@ def test_no_command_needs_64_mib(host: Host, blue: str, workload: str, tmp_path:
         ("container", blue, "profile", "append", "web"),
         ("container", blue, "endpoint", "show"),
         ("profile", "show", "--detailed"),
+        ("profile", "show", "--detailed", "--output=json"),
+        ("profile", "show", "--detailed", "--output=yaml"),
         ("profile", "trace", "192.168.0.1", "192.168.0.2", "tcp", "80"),
         ("profile", "remove", "web", "--no-check"),
         ("container", "remove", blue),

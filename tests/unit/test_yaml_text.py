@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calicoctl import grammar
+from calicoctl import grammar, yaml_text
 from calicoctl.cli.main import main
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Peer, Pool
 from calicoctl.errors import CalicoError
-from calicoctl.yaml_text import Inline, dump, load
+from calicoctl.yaml_text import Inline, dump, dumped, load
 from tests.unit.memory_store import MemoryStore
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
@@ -31,6 +32,12 @@ def test_what_is_written_is_read_as_the_same_value(value: Any) -> None:
     text = dump(value)
     assert text.isascii() and yaml.safe_load(text) == value
     assert yaml.load(text, yaml.SafeLoader) == value  # in Python, as where PyYAML has no libyaml
+
+
+@given(VALUES, st.integers(1, 3))
+def test_what_is_written_in_parts_is_the_same(value: Any, part: int) -> None:
+    with mock.patch.object(yaml_text, "PART", part):
+        assert "".join(dumped(value)) == dump(value)
 
 
 # values of several types in YAML 1.1, in 1.2, and in what readers make of them
