@@ -38,7 +38,8 @@ GREETING = 0.05
 """Seconds to wait for the greeting."""
 
 COMMANDS = frozenset(("batch", "bgp", "config", "container", "endpoint", "ipam", "pool", "profile", "status"))
-"""The commands that a server runs. The others are about processes, or about the surroundings of the caller."""
+"""The commands that a server runs. The others are about processes, or about the surroundings of the caller, or run for
+long (`drops`), or read so much that the start of a process does not matter (`map`, `export`, `apply`)."""
 
 OWN = ("/dev/fd/", "/dev/tty", "/proc/self/", "/proc/thread-self/")
 """Parts of paths that are other files in each process: `calicoctl batch <(…)` has such an argument."""

@@ -44,6 +44,8 @@ class Proxy:
     """What happens to the next write, whose connection is closed without an answer."""
     before_write: Callable[[], object] | None = None
     """Called while the next write is held back."""
+    together: threading.Barrier | None = None
+    """Where writes to workloads are held back until so many are: once, see `meet`."""
     before_watch: Callable[[], object] = lambda: None
     """Called while each request for changes through the v2 API is held back."""
     hold: threading.Event = field(default_factory=threading.Event)
@@ -52,6 +54,14 @@ class Proxy:
     held: threading.Event = field(default_factory=threading.Event)
     passed: threading.Event = field(default_factory=threading.Event)
     mended: threading.Event = field(default_factory=threading.Event)
+
+    def meet(self, count: int) -> None:
+        """Hold the next writes to workloads back until there are `count` at the same time, for 20 seconds at most."""
+
+        def met() -> None:
+            self.together = None
+
+        self.together = threading.Barrier(count, met, 20)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -83,6 +93,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if written and proxy.before_write is not None:
             act, proxy.before_write = proxy.before_write, None
             act()
+        together = proxy.together
+        if together is not None and any("/workload/" in key for key in written):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait()
         lost = proxy.lost if written else None
         if lost is not None:
             proxy.lost = None

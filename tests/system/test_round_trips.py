@@ -11,7 +11,7 @@ import pytest
 
 from calicoctl.workloads import connected
 from tests.system.proxy import Proxy, proxy_before
-from tests.system.support import Host
+from tests.system.support import Host, run
 
 PATH = "/var/run/netns/blue"
 
@@ -62,6 +62,27 @@ def test_commands_make_few_requests(counted: Counted) -> None:
     v3 = counted.host.etcd.api == "etcdv3"
     made = [(words, counted.count(*words)) for _, _, words in COMMANDS]
     assert not [one for one, limits in zip(made, COMMANDS) if one[1] > limits[v3]], made
+
+
+def test_a_docker_container_takes_no_more(counted: Counted, workload: str) -> None:
+    counted.count("container", "add", PATH, "192.168.0.1")  # the host claims its first block
+    v3 = counted.host.etcd.api == "etcdv3"
+    for most, words in (((9, 6), ("add", workload, "192.168.0.2")), ((10, 6), ("remove", workload))):
+        made = counted.count("container", *words)
+        assert made <= most[v3], (words, made)
+    counted.count("container", "remove", PATH)
+
+
+def test_endpoints_are_removed_side_by_side(counted: Counted) -> None:
+    for number in range(3):
+        run("ip", "netns", "add", f"n{number}")
+        counted.host.ctl("container", "add", f"/var/run/netns/n{number}", f"192.168.0.{number}")
+    counted.proxy.meet(3)
+    said = counted.host.ctl(
+        "node", "remove", "--remove-endpoints", env={"ETCD_AUTHORITY": f"127.0.0.1:{counted.proxy.port}"}
+    )
+    assert counted.proxy.together is None, "one after the other"
+    assert said.out.count("Removed Calico from") == 3 and not counted.host.records()
 
 
 def test_blocks_are_read_together(counted: Counted) -> None:
