@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 from calicoctl import programs, sockets
@@ -29,6 +30,10 @@ it finds the connection closed when it continues, and runs the command in its ow
 
 LONGEST = 1000
 """How many clients a worker serves. Then it ends, with whatever commands have left in its memory."""
+
+GROWTH = 16 * 2**20
+"""By how many bytes the memory of a worker may grow. Then it ends: of what a command has needed that reads thousands of
+endpoints, Python returns a part only."""
 
 
 class Worker:
@@ -46,13 +51,15 @@ class Worker:
         self._interrupted = False
 
     def serve(self) -> None:
-        """Serve clients; return when the server says so, after LONGEST clients, or after an interrupted command.
+        """Serve clients; return when the server says so, after LONGEST clients, after an interrupted command, or when
+        this process has grown by GROWTH.
 
         An interrupted command may have opened a file, such as a lock, and not stored its descriptor yet. Only the end
         of the process closes this file.
         """
         signal.signal(signal.SIGIO, self._on_input)
         self._reset()
+        most = _resident() + GROWTH
         for _ in range(LONGEST):
             self._server.send(b"waiting")
             _, descriptors, _, _ = socket.recv_fds(self._server, 1, 1)
@@ -60,7 +67,7 @@ class Worker:
                 return
             with socket.socket(fileno=descriptors[0]) as connection, suppress(OSError):  # the client has ended
                 self._serve(connection)
-            if self._interrupted:
+            if self._interrupted or _resident() > most:
                 return
 
     def _serve(self, connection: socket.socket) -> None:
@@ -170,6 +177,12 @@ def _plugin() -> int:
     if main.is_debugged([]):
         print(f"The plugin runs in process {os.getpid()}, of the command server.", file=sys.stderr)
     return cni.main()
+
+
+def _resident() -> int:
+    """Return how much memory this process has, in bytes, without parts of files. Source: proc_pid_statm(5)."""
+    _, resident, files, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (resident - files) * os.sysconf("SC_PAGESIZE")
 
 
 def _open_streams(errors: str) -> None:

@@ -61,3 +61,20 @@ def test_a_worker_that_cannot_receive_all_of_a_clients_files_ends() -> None:
         socket.send_fds(theirs, [b"22\0strict\0status"], [0, 1])
         with pytest.raises(RuntimeError, match="descriptors"):
             Worker.__new__(Worker)._serve(ours)
+
+
+def test_a_worker_that_has_grown_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, the commands that read most would say how much memory the server takes from then on."""
+    held: list[bytes] = []
+    ours, theirs = socket.socketpair()
+    worker = Worker.__new__(Worker)
+    worker._server, worker._interrupted = ours, False
+    monkeypatch.setattr(command_worker.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(worker, "_reset", lambda: None)
+    monkeypatch.setattr(worker, "_serve", lambda connection: held.append(b"x" * (len(held) * command_worker.GROWTH)))
+    with ours, theirs:
+        ours.settimeout(5)
+        for _ in range(3):
+            socket.send_fds(theirs, [b"C"], [theirs.fileno()])
+        worker.serve()
+        assert len(held) == 2 and theirs.recv(100) == b"waiting" * 2
