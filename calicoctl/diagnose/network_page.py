@@ -12,7 +12,7 @@ import base64
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,7 @@ def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = (), p
     `drops` are the packets that were dropped lately on the host on whose behalf the store was read (see dropped.py).
     """
     parts = {name: (PAGE / f"map.{name}").read_text() for name in ("html", "css", "js")}
-    data = json.dumps(_escaped(_Data(network).to_dict(made, drops, progress)), separators=(",", ":"))
-    for character in "<>&":  # none of them is outside of JSON's strings
-        data = data.replace(character, f"\\u{ord(character):04x}")
+    data = _json(_Data(network).to_dict(made, drops, progress))
     filled = parts["html"].replace("@STYLE_HASH@", _hash(parts["css"])).replace("@SCRIPT_HASH@", _hash(parts["js"]))
     filled = filled.replace("@STYLE@", parts["css"]).replace("@SCRIPT@", parts["js"])
     before, after = filled.split("@DATA@")
@@ -43,6 +41,22 @@ def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = (), p
 
 def _hash(source: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _json(data: dict[str, Any]) -> str:
+    """Return JSON for the script, without characters that could end its element, or begin another one.
+
+    An iterator becomes a list. Lists are converted item by item: as a whole, they would be in memory several times.
+    """
+    harmless = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}  # they are in JSON's strings alone
+
+    def converted(value: Any) -> str:
+        return json.dumps(_escaped(value), separators=(",", ":")).translate(harmless)
+
+    def of_field(one: Any) -> str:
+        return f"[{','.join(map(converted, one))}]" if isinstance(one, (list, Iterator)) else converted(one)
+
+    return "{" + ",".join(f"{converted(name)}:{of_field(one)}" for name, one in data.items()) + "}"
 
 
 def _escaped(value: Any) -> Any:
@@ -86,7 +100,7 @@ class _Data:
             "protocols": {str(number): name for name, number in PROTOCOLS.items()},
             "profiles": [self._profile(name) for name in profiles],
             "hosts": list(hosts),
-            "nodes": [self._node(node, hosts) for node in self._reach.nodes],
+            "nodes": (self._node(node, hosts) for node in self._reach.nodes),  # not all at once
             "groups": groups,
             "tables": self._tables,
             "decisions": [
