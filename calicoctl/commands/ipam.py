@@ -68,7 +68,7 @@ def _info(address: IPAddress, form: str | None) -> None:
     datastore = DatastoreClient.from_environment()
     block = datastore.ipam.block_of(address)
     owner = None if block is None else block.owner(int(address) - block.first)
-    users = datastore.endpoints_with(address)
+    users = datastore.endpoints_with(address, owner)
     pools = readable_pools(datastore, address.version)
     pool = next((pool.cidr for pool in pools if address in IPNetwork(pool.cidr)), None)
     facts = owner.secondary if owner is not None else {}
@@ -124,7 +124,7 @@ def _release_one(datastore: DatastoreClient, address: IPAddress, force: bool) ->
     if not force:
         owner = datastore.ipam.owner(address)
         holders = set() if owner is None else {owner.handle}  # not if it is assigned anew in the meantime
-        users = datastore.endpoints_with(address)
+        users = datastore.endpoints_with(address, owner)
         if users:
             raise CalicoError(
                 f"IP {address} is used by endpoint {users[0].endpoint} of {_named(users[0])}. Remove it from there "

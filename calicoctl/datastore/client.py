@@ -43,6 +43,7 @@ from calicoctl.errors import CalicoError, CompareFailed, InvalidValue, KeyExists
 if TYPE_CHECKING:
     from netaddr import IPAddress
 
+    from calicoctl.datastore.blocks import Owner
     from calicoctl.datastore.ipam import Ipam
 
 T = TypeVar("T")
@@ -537,15 +538,17 @@ class DatastoreClient:
                 found.append(error)
         return _separate(found)
 
-    def endpoints_with(self, address: IPAddress) -> list[EndpointId]:
+    def endpoints_with(self, address: IPAddress, owner: Owner | None = None) -> list[EndpointId]:
         """Return the ids of the endpoints, on any host, that have the address `address`.
+
+        `owner` is its owner in IPAM, if the caller has just read it.
 
         If one of them owns the address in IPAM, only its id is returned. An invalid endpoint counts as having the
         address if it owns it in IPAM, or if its JSON text contains it. Raises InvalidValue if the block of the address
         is invalid.
         """
         text = str(address)
-        owner = self.ipam.owner(address)
+        owner = owner or self.ipam.owner(address)
         if owner is not None:
             id = EndpointId(
                 *(str(owner.secondary.get(part)) for part in ("host", "orchestrator", "workload", "endpoint"))

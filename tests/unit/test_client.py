@@ -5,12 +5,14 @@ And what a client writes, or says, when it refuses.
 
 from __future__ import annotations
 
+import json
 from typing import Callable, TypeVar
 
 import pytest
 
 from calicoctl.cli import completion
 from calicoctl.commands import endpoint as endpoint_command
+from calicoctl.commands import ipam as ipam_command
 from calicoctl.commands import profile as profile_command
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
@@ -149,6 +151,20 @@ def test_a_profile_is_read_once_to_be_changed(store: RecordingStore) -> None:
     store.remove_tree(keys.profile_tags("p0"))  # without tags, as an old program may have left it
     datastore.modify_tags("p0", add)
     assert datastore.tags("p0") == ["red"]
+
+
+def test_the_block_of_an_address_is_read_once(store: RecordingStore, capsys: pytest.CaptureFixture[str]) -> None:
+    secondary = {"host": "host1", "orchestrator": "docker", "workload": "w1", "endpoint": "a001"}
+    block = {
+        "cidr": "10.0.0.0/26",
+        "affinity": "host:host1",
+        "allocations": [None, 0, *[None] * 62],
+        "attributes": [{"handle_id": "docker.w1", "secondary": secondary}],
+    }
+    store.put("/calico/ipam/v2/assignment/ipv4/block/10.0.0.0-26", json.dumps(block))
+    store.requests = 0
+    ipam_command.prepare(["ipam", "info", "10.0.0.1"])()
+    assert "a001" in capsys.readouterr().out and store.requests == 4, "the block, pools, and the endpoint twice"
 
 
 def test_a_pool_that_is_refused_changes_nothing() -> None:
