@@ -12,7 +12,7 @@ RUN = python3-venv nft:nftables iptables:iptables ip:iproute2
 BGP = bird:bird2
 DEMO = $(RUN) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:docker-cli,docker.io busybox:busybox-static
 DEMO_HOSTS = $(RUN) $(BGP) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client
-TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl man:man-db zsh:zsh systemd-analyze:systemd ctr:containerd python3-yaml
+TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl jq:jq man:man-db zsh:zsh systemd-analyze:systemd ctr:containerd python3-yaml
 # what tests use that do not run on the other releases
 TEST_HERE = podman:podman docker-compose:docker-compose containernetworking-plugins chromium:chromium lintian:lintian
 BENCH = $(TEST) $(TEST_HERE)
@@ -80,7 +80,7 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(VENV)/bin/mypy
 
-# the pages of the commands, and the man page, from the help texts and two tables of README.md
+# the pages of the commands, and the man page, from the help texts and three tables of docs/reference.md
 docs: $(VENV)/ready
 	$(VENV)/bin/python docs/generate.py
 

@@ -11,17 +11,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+REFERENCE = HERE / "reference.md"
 PACKAGE = HERE.parent / "calicoctl"
-
-
-EXIT_STATUS = [
-    ("0", "done, or the object to add exists already"),
-    ("1", "not done; one line on standard error says what and why"),
-    ("2", "bad usage, or not root"),
-    ("3", "something differs: of `apply --dry-run` only"),
-    ("128 + N", "ended by the signal N, after a rollback"),
-]
 
 
 def main(target: Path) -> None:
@@ -35,7 +26,7 @@ def main(target: Path) -> None:
     (target / "commands").mkdir(parents=True, exist_ok=True)
     for name, text in helps.items():
         (target / "commands" / f"{name}.md").write_text(page(name, text))
-    (target / "calicoctl.1").write_text(man(usage, helps, README.read_text()))
+    (target / "calicoctl.1").write_text(man(usage, helps, REFERENCE.read_text()))
 
 
 def _constant(path: Path, name: str) -> str:
@@ -77,8 +68,8 @@ def page(name: str, text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def man(usage: str, helps: dict[str, str], readme: str) -> str:
-    """Return the man page, in roff. ENVIRONMENT and FILES are generated from tables of the README."""
+def man(usage: str, helps: dict[str, str], reference: str) -> str:
+    """Return the man page, in roff. EXIT STATUS, ENVIRONMENT and FILES are generated from tables of reference.md."""
     first, _, rest = usage.strip().partition("\n\n")
     lines = [".TH CALICOCTL 1", ".SH NAME", f"calicoctl \\- {_escaped(first[0].lower() + first[1:].rstrip('.'))}"]
     lines += [".SH SYNOPSIS", *_verbatim(rest)]
@@ -95,12 +86,12 @@ def man(usage: str, helps: dict[str, str], readme: str) -> str:
                     lines += _verbatim(block)
     variables = [
         (name, f"{meaning}; default: {default}" if default else meaning)
-        for name, meaning, default in table(readme, "Environment and settings")
+        for name, meaning, default in table(reference, "Environment and settings")
     ]
     for heading, entries in (
-        ("EXIT STATUS", EXIT_STATUS),
+        ("EXIT STATUS", table(reference, "Output and exit statuses")),
         ("ENVIRONMENT", variables),
-        ("FILES", table(readme, "Files")),
+        ("FILES", table(reference, "Files")),
     ):
         lines.append(f".SH {heading}")
         for name, meaning in entries:
@@ -109,9 +100,12 @@ def man(usage: str, helps: dict[str, str], readme: str) -> str:
 
 
 def table(text: str, heading: str) -> list[tuple[str, ...]]:
-    """Return the rows of the table below a heading of a Markdown text, without backquotes."""
+    """Return the rows of the table below a heading of a Markdown text, without backquotes, and links as their texts."""
     rows = re.findall(r"^\|(.*)\|$", text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0], re.MULTILINE)
-    return [tuple(cell.strip().replace("`", "") for cell in row.split("|")) for row in rows[2:]]
+    return [
+        tuple(re.sub(r"\[(.*?)\]\(.*?\)", r"\1", cell).strip().replace("`", "") for cell in row.split("|"))
+        for row in rows[2:]
+    ]
 
 
 def _verbatim(text: str) -> list[str]:
