@@ -47,7 +47,7 @@ calicoctl container web profile append shop
 calicoctl container db profile append shop"""
 
 BEFORE = {
-    "README": """ip link add uplink type dummy
+    "README": """ip link add uplink type veth peer name router
 ip address add 198.51.100.2/24 dev uplink
 ip link set uplink up""",  # the address that `node` registers
     "apply": f"{NODE}\ncalicoctl export network.yaml",

@@ -93,3 +93,95 @@ def test_every_metric_is_listed_with_its_type(monkeypatch: pytest.MonkeyPatch) -
     exported = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     listed = dict(re.findall(r"^\| `(calico_\S+)` \| (\w+) \|", section("agent.md", "Metrics"), re.MULTILINE))
     assert {name: kind for name, kind in exported.items() if not name.endswith("_created")} == listed
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what a link to a page can name in it, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Return the files that a page links to, and the anchors in them, or ""."""
+    found = re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text().replace("\n", " "))
+    return [((page.parent / name).resolve() if name else page, anchor) for name, anchor in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target, anchor in links(page):
+        assert target.exists(), target
+        assert not anchor or anchor in anchors(target), f"{target.name} has no heading #{anchor}"
+
+
+def test_every_page_is_found_by_the_question_that_it_answers() -> None:
+    linked = {target for target, _ in links(ROOT / "docs/README.md")}
+    assert set(PAGES) - linked == {ROOT / "docs/README.md"}
+
+
+def test_the_picture_of_the_map_is_small() -> None:
+    assert (ROOT / "docs/map.png", "") in links(ROOT / "README.md")
+    assert (ROOT / "docs/map.png").stat().st_size < 150_000
+
+
+ELSEWHERE = {
+    "test_demo.py": ["make demo", "make demo-hosts"],
+    "test_install.py": [
+        "make install",
+        "make install DESTDIR=/tmp/package PREFIX=/usr",
+        "systemctl enable --now calico-node",
+        "sudo systemctl enable --now calico-docker.socket",
+    ],
+    "test_deb.py": ["make deb", "apt-get install ./dist/calicoctl_*.deb"],
+    "test_cni.py": ["make install-cni"],
+    "test_cni_podman.py": [
+        "podman run --net=net1 --name web -d docker.io/library/nginx",
+        "podman run --net=net1 --ip=192.168.0.77 --name db -d docker.io/library/postgres",
+        "calicoctl container db profile set backend",
+    ],
+    "test_docker_hook.py": ["sudo calicoctl node --docker-hook"],
+    "test_etcd_apis.py": [
+        "etcdctl role add calico",
+        "etcdctl role grant-permission calico --prefix=true readwrite /calico/",
+        "etcdctl user add calico",
+        "etcdctl user grant-role calico calico",
+        "$etcdctl user add root",
+        "$etcdctl user grant-role root root",
+        "$etcdctl auth enable",
+    ],
+    "test_datastore.py": [
+        "calicoctl datastore migrate --rollback",
+        "$etcdctl role add calico",
+        "$etcdctl role grant calico --path '/calico' --readwrite",
+        "$etcdctl role grant calico --path '/calico/*' --readwrite",
+        "$etcdctl user add calico",
+        "$etcdctl user grant calico --roles calico",
+        "$etcdctl role revoke guest --path '/*' --readwrite",
+    ],
+}
+"""System test -> the command lines outside of `sh` blocks that do what it tests: they need more than a bare host."""
+
+UNTESTED = {"systemctl restart etcd"}
+"""Needs the service of Debian's package, and systemd."""
+
+PROGRAM = re.compile(
+    r"(sudo )?(make|calicoctl|docker|docker-compose|podman|systemctl|\$?etcdctl|openssl|apt-get|ip|nft|birdc|jq) "
+)
+
+
+def test_every_command_line_is_run_by_a_test() -> None:
+    run, shown = set(), set()
+    for page in PAGES:
+        if page.name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+            continue
+        text = page.read_text()
+        blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        run |= {line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()}
+        indented = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+        shown |= {line for line in indented if PROGRAM.match(line + " ")}
+    run |= {line.removeprefix("sudo ") for line in run}
+    assert shown - run == {line for lines in ELSEWHERE.values() for line in lines} | UNTESTED
+    assert all((ROOT / "tests/system" / name).exists() for name in ELSEWHERE)
