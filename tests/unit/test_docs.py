@@ -122,6 +122,12 @@ def test_every_page_is_found_by_the_question_that_it_answers() -> None:
     assert set(PAGES) - linked == {ROOT / "docs/README.md"}
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_begins_with_whom_it_is_for(page: Path) -> None:
+    heading, begin = page.read_text().split("\n\n")[:2]
+    assert heading.startswith("# ") and begin.startswith("For ")
+
+
 def test_the_picture_of_the_map_is_small() -> None:
     assert (ROOT / "docs/map.png", "") in links(ROOT / "README.md")
     assert (ROOT / "docs/map.png").stat().st_size < 150_000
