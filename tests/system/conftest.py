@@ -33,7 +33,7 @@ HOME = Path("/run/calico-tests")
 PROGRAMS = (
     *("etcd", "etcdctl", "dockerd", "docker", "busybox", "ip", "ss", "ping", "nft", "iptables"),
     *("conntrack", "openssl", "sysctl", "ps", "curl", "setpriv", "nsenter", "flock", "bash", "zsh", "tar", "bird"),
-    *("containerd", "ctr", "make"),
+    *("containerd", "ctr", "make", "jq"),
 )
 """What the tests run, beside calicoctl, and beside what they do not run on all releases (TEST_HERE in the Makefile)."""
 
