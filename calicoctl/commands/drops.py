@@ -11,9 +11,9 @@ Options:
 Each line says when the packet was dropped, from and to which workload, host
 or address, its protocol and port, whether it was outbound of a workload or
 inbound of one, why, and how often the same was dropped within ten seconds.
-The command at its end, for TCP, UDP and pings, says what policy does now to the
-first packet of such a connection. `calicoctl endpoint --help` explains the
-reasons.
+The command at its end, for TCP, UDP and pings, says what policy does now to
+the first packet of such a connection. `calicoctl endpoint --help` explains
+the reasons.
 
 The kernel counts all drops, but reports no more than a sample of them to the
 agent: two packets a second of a connection, 50 from a workload, 200 of the
