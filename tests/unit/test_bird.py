@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import threading
 import time
@@ -205,3 +206,15 @@ def test_one_that_does_not_serve(tmp_path: Path) -> None:
         pass
     with serving(tmp_path) as (path, _), pytest.raises(CalicoError, match=r"has closed|does not serve"), control(path):
         pass
+
+
+def test_without_free_descriptors(tmp_path: Path) -> None:
+    """The thread that runs BIRD goes on after a CalicoError alone."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving(tmp_path) as (path, _):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            with pytest.raises(CalicoError, match="Too many open files"), control(path):
+                pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -172,7 +172,9 @@ def control(path: Path, may_change: bool = False) -> Iterator[Control]:
 
     If `may_change` is false, BIRD accepts only commands that read. Raises CalicoError if BIRD does not serve or answer.
     """
-    with socket.socket(socket.AF_UNIX) as connection:
+    with _explained():
+        opened = socket.socket(socket.AF_UNIX)
+    with opened as connection:
         with _explained():
             connection.settimeout(PATIENCE)
             _connect(connection, path)
