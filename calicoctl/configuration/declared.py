@@ -187,6 +187,9 @@ def _rule(node: Node) -> DeclaredRule:
         return DeclaredRule(_located(node, lambda words: policy.parse(words.split()), text), node)
     fields = node.mapping("a rule, unless it is a text,")
     data = {name: value.data() for name, value in fields.items()}
+    for name, value in data.items():
+        if value is None and name in RULE_FIELDS:  # in the store, that is as if it were not there: it matches more
+            raise fields[name].error(f"{name} of a rule has no value")
     foreign = tuple(name for name in data if name not in RULE_FIELDS)
     for name in foreign:
         near = nearest(name, RULE_FIELDS)
@@ -194,6 +197,8 @@ def _rule(node: Node) -> DeclaredRule:
             return DeclaredRule(
                 Rule.from_dict(data), fields[name], f"a rule has no field '{name}'{did_you_mean(repr(near))}", foreign
             )
+    if "action" not in data:  # such as `- allow from tag: web`, which YAML takes for a mapping
+        raise node.error("a rule is a text, such as 'allow tcp', or a mapping with an action: allow, deny or log")
     try:
         sound = policy.check_rule({name: value for name, value in data.items() if name in RULE_FIELDS})
     except CalicoError as error:

@@ -387,6 +387,13 @@ MISTAKES = [
         "profiles:\n  web:\n    inbound:\n    - {action: allow,\n       icmp_type: 300, protocol: icmp}",
         "file:4: '300' is not",
     ),
+    (
+        "profiles:\n  web:\n    inbound:\n    - action: allow\n      src_tag:\n",
+        "file:5: src_tag of a rule has no value",
+    ),
+    ("profiles:\n  web:\n    inbound:\n    - {action: ~}", "file:4: action of a rule has no value"),
+    ("profiles:\n  web:\n    inbound:\n    - {}", "file:4: a rule is a text, such as 'allow tcp', or a mapping with"),
+    ("profiles:\n  web:\n    inbound:\n    - allow from tag: db", "file:4: a rule is a text, such as 'allow tcp', or"),
     ("profiles:\n  web: {inbound: allow}", "file:2: inbound must be a list"),
     ("profiles:\n  web: {tags: [[a]]}", "file:2: an item of tags must be a single value"),
     ("profiles:\n  web:\n    tags:\n    -\n", "file:4: an item of tags has no value"),
@@ -429,7 +436,7 @@ MISTAKES = [
         "file:3: this cannot be stored: it is nested deeper than",
     ),
     (
-        f"profiles:\n  web:\n    inbound:\n    - {{dscp: {'[' * 40}{']' * 40}}}",
+        f"profiles:\n  web:\n    inbound:\n    - {{action: allow, dscp: {'[' * 40}{']' * 40}}}",
         "file:2: this cannot be stored: it is nested deeper than",
     ),
     (f"profiles:\n  new: {{other_fields: {{n: {'[' * 40}{']' * 40}}}}}", "file:2: this cannot be stored: it is nested"),
