@@ -39,7 +39,7 @@ from calicoctl import files
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.errors import CalicoError, printable
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import quantity, warn_of_each
+from calicoctl.output import quantity, warn, warn_of_each
 
 HEADING = "# written by 'calicoctl export'; 'calicoctl apply FILE' makes etcd hold this\n"
 
@@ -51,7 +51,7 @@ def prepare(argv: list[str]) -> Prepared:
 
 def _export(file: str | None) -> None:
     from calicoctl.configuration.stored import document, read
-    from calicoctl.yaml_text import dumped
+    from calicoctl.yaml_text import LONGEST, dumped
 
     stored = read(DatastoreClient.from_environment())
     text = HEADING + "".join(dumped(document(stored)))
@@ -60,6 +60,11 @@ def _export(file: str | None) -> None:
     else:
         _write(str(file), text)
         print(f"The configuration is in {printable(str(file))}")
+    if len(text) > LONGEST:
+        warn(
+            f"Warning: 'calicoctl apply' takes files of {LONGEST // 1024 // 1024} MiB at most, and this is larger: "
+            "divide it, and apply the parts without --prune."
+        )
     warn_of_each([*stored.problems.values()])
     if stored.problems:
         raise CalicoError(f"{quantity(len(stored.problems), 'invalid value')} left out.")

@@ -720,6 +720,17 @@ def test_frozen_data_is_not_changed(apply: Any, api: str, monkeypatch: pytest.Mo
     assert [pool.cidr for pool in datastore.pools(4)] == ["10.1.0.0/16"]
 
 
+def test_export_warns_of_a_file_that_is_too_large_to_be_applied(
+    store: MemoryStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["export"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    for longest, is_warned in ((len(said.out), False), (len(said.out) - 1, True)):
+        monkeypatch.setattr("calicoctl.yaml_text.LONGEST", longest)
+        assert main(["export"]) == 0 and ("and this is larger" in capsys.readouterr().err) == is_warned
+
+
 def test_a_file_is_replaced_at_once(
     store: MemoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
