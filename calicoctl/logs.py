@@ -34,12 +34,27 @@ class OneLine(logging.Formatter):
 class RotatingFile(logging.handlers.RotatingFileHandler):
     """Writes to a file that only root and the file's group can read, since it may quote the store.
 
-    When the file has LARGEST bytes, it is renamed, and a new one is begun; four old ones are kept.
+    When the file has LARGEST bytes, it is renamed, and a new one is begun; four old ones are kept. A new one is begun,
+    too, when somebody, such as logrotate, has renamed or removed the file.
     """
 
     def __init__(self, path: Path) -> None:
         """Open the file. Raises OSError."""
         super().__init__(path, maxBytes=LARGEST, backupCount=4)
+
+    def shouldRollover(self, record: logging.LogRecord) -> int:
+        """Return whether the file is full, before each record. Close it if it is no longer in its place."""
+        stream = self.stream
+        if stream and not self._is_in_place(stream):
+            self.stream = None  # which is opened for the record, also if closing fails
+            stream.close()
+        return super().shouldRollover(record)
+
+    def _is_in_place(self, stream: io.TextIOWrapper) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.baseFilename), os.fstat(stream.fileno()))
+        except OSError:
+            return False
 
     def _open(self) -> io.TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)

@@ -44,6 +44,23 @@ def test_the_log_is_not_for_everybody_and_has_what_python_discards(
         handler.close()
 
 
+def test_a_log_is_begun_again_after_somebody_has_renamed_or_removed_it(tmp_path: Path) -> None:
+    file, renamed = tmp_path / "felix.log", tmp_path / "felix.log-20261127"
+    handler = logs.RotatingFile(file)
+    say = lambda text: handler.handle(logging.makeLogRecord({"msg": text}))  # noqa: E731
+    try:
+        say("one")
+        file.rename(renamed)
+        say("two")
+        assert (renamed.read_text(), file.read_text()) == ("one\n", "two\n")
+        file.unlink()
+        say("three")
+        say("four")
+        assert file.read_text() == "three\nfour\n"
+    finally:
+        handler.close()
+
+
 def test_a_file_that_cannot_be_renamed_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "LARGEST", 100)
     with open(tmp_path / "log", "ab", buffering=0) as log:
