@@ -393,7 +393,7 @@ def _bird() -> Iterator[Check]:
     try:
         instance.refuse_missing()
     except CalicoError as error:
-        advice = "run 'make install' again; or install it yourself, and run 'systemctl disable --now bird'"
+        advice = "after installing the package, run 'systemctl disable --now bird'; 'make install' does both"
         yield Check(name, False, str(error), False, advice)
         return
     yield Check(name, True, _version("bird") or "", False)
