@@ -173,10 +173,9 @@ def _addresses(line: Line) -> list[str]:
         return [address for endpoint in endpoints for address in endpoint.addresses]
     if "remove" not in line.words:
         return ["ipv4", "ipv6", *_pools(line)]
-    from calicoctl.workloads.workload import endpoints_of, find_connected
+    from calicoctl.workloads.workload import find_connected
 
-    datastore = DatastoreClient.from_environment()
-    endpoints = endpoints_of(datastore, find_connected(line.words[1], datastore))
+    _, endpoints = find_connected(line.words[1], DatastoreClient.from_environment())
     return [address for endpoint in endpoints for address in endpoint.addresses]
 
 

@@ -77,7 +77,6 @@ from calicoctl.workloads.workload import (
     Workload,
     check_workload_name,
     endpoint_ids_of,
-    endpoints_of,
     find,
     find_connected,
     find_known,
@@ -156,7 +155,7 @@ def _find(name: str, datastore: DatastoreClient) -> Workload:
     except (NoSuchContainer, DockerUnavailable):
         orchestrator = None
         with suppress(CalicoError):
-            orchestrator = find_connected(name, datastore).orchestrator
+            orchestrator = find_known(name, datastore).orchestrator
         if orchestrator == CNI:
             raise CalicoError(
                 f"{name} was attached through CNI: only its runtime can connect it, and choose its addresses"
@@ -259,10 +258,9 @@ def _request_and_interface(arguments: dict[str, Any]) -> tuple[AddressRequest, s
 
 def _endpoint_show(arguments: dict[str, Any]) -> None:
     datastore = DatastoreClient.from_environment()
-    workload = find_connected(arguments["<CONTAINER>"], datastore)
-    endpoints: list[Endpoint] = []
+    workload, endpoints = find_connected(arguments["<CONTAINER>"], datastore)
     failed: list[Unconnected] = []
-    connections = _docker_networks(datastore, workload)
+    connections = [] if endpoints else docker_networks.of_workload(workload)
     if connections:
         endpoints = [network_profiles.current(datastore, connection) for connection in connections]
         endpoints = [endpoint for endpoint in endpoints if endpoint.id.endpoint]
@@ -273,7 +271,7 @@ def _endpoint_show(arguments: dict[str, Any]) -> None:
             )
     else:
         try:
-            endpoints = _endpoints(datastore, workload)
+            endpoints = _checked(datastore, workload, endpoints)
         except NotFound:
             failed = unconnected(datastore.host, workload.id)
             if not failed:
@@ -284,12 +282,12 @@ def _endpoint_show(arguments: dict[str, Any]) -> None:
 def _profile(arguments: dict[str, Any], profiles: list[str]) -> None:
     name = arguments["<CONTAINER>"]
     datastore = DatastoreClient.from_environment()
-    workload = find_connected(name, datastore)
-    connections = _docker_networks(datastore, workload)
+    workload, endpoints = find_connected(name, datastore)
+    connections = [] if endpoints else docker_networks.of_workload(workload)
     if connections:
         endpoints = [network_profiles.current(datastore, connection) for connection in connections]
     else:
-        endpoints = _endpoints(datastore, workload)
+        endpoints = _checked(datastore, workload, endpoints)
     if len(endpoints) > 1:
         ids = ", ".join(endpoint.id.endpoint for endpoint in endpoints)
         raise CalicoError(f"{name} has several endpoints ({ids}): use 'calicoctl endpoint ENDPOINT_ID profile'.")
@@ -321,14 +319,13 @@ def _refuse_in_docker_network(datastore: DatastoreClient, workload: Workload, ad
         )
 
 
-def _endpoints(datastore: DatastoreClient, workload: Workload) -> list[Endpoint]:
-    """Return the endpoints of a workload, in display order (see `display_order`).
+def _checked(datastore: DatastoreClient, workload: Workload, endpoints: list[Endpoint]) -> list[Endpoint]:
+    """Return the endpoints of a workload in display order (see `display_order`).
 
-    Raises NotFound if the workload has none, and CalicoError if one belongs to another namespace, with the same id.
+    Raises NotFound if there is none, and CalicoError if one belongs to another namespace, with the same id.
     """
-    endpoints = sorted(endpoints_of(datastore, workload), key=display_order)
     for endpoint in endpoints:
         refuse_others_endpoint(datastore, workload, endpoint)
     if not endpoints:
         raise not_connected(workload.name)
-    return endpoints
+    return sorted(endpoints, key=display_order)

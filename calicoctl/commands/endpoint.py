@@ -506,7 +506,7 @@ def change_profiles(
     if connection is not None:
         changed = network_profiles.modify(datastore, connection, change)
     else:
-        changed = datastore.modify_endpoint(endpoint.id, change)
+        changed = datastore.modify_endpoint(endpoint.id, change, endpoint.entry)
     if arguments["append"] and not changed:
         subject, verb = ("Profiles", "are") if profiles[1:] else ("Profile", "is")
         print(f"{subject} {printable(', '.join(profiles))} {verb} in the list of {name} already.")

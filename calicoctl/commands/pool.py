@@ -96,7 +96,8 @@ def _checked_mode(mode: str) -> str:
 
 def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
     datastore = DatastoreClient.from_environment()
-    known = [parse_cidr(pool.cidr) for version in (4, 6) for pool in datastore.pools(version)]
+    entries = {version: datastore.pool_entries(version) for version in {network.version for network in networks}}
+    known = [parse_cidr(pool.cidr) for version in entries for pool in datastore.pools(version, entries[version])]
     for network in networks:
         refuse_overlap(network, known)
     warn_of_overlaps(map(str, networks))
@@ -106,7 +107,7 @@ def _add(networks: list[IPNetwork], arguments: dict[str, Any]) -> None:
         pool = Pool(
             str(network), "tunl0" if arguments["--ipip"] else None, arguments["--nat-outgoing"], arguments["--vxlan"]
         )
-        before = datastore.put_pool(pool)
+        before = datastore.put_pool(pool, entries[network.version])
         if before is None:
             print(f"Added pool {network}")
         elif _options(before) == _options(pool):
@@ -173,20 +174,21 @@ def _known(text: str) -> IPNetwork | str:
 
 def _remove(pools: list[IPNetwork | str], force: bool) -> None:
     datastore = DatastoreClient.from_environment()
-    found = {pool: datastore.pool_keys(str(pool)) for pool in pools}
+    found = datastore.pool_keys(map(str, pools))
     for pool in pools:
-        if not found[pool]:
+        if not found[str(pool)]:
             _network(str(pool))  # raises for what cannot be a pool
             raise NotFound(f"Pool {pool} does not exist{'; nothing is removed' if pools[1:] else ''}.")
-        used = [] if force or isinstance(pool, str) else datastore.ipam.used_in(pool)
+    networks = [] if force else [pool for pool in pools if not isinstance(pool, str)]
+    for network, used in datastore.ipam.used_in(networks).items():
         if used:
             some = first_few(map(str, used))
             raise CalicoError(
-                f"Pool {pool} has {quantity(len(used), 'address', 'addresses')} in use ({some}). Remove what uses "
+                f"Pool {network} has {quantity(len(used), 'address', 'addresses')} in use ({some}). Remove what uses "
                 "them first, or use --force."
             )
     for pool in pools:
-        for key in found[pool]:
+        for key in found[str(pool)]:
             datastore.unset(key)
         print(f"Removed pool {printable(str(pool))}")
 

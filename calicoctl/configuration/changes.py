@@ -247,16 +247,18 @@ class _Comparison:
     def _removed_pools(self) -> Iterator[Step]:
         if not self._prune or self._declared.pools is None:
             return
-        for cidr, (entry, _) in self._stored.pools.items():
-            if cidr not in self._declared.pools:
-                used = self._datastore.ipam.used_in(parse_cidr(cidr))
-                if used:
-                    some = first_few(map(str, used))
-                    raise CalicoError(
-                        f"pool {cidr} is not in the file, and cannot be removed: "
-                        f"{quantity(len(used), 'address', 'addresses')} in use ({some}); nothing is changed"
-                    )
-                yield Step([Difference(REMOVE, "pool", cidr)], [Delete(entry)])
+        pools = self._stored.pools.items()
+        extra = {cidr: entry for cidr, (entry, _) in pools if cidr not in self._declared.pools}
+        used_in = self._datastore.ipam.used_in(map(parse_cidr, extra))
+        for cidr, entry in extra.items():
+            used = used_in[parse_cidr(cidr)]
+            if used:
+                some = first_few(map(str, used))
+                raise CalicoError(
+                    f"pool {cidr} is not in the file, and cannot be removed: "
+                    f"{quantity(len(used), 'address', 'addresses')} in use ({some}); nothing is changed"
+                )
+            yield Step([Difference(REMOVE, "pool", cidr)], [Delete(entry)])
 
     # Profiles
 

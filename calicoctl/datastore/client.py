@@ -178,9 +178,12 @@ class DatastoreClient:
 
     # Pools
 
-    def pools(self, version: int) -> list[Pool]:
-        """Return the pools of an IP version, ordered by address; raise InvalidValue for an invalid pool."""
-        pools, invalid = self.readable_pools(version)
+    def pools(self, version: int, entries: Iterable[Entry] | None = None) -> list[Pool]:
+        """Return the pools of an IP version, ordered by address; raise InvalidValue for an invalid pool.
+
+        `entries`: see readable_pools.
+        """
+        pools, invalid = self.readable_pools(version, entries)
         for error in invalid:
             raise error
         return pools
@@ -190,35 +193,34 @@ class DatastoreClient:
     ) -> tuple[list[Pool], list[InvalidValue]]:
         """Return the valid pools of an IP version, ordered by address, and an error for each invalid pool.
 
-        `entries` are the entries below keys.pools(version), if the caller has just read them.
+        `entries` are those that `pool_entries` returns, if the caller has just read them.
         """
         from netaddr.ip import IPNetwork
 
         found, invalid = self._pool_entries(version, entries)
         return sorted((pool for _, pool in found), key=lambda pool: IPNetwork(pool.cidr)), invalid
 
-    def put_pool(self, pool: Pool) -> Pool | None:
+    def put_pool(self, pool: Pool, entries: Iterable[Entry] | None = None) -> Pool | None:
         """Create or update a pool; return the previous pool, None if the pool was created.
 
-        The key of an existing pool and its unknown fields are preserved. For a pool with IP-in-IP, the global setting
+        `entries` are the entries of the pools of its IP version, if the caller has just read them (pool_entries). The
+        key of an existing pool and its unknown fields are preserved. For a pool with IP-in-IP, the global setting
         IpInIpEnabled is set to `true` as well. Raises CalicoError, and changes nothing, if a new pool overlaps with an
         older one (callers have checked this before, so the older one was added concurrently), NotFound if the pool was
         deleted concurrently, Conflict if other writers keep changing it, and InvalidValue if the stored pool is
         invalid.
         """
-        before = self._put_pool(pool)
+        before = self._put_pool(pool, entries)
         if pool.ipip:  # last: a pool that is refused changes nothing
             set_value(self._store, keys.config(config.IPIP.name), "true")
         return before
 
-    def _put_pool(self, pool: Pool) -> Pool | None:
+    def _put_pool(self, pool: Pool, entries: Iterable[Entry] | None) -> Pool | None:
         version = version_of(pool.cidr)
         # another tool may have stored the pool under another key
-        key = next(
-            (entry.key for entry, other in self._pool_entries(version)[0] if other.cidr == pool.cidr),
-            keys.pool(version, pool.cidr),
-        )
-        if create_if_missing(self._store, key, pool.to_json()):
+        known = next((entry for entry, it in self._pool_entries(version, entries)[0] if it.cidr == pool.cidr), None)
+        key = keys.pool(version, pool.cidr) if known is None else known.key
+        if known is None and create_if_missing(self._store, key, pool.to_json()):
             self.refuse_overlap(key, pool)
             return None
         before = pool
@@ -229,7 +231,7 @@ class DatastoreClient:
             now = Pool(pool.cidr, pool.ipip, pool.masquerade, pool.vxlan, before.extra)
             return None if now == before else now.to_json()
 
-        modify(self._store, key, f"Pool {pool.cidr} was deleted concurrently", text_of)
+        modify(self._store, key, f"Pool {pool.cidr} was deleted concurrently", text_of, known)
         return before
 
     def refuse_overlap(self, key: str, pool: Pool) -> None:
@@ -240,47 +242,55 @@ class DatastoreClient:
         from netaddr.ip import IPNetwork
 
         # of two writers, each reads the pools after its own write, so the later writer always sees the earlier pool
-        own, mine = IPNetwork(pool.cidr), self._store.get(key)
-        for entry, other in self._pool_entries(own.version)[0]:
+        own = IPNetwork(pool.cidr)
+        entries = self.pool_entries(own.version)
+        mine = next((entry for entry in entries if entry.key == key), None)
+        for entry, other in self._pool_entries(own.version, entries)[0]:
             network = IPNetwork(other.cidr)
             overlaps = entry.key != key and (network in own or own in network)
             if overlaps and mine is not None and entry.created < mine.created:
                 set_value(self._store, key, None)
                 raise CalicoError(f"{pool.cidr} overlaps with {other.cidr}, which was added concurrently.")
 
+    def pool_entries(self, version: int) -> list[Entry]:
+        """Return the entries of the pools of an IP version, valid or not."""
+        return self._store.tree(keys.pools(version))
+
     def _pool_entries(
         self, version: int, entries: Iterable[Entry] | None = None
     ) -> tuple[list[tuple[Entry, Pool]], list[InvalidValue]]:
         found: list[tuple[Entry, Pool]] = []
         invalid: list[InvalidValue] = []
-        for entry in self._store.tree(keys.pools(version)) if entries is None else entries:
+        for entry in self.pool_entries(version) if entries is None else entries:
             try:
                 found.append((entry, _pool(entry, version)))
             except InvalidValue as error:
                 invalid.append(error)
         return found, invalid
 
-    def pool_keys(self, name: str) -> list[str]:
-        """Return the keys of the pools, of both IP versions, called `name`.
+    def pool_keys(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Return, for each of `names`, the keys of the pools, of both IP versions, that it is a name of.
 
-        `name` is the CIDR in the value or in the key, or the last part of the key, such as `10.1.0.0-16`. The pools may
+        A name is the CIDR in the value or in the key, or the last part of the key, such as `10.1.0.0-16`. The pools may
         be invalid; then, only the key counts.
         """
-        return self._keys_called(name, [keys.pools(version) for version in (4, 6)], lambda e: Pool.from_json(*e).cidr)
+        return self._keys_called(names, [keys.pools(version) for version in (4, 6)], lambda e: Pool.from_json(*e).cidr)
 
-    def _keys_called(self, name: str, directories: list[str], named: Callable[[tuple[str, str]], str]) -> list[str]:
-        """Return the keys below `directories` that match `name`.
+    def _keys_called(
+        self, names: Iterable[str], directories: list[str], named: Callable[[tuple[str, str]], str]
+    ) -> dict[str, list[str]]:
+        """Return, for each of `names`, the keys below `directories` that match it.
 
-        A key matches if its last part is `name`, if `keys.undashed` converts its last part to `name`, or if
-        `named((value, key))` returns `name`. If `named` raises InvalidValue, only the last part counts.
+        A key matches its last part, what `keys.undashed` converts that to, and what `named((value, key))` returns. If
+        `named` raises InvalidValue, only the last part counts.
         """
-        found = []
+        found: dict[str, list[str]] = {name: [] for name in names}
         for entry in (entry for directory in directories for entry in self._store.tree(directory)):
-            names = {keys.last(entry.key), keys.undashed(keys.last(entry.key))}
+            own = {keys.last(entry.key), keys.undashed(keys.last(entry.key))}
             with suppress(InvalidValue):
-                names.add(named((entry.value, entry.key)))
-            if name in names:
-                found.append(entry.key)
+                own.add(named((entry.value, entry.key)))
+            for name in own & found.keys():
+                found[name].append(entry.key)
         return found
 
     # BGP
@@ -328,7 +338,7 @@ class DatastoreClient:
         `host`, only the global peers.
         """
         directories = [keys.bgp_peers(version, host) for version in (4, 6)]
-        return self._keys_called(name, directories, lambda e: Peer.from_json(*e).ip)
+        return self._keys_called([name], directories, lambda e: Peer.from_json(*e).ip)[name]
 
     def node_mesh(self) -> bool:
         """Return whether the full mesh between hosts is enabled, which it is if the key is missing.
@@ -358,9 +368,7 @@ class DatastoreClient:
 
     def unset(self, key: str) -> bool:
         """Delete a key; return whether it existed."""
-        there = self._store.get(key) is not None
-        set_value(self._store, key, None)
-        return there
+        return set_value(self._store, key, None) is not None
 
     # Profiles
 
@@ -515,8 +523,8 @@ class DatastoreClient:
     ) -> tuple[list[Endpoint], list[InvalidValue]]:
         """Return the valid endpoints whose `EndpointId.endpoint` begins with `beginning`.
 
-        Also return an error for each invalid endpoint of which that is true. `host`, `orchestrator`: see
-        readable_endpoints. If the store is atomic, the values of other endpoints are not read.
+        Also return an error for each invalid endpoint of which that is true. The endpoints have an `entry`. `host`,
+        `orchestrator`: see readable_endpoints. If the store is atomic, the values of other endpoints are not read.
         """
 
         def matching(entry: Entry) -> Entry | None:
@@ -533,7 +541,7 @@ class DatastoreClient:
         found: list[Endpoint | InvalidValue] = []
         for id, entry in _endpoint_entries(entries).items():
             try:
-                found.append(Endpoint.from_json(id, entry.value, entry.key))
+                found.append(_endpoint(id, entry))
             except InvalidValue as error:
                 found.append(error)
         return _separate(found)
@@ -586,13 +594,9 @@ class DatastoreClient:
         return None if entry is None else entry.revision
 
     def workload_endpoints(self, orchestrator: str, workload: str) -> list[Endpoint]:
-        """Return the endpoints of one workload on this host; raise InvalidValue for an invalid endpoint."""
-        found = []
-        for entry in self._store.tree(keys.endpoints(self.host, orchestrator, workload)):
-            id = keys.parse_endpoint(entry.key)
-            if id is not None:
-                found.append(Endpoint.from_json(id, entry.value, entry.key))
-        return found
+        """Return the endpoints of one workload on this host, with `entry`; raise InvalidValue for an invalid one."""
+        entries = self._store.tree(keys.endpoints(self.host, orchestrator, workload))
+        return [_endpoint(id, entry) for id, entry in _endpoint_entries(entries).items()]
 
     def read_workload(self, handle: str, places: Sequence[tuple[str, str]], is_new: bool = False) -> StoredWorkload:
         """Return the entry of a workload's handle, and the entries of its endpoints on this host, valid or not.
@@ -733,6 +737,13 @@ def _pool(entry: Entry, version: int) -> Pool:
     if version_of(pool.cidr) != version:
         raise InvalidValue(entry.key, f"{pool.cidr} is not an IPv{version} CIDR")
     return pool
+
+
+def _endpoint(id: EndpointId, entry: Entry) -> Endpoint:
+    """Return the endpoint in an entry of the store, with that entry. Raises InvalidValue if it is invalid."""
+    endpoint = Endpoint.from_json(id, entry.value, entry.key)
+    endpoint.entry = entry
+    return endpoint
 
 
 def _readable(id: EndpointId, entry: Entry | None) -> Endpoint | None:

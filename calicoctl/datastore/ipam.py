@@ -133,22 +133,34 @@ class Ipam:
         version, first, _ = place(address)
         return block_cidr(version, first)
 
-    def used_in(self, network: IPNetwork) -> list[IPAddress]:
-        """Return the sorted assigned addresses of a network; raise InvalidValue for an invalid block."""
+    def used_in(self, networks: Iterable[IPNetwork]) -> dict[IPNetwork, list[IPAddress]]:
+        """Return the sorted assigned addresses of each network; raise InvalidValue for an invalid block in one.
+
+        The blocks are read once for all networks of an IP version.
+        """
+        found: dict[IPNetwork, list[IPAddress]] = {network: [] for network in networks}
+        for version in sorted({network.version for network in found}):
+            those = [network for network in found if network.version == version]
+            for number in self._used([(version, network.first, network.last) for network in those]):
+                for network in those:
+                    if network.first <= number <= network.last:
+                        found[network].append(address_at(version, number))
+        return found
+
+    def _used(self, ranges: list[tuple[int, int, int]]) -> list[int]:
+        """Return the sorted assigned addresses in any of `ranges` (see `_range`), all of one IP version, as numbers."""
 
         def overlaps(name: str) -> bool:
-            return any(
-                first <= network.last and first + BLOCK_SIZE > network.first for first in first_addresses([name])
-            )
+            return any(map(partial(_overlaps, ranges), first_addresses([name])))
 
         def used(block: Block) -> list[int]:
             numbers = (block.first + ordinal for ordinal, _ in block.held())
-            return [number for number in numbers if network.first <= number <= network.last]
+            return [number for number in numbers if any(low <= number <= high for _, low, high in ranges)]
 
-        blocks, invalid = self.blocks(network.version, used, overlaps)
+        blocks, invalid = self.blocks(ranges[0][0], used, overlaps)
         for error in invalid:
             raise error
-        return [address_at(network.version, number) for number in sorted(chain.from_iterable(blocks))]
+        return sorted(chain.from_iterable(blocks))
 
     def held_by(self, handle: str) -> dict[IPAddress, Owner] | None:
         """Return address -> owner for the addresses of `handle` on this host.

@@ -13,12 +13,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calicoctl import limits
 from calicoctl.addresses import BITS, FAMILIES, canonical
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.errors import CalicoError, InvalidValue
+
+if TYPE_CHECKING:
+    from calicoctl.datastore.store import Entry
 
 
 def load_object(text: str, key: str) -> dict[str, Any]:
@@ -119,6 +122,8 @@ class Endpoint:
     rejects an endpoint with other nets. The gateways are the workload's next hops, which are addresses of the host.
     `inactive_since` is when the workload was found stopped (ISO 8601, UTC), None if that is unknown, or if the endpoint
     is active. `workload_name` is the name of the Docker container, None for other workloads.
+
+    `entry` is the entry of the store that the endpoint was read from, if the reader keeps it for a compare-and-swap.
     """
 
     id: EndpointId
@@ -133,6 +138,7 @@ class Endpoint:
     inactive_since: str | None = None
     workload_name: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    entry: Entry | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_json(cls, id: EndpointId, text: str, key: str) -> Endpoint:

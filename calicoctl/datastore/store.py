@@ -355,8 +355,8 @@ def write_in_order(store: Store, writes: Sequence[Write]) -> list[Entry]:
     return entries
 
 
-def set_value(store: Store, key: str, value: str | None) -> None:
-    """Set `key` to `value`, or delete it if `value` is None, whatever its value was before.
+def set_value(store: Store, key: str, value: str | None) -> str | None:
+    """Set `key` to `value`, or delete it if `value` is None; return the value before, None if there was none.
 
     If the key has this value already, nothing is written. Raises Conflict if other writers keep changing the key.
     """
@@ -369,7 +369,7 @@ def set_value(store: Store, key: str, value: str | None) -> None:
                 store.delete(entry)
             elif entry is not None and value is not None and entry.value != value:
                 store.update(entry, value)
-            return
+            return None if entry is None else entry.value
         except (KeyExists, CompareFailed):
             pause(attempt)
     raise _contended(key)

@@ -27,7 +27,6 @@ from calicoctl.workloads.libnetwork import CONTAINER
 from calicoctl.workloads.workload import (
     Workload,
     ambiguous,
-    endpoints_of,
     find_connected,
     refuse_others_endpoint,
     workload_of,
@@ -219,7 +218,7 @@ class _Store:
             if len(found) == 1:
                 return found[0]
         try:
-            workload = find_connected(name, self._datastore)
+            workload, stored = find_connected(name, self._datastore)
         except (NoSuchContainer, DockerUnavailable) as error:
             named = [endpoint for endpoint in self._endpoints.values() if endpoint.workload_name == name]
             if not named and may_be_id:
@@ -231,7 +230,7 @@ class _Store:
             if not may_be_id:
                 raise
             raise NotFound(f"{name} is no endpoint's id. {error}") from None
-        endpoints = endpoints_of(self._datastore, workload) or [
+        endpoints = stored or [
             endpoint for endpoint in self._endpoints.values() if endpoint.extra.get(CONTAINER) == workload.id
         ]
         if not endpoints:

@@ -313,23 +313,18 @@ def _other_spelling(path: str) -> str | None:
     return None
 
 
-def stored_otherwise(datastore: DatastoreClient, workload: Workload) -> Workload | None:
-    """Return `workload.other_spelling` if that workload has an endpoint; None if it has none, or does not exist."""
-    twin = workload.other_spelling
-    return twin if twin is not None and endpoint_ids_of(datastore, twin) else None
+def find_connected(name: str, datastore: DatastoreClient) -> tuple[Workload, list[Endpoint]]:
+    """Return the workload that a user calls `name`, and its endpoints on this host, which may be none.
 
-
-def find_connected(name: str, datastore: DatastoreClient) -> Workload:
-    """Return the workload that a user calls `name`, even if Docker does not know it any more, or does not answer.
-
-    The result is that of `find_known`, with one exception: if a namespace has no endpoint, but has one under the other
-    spelling of its path, the result is the workload with the other spelling (see stored_otherwise). Raises what
-    `find_known` raises.
+    The workload is that of `find_known`, with one exception: if a namespace has no endpoint, but has one under the
+    other spelling of its path, it is the workload with the other spelling. Raises what `find_known` raises, and
+    InvalidValue if one of the endpoints is invalid.
     """
     workload = find_known(name, datastore)
-    if workload.orchestrator != NAMESPACE or endpoint_ids_of(datastore, workload):
-        return workload
-    return stored_otherwise(datastore, workload) or workload
+    endpoints = endpoints_of(datastore, workload)
+    twin = None if endpoints else workload.other_spelling
+    others = [] if twin is None else endpoints_of(datastore, twin)
+    return (twin, others) if twin is not None and others else (workload, endpoints)
 
 
 def find_known(name: str, datastore: DatastoreClient) -> Workload:

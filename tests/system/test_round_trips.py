@@ -6,6 +6,7 @@ The page docs/architecture.md lists the requests of `container add` and `contain
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,13 @@ COMMANDS = (
     (8, 5, ("container", PATH, "ip", "remove", "192.168.0.7")),
     (2, 1, ("profile", "add", "web")),
     (2, 2, ("profile", "add", "web")),
+    (4, 4, ("container", PATH, "profile", "append", "web")),
+    (3, 3, ("container", PATH, "profile", "append", "web")),
+    (4, 4, ("container", PATH, "profile", "remove", "web")),
+    (2, 2, ("container", PATH, "profile", "show")),
+    (3, 3, ("pool", "add", "10.5.0.0/16")),
+    (1, 1, ("pool", "add", "10.5.0.0/16")),
+    (6, 6, ("pool", "add", "10.6.0.0/16", "10.7.0.0/16", "10.5.0.0/16")),
 )
 
 
@@ -85,14 +93,16 @@ def test_endpoints_are_removed_side_by_side(counted: Counted) -> None:
     assert said.out.count("Removed Calico from") == 3 and not counted.host.records()
 
 
-def test_blocks_are_read_together(counted: Counted) -> None:
+def test_blocks_are_read_together(counted: Counted, tmp_path: Path) -> None:
     """Otherwise, the commands would take minutes at a thousand blocks, and a slow link."""
-    host = counted.host
-    host.ctl("pool", "add", "10.9.0.0/16")
+    host, network = counted.host, str(tmp_path / "network.yaml")
+    host.ctl("export", network)
+    host.ctl("pool", "add", "10.8.0.0/16", "10.9.0.0/16", "10.11.0.0/16", "10.12.0.0/16")
     commands = (
         (4, ("ipam", "show")),
         (1, ("ipam", "check")),
-        (7, ("pool", "remove", "10.9.0.0/16")),
+        (8, ("pool", "remove", "10.8.0.0/16", "10.9.0.0/16")),
+        (5, ("apply", "--prune", network)),
     )
     for number in range(150):
         cidr = f"10.10.{number // 4}.{number % 4 * 64}/26"

@@ -60,7 +60,8 @@ class World:
         return [str(address) for address in remove_endpoint(self.datastore, id)]
 
     def held(self) -> list[str]:
-        return [str(address) for address in self.datastore.ipam.used_in(IPNetwork("0.0.0.0/0"))]
+        (held,) = self.datastore.ipam.used_in([IPNetwork("0.0.0.0/0")]).values()
+        return list(map(str, held))
 
 
 @pytest.fixture

@@ -781,7 +781,14 @@ def test_all_blocks_are_read_in_a_few_requests_however_many_there_are(modern: bo
         ipam.assign(address, Owner("docker.w", {**facts, "workload_name": f"name{number}"}))
     ipam.assign(IPAddress("10.1.0.1"), Owner("docker.v", {**facts, "host": "host2", "workload": "v"}))
     for read, expected, most in (
-        (lambda: ipam.used_in(IPNetwork("10.0.1.0/24")), [IPAddress(f"10.0.1.{n}") for n in (5, 69, 133, 197)], 1),
+        (
+            lambda: ipam.used_in([IPNetwork("10.0.1.0/24"), IPNetwork("10.0.2.0/26")]),
+            {
+                IPNetwork("10.0.1.0/24"): [IPAddress(f"10.0.1.{n}") for n in (5, 69, 133, 197)],
+                IPNetwork("10.0.2.0/26"): [IPAddress("10.0.2.5")],
+            },
+            1,
+        ),
         (lambda: ipam.workloads(), {("docker", "w")}, 2),
         (lambda: ipam.workloads("name299"), {("docker", "w")}, 2),
         (lambda: ipam.interfaces(), {"cali" + "e" * 11}, 2),
@@ -806,6 +813,7 @@ def test_blocks_that_cannot_be_read_are_named_and_do_not_hide_the_others(modern:
     assert sorted(error.key for error in invalid) == [f"{blocks}/{name}" for name in names]
     assert ipam.workloads() == {("docker", "w")}
     store.remove_tree(f"{blocks}/10.0.0.1-26")
-    assert ipam.used_in(IPNetwork("10.0.0.0/26")) == [IPAddress("10.0.0.1")], "invalid blocks elsewhere do not matter"
+    used = IPNetwork("10.0.0.0/26")
+    assert ipam.used_in([used]) == {used: [IPAddress("10.0.0.1")]}, "invalid blocks elsewhere do not matter"
     with pytest.raises(InvalidValue, match=r"10\.0\.0\.64-26"):
-        ipam.used_in(IPNetwork("10.0.0.64/26"))
+        ipam.used_in([used, IPNetwork("10.0.0.64/26")])
