@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 MOST_GROUPS = {None: 2000, "json": 2000, "yaml": 500}
 """The size of the largest matrix that is printed, by the format; None is text.
 
-Four million pairs take about 20 seconds, and 450 MB of memory; YAML takes ten times as much as JSON.
+Four million pairs take about 20 seconds, and 170 MB of memory; YAML takes ten times as much as JSON.
 """
 
 MANY_GROUPS = 200

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from calicoctl.datastore.keys import endpoint as endpoint_key
 from calicoctl.datastore.model import Rule
@@ -215,8 +215,8 @@ class NetworkMap:
                 if not group.is_hosts
                 for node, host in self.own_hosts(group)
             ),
-            "pairs": iter(writer.pairs),
-            "decisions": iter(writer.decisions),
+            "pairs": writer.pairs(),
+            "decisions": ([part._asdict() for part in parts] for parts in writer.decisions),
             "rulings": iter(writer.rulings),
             "problems": ({"key": key, "problem": problem} for key, problem in self.problems()),
         }
@@ -258,35 +258,51 @@ class NetworkMap:
         return f"{text}; then its host's own firewall decides" if ruling.cause is Cause.HOST_FIREWALL else text
 
 
+class Part(NamedTuple):
+    """The packets of a protocol to the ports from `first` to `last`, and what decides on them: see docs/map.md."""
+
+    protocol: int | None
+    first: int
+    last: int
+    ruling: int
+
+
 class Writer:
     """Collects what the JSON has in lists: pairs, decisions and rulings, each of them once."""
 
     def __init__(self, network: NetworkMap) -> None:
         self._network = network
-        self._pair_numbers: dict[tuple[int, ...], int] = {}
+        self._pair_numbers: dict[tuple[int | None, ...], int] = {}
+        """By IP version, the outbound and the inbound decisions' positions, and so on for the other version."""
+        self._allowed: list[str] = []
+        """What passes in each of these pairs."""
         self._decision_numbers: dict[tuple[str, int], int] = {}
         self._ruling_numbers: dict[tuple[str, Ruling], int] = {}
-        self.pairs: list[dict[str, Any]] = []
-        self.decisions: list[list[dict[str, Any]]] = []
+        self._parts: dict[Part, Part] = {}
+        """Equal ones once: there are many thousands."""
+        self.decisions: list[list[Part]] = []
         self.rulings: list[dict[str, Any]] = []
 
     def pair(self, nodes: tuple[Node, Node] | None) -> int | None:
         """Return the position in `pairs` of what passes between two nodes; None if there are no such two."""
         if nodes is None:
             return None
-        found = self._network.reach.decisions(*nodes)
-        key = tuple(part for version, (one, other) in found.items() for part in (version, id(one), id(other)))
+        found = self._network.reach.decisions(*nodes).items()
+        key = tuple(
+            part
+            for version, (one, other) in found
+            for part in (version, self.number("outbound", one), self.number("inbound", other))
+        )
         if key not in self._pair_numbers:
-            self._pair_numbers[key] = len(self.pairs)
-            shown: dict[str, Any] = {"allowed": self._network.allowed(*nodes)}
-            for version in (4, 6):
-                one, other = found.get(version, (None, None))
-                shown[f"ipv{version}"] = None
-                if version in found:
-                    both = {"outbound": self.number("outbound", one), "inbound": self.number("inbound", other)}
-                    shown[f"ipv{version}"] = both
-            self.pairs.append(shown)
+            self._pair_numbers[key] = len(self._allowed)
+            self._allowed.append(self._network.allowed(*nodes))
         return self._pair_numbers[key]
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """Yield what passes in each pair, and the positions of the decisions."""
+        for key, allowed in zip(self._pair_numbers, self._allowed):
+            both = {version: {"outbound": one, "inbound": other} for version, one, other in zip(*[iter(key)] * 3)}
+            yield {"allowed": allowed, "ipv4": both.get(4), "ipv6": both.get(6)}
 
     def number(self, direction: str, decisions: Decisions | None) -> int | None:
         """Return the position in `decisions` of an endpoint's decisions; None if there are none."""
@@ -297,14 +313,14 @@ class Writer:
             self._decision_numbers[key] = len(self.decisions)
             self.decisions.append(
                 [
-                    {
-                        "protocol": None if protocol == OTHERS else protocol,
-                        "first": first,
-                        "last": after - 1,
-                        "ruling": self._ruling(direction, ruling),
-                    }
+                    self._parts.setdefault(part, part)
                     for protocol, parts in decisions.items()
                     for (first, ruling), after in zip(parts, [*(start for start, _ in parts[1:]), LAST + 1])
+                    for part in [
+                        Part(
+                            None if protocol == OTHERS else protocol, first, after - 1, self._ruling(direction, ruling)
+                        )
+                    ]
                 ]
             )
         return self._decision_numbers[key]

@@ -103,10 +103,10 @@ class _Data:
             "nodes": (self._node(node, hosts) for node in self._reach.nodes),  # not all at once
             "groups": groups,
             "tables": self._tables,
-            "decisions": [
-                [[OTHERS if p["protocol"] is None else p["protocol"], p["first"], p["ruling"]] for p in parts]
+            "decisions": (
+                [[OTHERS if part.protocol is None else part.protocol, part.first, part.ruling] for part in parts]
                 for parts in self._writer.decisions
-            ],
+            ),
             "rulings": [[ruling["allowed"], ruling["why"]] for ruling in self._writer.rulings],
             "drops": list(map(_drop, drops)),
             "dropsOf": self._network.enforcement.host,

@@ -254,9 +254,13 @@ class Reachability:
                 decided = ruling(first_match, _packet(*addresses, protocol, first))
                 parts = found.setdefault(protocol, [])
                 if not parts or parts[-1][1] != decided:
-                    parts.append((first, decided))
+                    parts.append(self._once((first, decided)))
             others = found[OTHERS]
-            left = {number: tuple(parts) for number, parts in found.items() if number == OTHERS or parts != others}
+            left = {
+                number: self._once(tuple(parts))
+                for number, parts in found.items()
+                if number == OTHERS or parts != others
+            }
             self._of_verdicts[key] = self._equal.setdefault(tuple(left.items()), left)
         return self._of_verdicts[key]
 
@@ -281,11 +285,16 @@ class Reachability:
                 return found if found.rule is None else replace(found, rule=numbers[found.rule - 1])
 
             found = {
-                protocol: tuple((first, verdict(protocol, first)) for first in starts)
+                protocol: self._once(tuple(self._once((first, verdict(protocol, first))) for first in starts))
                 for protocol, starts in divisions(left or (), version).items()
             }
             self._of_profiles[key] = self._equal.setdefault(tuple(found.items()), found)
         return self._of_profiles[key]
+
+    def _once(self, value: T) -> T:
+        """Return the first value that was equal to `value`: many thousands are, and need memory once."""
+        found: T = self._equal.setdefault(value, value)
+        return found
 
     def _sides(self, profile: str, direction: str) -> tuple[int, int]:
         """Return the traits that a profile's rules look at: of the source, and of the destination."""

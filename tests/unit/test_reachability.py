@@ -387,6 +387,20 @@ def test_rules_that_cannot_match_an_address_are_not_asked_about_it(monkeypatch: 
     assert counted.call_count < 40 * 10
 
 
+def test_equal_parts_of_decisions_are_in_memory_once() -> None:
+    """A map of a thousand groups has ten thousand decisions, of which most parts are equal."""
+    world = World()
+    world.profile("big", [{**TCP, "dst_ports": [2 * n + 1], "src_tag": f"t{n}"} for n in range(10)])
+    for number in range(10):
+        world.profile(f"p{number}", [ALLOW], tags=[f"t{number}"])
+        world.endpoint(number + 1, f"10.65.0.{number + 1}", profile_ids=["big", f"p{number}"])
+    reach = world.map().reach
+    answers = [reach.inbound(one, other, 4) for one in reach.endpoints for other in reach.endpoints]
+    columns = [column for decisions in answers if decisions is not None for column in decisions.values()]
+    for found in (columns, [part for column in columns for part in column]):
+        assert len(set(map(id, found))) == len(set(found)) < len(found)
+
+
 def test_a_matrix_that_would_take_minutes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calicoctl.commands.map._network", World().map)
     monkeypatch.setattr("calicoctl.commands.map.MOST_GROUPS", {None: 1, "json": 1, "yaml": 1})
