@@ -344,8 +344,7 @@ def show_endpoints(
     The containers in `failed` (see `unconnected`) follow the endpoints. After a table, prints a warning with the reason
     for each endpoint that has one, and whose status is `error` or `up`, but for MOST_REASONS endpoints at most.
     """
-    hosts = {endpoint.id.host for endpoint in endpoints}
-    stored_status_of = datastore.hosts.endpoint_statuses(hosts.pop() if len(hosts) == 1 else None)
+    stored_status_of = datastore.hosts.endpoint_statuses([endpoint.id for endpoint in endpoints])
     reason_of = {endpoint.id: reason for endpoint, reason in failed}
     endpoints = [*endpoints, *(endpoint for endpoint, _ in failed)]
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 from calicoctl import limits
 from calicoctl.datastore import config, keys
@@ -22,6 +22,12 @@ from calicoctl.errors import CalicoError, InvalidValue
 DEFAULT_AS_NUMBER = "64511"
 ENDPOINT_STATES = ("up", "down", "error", "unknown")
 DEFAULT_POOLS = {4: "192.168.0.0/16", 6: "fd80:24e2:f998:72d6::/64"}
+
+_FEW = 50
+"""The maximum number of endpoints of a host for whose statuses an atomic store does not read those of all others."""
+
+_Report = tuple[str, Optional[str], Any]
+"""(key, None, (status, reason)) for the status of an endpoint, (key, host, fields) for a heartbeat."""
 
 
 def hostname() -> str:
@@ -101,7 +107,7 @@ class Hosts:
                 summary(name).ipv6 = value
             elif setting == "as_num":
                 summary(name).as_num = value
-        reports = _Reports(self._store, keys.FELIX_HOSTS)
+        reports = _Reports(_reports_below(self._store, keys.FELIX_HOSTS))
         for name, heartbeat in reports.heartbeats.items():
             summary(name).agent = "starting" if heartbeat.get("first_update") is False else "up"
             time = heartbeat.get("time")
@@ -125,14 +131,22 @@ class Hosts:
             host.as_num = host.as_num or default_as_num
         return [found[name] for name in sorted(found)]
 
-    def endpoint_statuses(self, host: str | None = None) -> Callable[[EndpointId], tuple[str, str | None]]:
-        """Read the statuses of all endpoints or, if `host` is not None, only of that host's endpoints.
+    def endpoint_statuses(self, ids: Collection[EndpointId]) -> Callable[[EndpointId], tuple[str, str | None]]:
+        """Read the statuses of these endpoints, in few requests.
 
         Return a function that maps an endpoint's id to (status, reason). The status is one of ENDPOINT_STATES. It is
         "unknown" if none was reported, or if the agent of the endpoint's host is not up (see HostSummary). The reason
         is None if none was reported.
         """
-        return _Reports(self._store, keys.FELIX_HOSTS if host is None else keys.felix_host(host)).status
+        hosts = {id.host for id in ids}
+        if len(hosts) > 1:
+            return _Reports(_reports_below(self._store, keys.FELIX_HOSTS)).status
+        host = hosts.pop() if hosts else self.host
+        if len(ids) <= (_FEW if self._store.atomic else 1):
+            with suppress(InvalidValue):  # for a key that cannot be read; below, it is skipped
+                entries, _ = self._store.read([keys.felix_status(host), *map(keys.felix_endpoint, ids)])
+                return _Reports(filter(None, (_report(entry) for entry in entries if entry is not None))).status
+        return _Reports(_reports_below(self._store, keys.felix_host(host))).status
 
     def default_as_num(self) -> str:
         """Return the global AS number; DEFAULT_AS_NUMBER if it is missing or invalid."""
@@ -272,12 +286,11 @@ class Hosts:
 class _Reports:
     """The reports of agents in the store: heartbeats by host, and statuses of endpoints."""
 
-    def __init__(self, store: Store, directory: str) -> None:
-        """Read the reports below `directory`. Raises StoreError."""
+    def __init__(self, reports: Iterable[_Report]) -> None:
         self.heartbeats: dict[str, dict[str, Any]] = {}
         self._statuses: dict[str, tuple[Any, Any]] = {}
         """Key of an endpoint's status -> the status and its reason, as they stand in the store."""
-        for key, host, fields in store.collect(directory, _report):
+        for key, host, fields in reports:
             if host is None:
                 self._statuses[key] = fields
             else:
@@ -292,11 +305,12 @@ class _Reports:
         return str(state), reason if isinstance(reason, str) else None
 
 
-def _report(entry: Entry) -> tuple[str, str | None, Any] | None:
-    """Return (key, None, (status, reason)) for the status of an endpoint, (key, host, fields) for a heartbeat.
+def _reports_below(store: Store, directory: str) -> list[_Report]:
+    return store.collect(directory, _report)
 
-    Returns None for any other entry, and for one that cannot be read.
-    """
+
+def _report(entry: Entry) -> _Report | None:
+    """Return what an entry of the store reports; None for any other entry, and for one that cannot be read."""
     if entry.problem is not None:
         return None
     host = entry.key[len(keys.FELIX_HOSTS) + 1 :].partition("/")[0]

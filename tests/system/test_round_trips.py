@@ -57,6 +57,7 @@ COMMANDS = (
     (3, 3, ("container", PATH, "profile", "append", "web")),
     (4, 4, ("container", PATH, "profile", "remove", "web")),
     (2, 2, ("container", PATH, "profile", "show")),
+    (3, 2, ("container", PATH, "endpoint", "show")),
     (3, 3, ("pool", "add", "10.5.0.0/16")),
     (1, 1, ("pool", "add", "10.5.0.0/16")),
     (6, 6, ("pool", "add", "10.6.0.0/16", "10.7.0.0/16", "10.5.0.0/16")),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from typing import Callable, TypeVar
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,7 +20,7 @@ from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint, Pool, Rules
 from calicoctl.datastore.store import Entry
-from calicoctl.errors import CalicoError, NotFound
+from calicoctl.errors import CalicoError, InvalidValue, NotFound
 from tests.unit.memory_store import MemoryStore
 
 T = TypeVar("T")
@@ -189,3 +190,33 @@ def test_a_profile_that_cannot_be_created_gets_no_hint_to_create_it(name: str) -
     except CalicoError:
         can_be_created = False
     assert (f"'calicoctl profile add {name}'" in str(refused.value)) == can_be_created
+
+
+def test_the_statuses_of_a_few_endpoints_are_read_without_those_of_others(store: RecordingStore) -> None:
+    hosts = DatastoreClient(store, "host1").hosts
+    ids = [
+        EndpointId(host, "docker", f"w{n}", f"{digit}{n:03}")
+        for host, digit in (("host1", "a"), ("host2", "c"))
+        for n in range(10)
+    ]
+    for id in ids:
+        store.put(keys.felix_endpoint(id), '{"status": "error", "reason": "why"}')
+    store.put(keys.felix_status("host1"), "{}")
+    for some, collected, requests in (
+        (ids[:1], [], 1 if store.atomic else 2),
+        (ids[:10], [] if store.atomic else [keys.felix_host("host1")], 1),
+        (ids, [keys.FELIX_HOSTS], 1),
+    ):
+        store.requests = 0
+        store.collected.clear()
+        status_of = hosts.endpoint_statuses(some)
+        assert store.requests == requests and [directory for directory, _ in store.collected] == collected
+        of_host2 = ("unknown", None)  # its agent has no heartbeat
+        assert [status_of(id) for id in some] == [("error", "why") if id.host == "host1" else of_host2 for id in some]
+
+
+def test_a_status_that_cannot_be_read_is_unknown(store: RecordingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(keys.felix_status("host1"), "{}")
+    id = EndpointId("host1", "docker", "w0", "a000")
+    monkeypatch.setattr(store, "read", Mock(side_effect=InvalidValue(keys.felix_endpoint(id), "it is not UTF-8")))
+    assert DatastoreClient(store, "host1").hosts.endpoint_statuses([id])(id) == ("unknown", None)
