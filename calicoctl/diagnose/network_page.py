@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +33,37 @@ def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = (), p
     `drops` are the packets that were dropped lately on the host on whose behalf the store was read (see dropped.py).
     """
     parts = {name: (PAGE / f"map.{name}").read_text() for name in ("html", "css", "js")}
-    data = _json(_Data(network).to_dict(made, drops, progress))
     filled = parts["html"].replace("@STYLE_HASH@", _hash(parts["css"])).replace("@SCRIPT_HASH@", _hash(parts["js"]))
     filled = filled.replace("@STYLE@", parts["css"]).replace("@SCRIPT@", parts["js"])
     before, after = filled.split("@DATA@")
-    return (before + data + after).encode()
+    data = _json(_Data(network).to_dict(made, drops, progress))
+    return b"".join(part.encode() for part in chain([before], data, [after]))
 
 
 def _hash(source: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
-def _json(data: dict[str, Any]) -> str:
-    """Return JSON for the script, without characters that could end its element, or begin another one.
+def _json(data: dict[str, Any]) -> Iterator[str]:
+    """Yield JSON for the script, without characters that could end its element, or begin another one.
 
-    An iterator becomes a list. Lists are converted item by item: as a whole, they would be in memory several times.
+    An iterator becomes a list. Lists are yielded item by item: as a whole, they would be in memory several times.
     """
     harmless = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}  # they are in JSON's strings alone
 
     def converted(value: Any) -> str:
         return json.dumps(_escaped(value), separators=(",", ":")).translate(harmless)
 
-    def of_field(one: Any) -> str:
-        return f"[{','.join(map(converted, one))}]" if isinstance(one, (list, Iterator)) else converted(one)
-
-    return "{" + ",".join(f"{converted(name)}:{of_field(one)}" for name, one in data.items()) + "}"
+    for number, (name, one) in enumerate(data.items()):
+        yield f"{',' if number else '{'}{converted(name)}:"
+        if isinstance(one, (list, Iterator)):
+            yield "["
+            for place, item in enumerate(one):
+                yield f"{',' if place else ''}{converted(item)}"
+            yield "]"
+        else:
+            yield converted(one)
+    yield "}"
 
 
 def _escaped(value: Any) -> Any:
