@@ -75,8 +75,10 @@ def move(run: Run) -> Moved:
     if state.v3_ready == "true":
         late = run.written_late(state)
         left = f" {state.left}" if state.left is not None else ""
-        problems = () if late is None else (late,)
-        return Moved(f"The data is in etcd's v3 API already.{left}", (*problems, *_staying(run)))
+        problems = (*(() if late is None else (late,)), *_staying(run))
+        assert state.v3 is not None
+        _refuse_change(run, state.v3)
+        return Moved(f"The data is in etcd's v3 API already.{left}", problems)
     if state.v2 is None:
         raise CalicoError(f"There is no data to move: etcd's v2 API has no {keys.READY}.")
     if state.is_back and state.v2_ready == "false":
@@ -137,8 +139,8 @@ def _moved(run: Run, ready: Entry) -> Moved:
     run.settle(hosts, {})
     frozen, entries = _copied(run, frozen)
     before = live_agents(run.v3)
-    _go_live(run, frozen.revision)
-    return _followed(run, entries, run.await_agents(V3, hosts, before))
+    live = _go_live(run, frozen.revision)
+    return _followed(run, entries, live, run.await_agents(V3, hosts, before))
 
 
 def _rewritten(run: Run, ready: Entry) -> Entry:
@@ -205,8 +207,8 @@ def _commit(run: Run, writes: list[Write]) -> list[Entry]:
     return entries
 
 
-def _go_live(run: Run, revision: int) -> None:
-    """Take v3 into use, and record that v2 was frozen at `revision`.
+def _go_live(run: Run, revision: int) -> Entry:
+    """Take v3 into use, and record that v2 was frozen at `revision`. Return the entry of Ready in v3.
 
     Raises StoreError if another process has taken over. If etcd's answer to the commit is lost, Store.commit finds
     out whether the commit was applied.
@@ -218,7 +220,7 @@ def _go_live(run: Run, revision: int) -> None:
         raise taken_over()
     live = put(keys.READY, ready, "true")
     run.is_live_sent = True
-    run.commit([live, put(keys.COPIED_REVISION, copied, str(revision)), Delete(run.note)])
+    return run.commit([live, put(keys.COPIED_REVISION, copied, str(revision)), Delete(run.note)])[0]
 
 
 @contextmanager
@@ -255,21 +257,16 @@ def _fenced(run: Run) -> bool:
     return True
 
 
-def _followed(run: Run, entries: dict[str, Entry], missing: list[str]) -> Moved:
+def _followed(run: Run, entries: dict[str, Entry], live: Entry, missing: list[str]) -> Moved:
     """Check v2 and v3 once more after a move, and return the result of the move.
 
-    `entries` were copied. `missing` are the hosts whose agents do not use v3 yet. If an old program has set v2's
-    Ready to `true`, it is set to `false` again. This, `missing`, and keys of v2 that differ from `entries` are
-    `problems` of the result. Raises CalicoError if v3 is not in use any more.
+    `entries` were copied. `live` is the entry of Ready in v3. `missing` are the hosts whose agents do not use v3 yet.
+    If an old program has set v2's Ready to `true`, it is set to `false` again. This, `missing`, and keys of v2 that
+    differ from `entries` are `problems` of the result. Raises CalicoError if Ready in v3 was written since.
     """
     problems = []
     ready = run.v2.get(keys.READY)  # before v3's: while both are true, no command sets v3's to false
-    live = run.v3.get(keys.READY)
-    if live is None or live.value != "true":
-        raise CalicoError(
-            f"The data had moved to etcd's v3 API, but another command has set {keys.READY} to false there since: "
-            "see 'calicoctl datastore show'"
-        )
+    _refuse_change(run, live)
     if ready is not None and ready.value == "true":
         try:
             run.v2.update(ready, "false")
@@ -287,7 +284,18 @@ def _followed(run: Run, entries: dict[str, Entry], missing: list[str]) -> Moved:
         problems.append(
             f"The agents of {first_few(missing)} are not seen in etcd's v3 API yet: see 'calicoctl status' there"
         )
+    _refuse_change(run, live)  # else, this process may have been stopped: what it has read is of another time
     return Moved(f"{len(entries)} keys have moved: etcd's v3 API is in use. {LEFT}", tuple(problems))
+
+
+def _refuse_change(run: Run, live: Entry) -> None:
+    """Raise CalicoError if Ready in v3 was written since its entry `live`: the data may have moved again."""
+    ready = run.v3.get(keys.READY)
+    if ready is None or ready.revision != live.revision:
+        raise CalicoError(
+            f"The data had moved to etcd's v3 API, but another command has written {keys.READY} there since: see "
+            "'calicoctl datastore show'"
+        )
 
 
 def _staying(run: Run) -> list[str]:

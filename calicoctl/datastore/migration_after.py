@@ -64,6 +64,12 @@ def roll_back(run: Run, discard: bool) -> Moved:
         run.tell("Taking etcd's v2 API into use")
         run.thaw_v2()
     missing = run.await_agents(V2, set(live_agents(run.v2)), {})
+    ready = run.v2.get(keys.READY)  # this process may have been stopped since
+    if ready is None or ready.value != "true":
+        raise CalicoError(
+            f"etcd's v2 API was in use again, but another command has written {keys.READY} there since: see "
+            "'calicoctl datastore show'"
+        )
     problem = f"The agents of {first_few(missing)} still wait: see 'calicoctl status' there"
     return Moved("etcd's v2 API is in use again.", (problem,) if missing else ())
 

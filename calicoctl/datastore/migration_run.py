@@ -91,6 +91,8 @@ class Run:
         Raises NoSuchApi as `state` does.
         """
         state = self.state()
+        if state.v3_ready == state.v2_ready == "true":
+            state = self.state()  # the data may have moved back after v3 was read, and before v2 was
         check_ready(state.v3_ready, state.v2_ready)
         if state.v3_ready == state.v2_ready == "true":
             raise CalicoError(

@@ -778,6 +778,66 @@ def test_two_commands_at_once_never_lose_the_data(world: World, one: str, other:
         raise AssertionError("there are more reads")
 
 
+def move_on(world: World, number: int, other: str) -> list[str]:
+    """Have the data move on at the first read from this number on at which v3 is in use, as `at` does.
+
+    `other` is the command that does it; after a way back, the data in v2 changes. The result is empty when it is done.
+    """
+    count, left = iter(range(10_000)), [other]
+
+    def read() -> None:
+        if next(count) >= number and left and world.is_live():
+            OPTIONS[left.pop()](world.run())
+            if other == "rollback":
+                world.v2.put(TAGS, '["new"]')
+
+    world.v2.before_read = world.v3.before_read = read
+    return left
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("other", ["rollback", "finish"])
+def test_a_move_that_was_stopped_reports_nothing_that_is_so_no_more(world: World, other: str, again: bool) -> None:
+    reports = set()
+    for number in range(60):
+        attempt = World()
+        if again:  # then it only says that the data has moved already
+            attempt.move()
+        left = move_on(attempt, number, other)
+        try:
+            moved = attempt.move()
+        except CalicoError as error:
+            reports.add(str(error))
+            continue
+        assert moved.problems == () and attempt.used() == ("v3", False), (number, moved)
+        if left:
+            break
+    else:
+        raise AssertionError("there are more reads")
+    (report,) = reports
+    assert "another command has written /calico/v1/Ready there since" in report
+
+
+def test_a_way_back_that_was_stopped_does_not_report_that_v2_is_in_use_when_it_is_no_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.move()
+    world.agent(world.v2)
+    monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 10.0)
+
+    def sleep(seconds: float) -> None:
+        if world.used() == ("v2", False):
+            world.v2.clock += 40
+            world.move()
+        elif STATUS in world.v2.entries:
+            world.agent(world.v2)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    with pytest.raises(CalicoError, match="another command has written /calico/v1/Ready there since"):
+        roll_back(world.run(), False)
+    assert world.used() == ("v3", False)
+
+
 @pytest.mark.parametrize("one", OPTIONS)
 @pytest.mark.parametrize("other", OPTIONS)
 @pytest.mark.parametrize("third", OPTIONS)
@@ -900,7 +960,7 @@ def test_a_move_that_still_waits_does_not_undo_a_way_back(world: World, monkeypa
             world.agent(world.v2)
 
     monkeypatch.setattr("time.sleep", sleep)
-    with pytest.raises(CalicoError, match="another command has set /calico/v1/Ready to false there since"):
+    with pytest.raises(CalicoError, match="another command has written /calico/v1/Ready there since"):
         world.move()
     assert world.used() == ("v2", False)
 
