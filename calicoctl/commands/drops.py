@@ -4,7 +4,8 @@ Usage:
   calicoctl drops [--follow] [--output=<FORMAT>]
 
 Options:
-  --follow               go on, and show each drop as it happens, until Ctrl-C
+  --follow               go on, and show each drop as it happens, until
+                         Ctrl-C, or until nobody reads the output any more
   -o, --output=<FORMAT>  json or yaml; json is an object for each drop, on a
                          line of its own; default: text, a line for each drop
 
@@ -66,7 +67,7 @@ def _drops(follow: bool, form: str | None) -> None:
         interrupted.handled = True  # type: ignore[attr-defined]  # see cli/main.py
         number = getattr(interrupted, "number", signal.SIGINT)
         raise Failed(_summary(host, shown), 128 + number) from None
-    if follow:
+    if follow and dropped.is_output_read():
         raise CalicoError("The host agent has ended, or has waited too long for this command to print.")
     if form == "yaml" and not shown:
         print_data([], form)

@@ -139,6 +139,11 @@ def test_drops_say_who_what_and_why(pair: AgentHost) -> None:
         follower.stderr.close()
         follower.stdout.close()
     assert follower.returncode == 130 and "packets were dropped on host1 since" in said
+    follower = pair.start("drops", "--follow")
+    assert follower.stdout.readline()
+    follower.stdout.close()  # as `head -1` does
+    assert follower.wait(10) == 0 and "packets were dropped on host1 since" in follower.stderr.read()
+    follower.stderr.close()
 
 
 def test_without_a_log_packets_are_dropped_and_counted_all_the_same(pair: AgentHost) -> None:
