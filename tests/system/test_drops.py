@@ -131,6 +131,11 @@ def test_drops_say_who_what_and_why(pair: AgentHost) -> None:
         inside("a", lambda: send_udp("10.9.9.9", B4))
         of_spoofed = seen(reason="spoofed", protocol="udp")["trace"]
         assert of_spoofed.startswith(f"calicoctl profile trace {A4} {B4} udp 9 "), "of the sender's own address"
+        interface = pair.interface("a")
+        pair.etcd.delete(pair.key("a"))
+        pair.sync()
+        inside("a", lambda: send_udp(A4, B4))
+        assert seen(reason="no-endpoint", interface=interface, protocol="udp")["direction"] == "outbound"
     finally:
         follower.send_signal(signal.SIGINT)
         follower.wait(10)

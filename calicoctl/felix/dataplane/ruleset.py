@@ -68,6 +68,10 @@ add set inet calico targets6 { typeof iifname . @th,64,128; }
 add set inet calico masquerade4 { type ipv4_addr; flags interval; }
 add set inet calico masquerade6 { type ipv6_addr; flags interval; }
 
+add chain inet calico forged
+add rule inet calico forged iifname != @interfaces goto dropped/outbound/no-endpoint
+add rule inet calico forged goto dropped/outbound/spoofed
+
 add chain inet calico sender4
 add rule inet calico sender4 iifname . ether saddr != @macs SPOOFED
 add rule inet calico sender4 ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
@@ -107,7 +111,7 @@ add rule arp calico anti-spoofing iifname . arp saddr ether != @macs drop
 add rule arp calico anti-spoofing arp operation request arp saddr ip 0.0.0.0 accept
 add rule arp calico anti-spoofing iifname . arp saddr ether . arp saddr ip != @senders drop
 """.replace("PREFIX", INTERFACE_PREFIX)
-_SKELETON = _SKELETON.replace("NO_CONNECTION", _NO_CONNECTION).replace("SPOOFED", "goto dropped/outbound/spoofed")
+_SKELETON = _SKELETON.replace("NO_CONNECTION", _NO_CONNECTION).replace("SPOOFED", "goto forged")
 
 _HOST_ACTIONS = ("accept", f"goto {drops.chain_of('outbound', drops.HOST_ACTION)}")
 """The rule of the chain `host-action`, without and with DefaultEndpointToHostAction DROP."""
