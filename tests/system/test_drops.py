@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from calicoctl.felix.dataplane import drops
+from calicoctl import netlink
+from calicoctl.felix.dataplane import drops, packet_log
 from calicoctl.felix.dataplane.nft import Nft
 from tests.system.agent import A4, A6, ALLOW, B4, B6, C4, AgentHost
 from tests.system.conftest import clear_host
@@ -179,6 +180,10 @@ def test_a_flood_is_counted_and_a_sample_of_it_is_shown(pair: AgentHost) -> None
     pair.kill_agent()
     pair.start_agent(f"--metrics-port={port}")
     wait_for(lambda: str(drops.GROUP) in Path("/proc/net/netfilter/nfnetlink_log").read_text(), "a receiver of drops")
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.NETLINK_NETFILTER) as other:
+        with pytest.raises(OSError) as refused:
+            packet_log._join(other)
+        assert packet_log._WHY[refused.value.errno] == "another process receives them"
     inside("a", lambda: send_udp(A4, B4, 3000))
 
     def shown() -> list[str]:

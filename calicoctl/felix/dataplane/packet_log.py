@@ -44,7 +44,9 @@ _IN, _OUT, _PAYLOAD, _PREFIX = 4, 5, 9, 10
 _FRAGMENTED = 0x1FFF
 _BUFFER = 2**20
 
-_WHY = {errno.EBUSY: "another process receives them", errno.EINVAL: "the kernel has no nfnetlink_log"}
+_OTHER = "another process receives them"
+_WHY = {errno.EBUSY: _OTHER, errno.EPERM: _OTHER, errno.EINVAL: "the kernel has no nfnetlink_log"}
+"""Why the kernel lets nobody join the group."""
 
 _EXTENSIONS = {0, 43, 60, 135}
 """Extension headers of IPv6 that have a length in units of 8 bytes: hop-by-hop, routing, destination, mobility."""
@@ -101,7 +103,7 @@ class PacketLog(threading.Thread):
 
 
 def _join(group: socket.socket) -> None:
-    """Have the kernel send the packets of drops.GROUP to a socket. Raises OSError: EBUSY if another one gets them."""
+    """Have the kernel send the packets of drops.GROUP to a socket. Raises OSError: EPERM if another one gets them."""
     for attribute in (
         netlink.attribute(_CONFIG_COMMAND, bytes([_BIND])),
         netlink.attribute(_CONFIG_MODE, struct.pack("!IBx", _COPIED, _COPY_PACKET)),
