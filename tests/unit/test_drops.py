@@ -22,6 +22,7 @@ from calicoctl.commands import drops as command
 from calicoctl.diagnose import counters, dropped
 from calicoctl.felix import drop_log, process
 from calicoctl.felix.dataplane import drops, packet_log
+from calicoctl.felix.dataplane.changes import spelled
 from calicoctl.felix.dataplane.drops import Counts, Header, Logged
 from calicoctl.felix.dataplane.drops_manager import DropsManager
 from calicoctl.felix.dataplane.nft import Count
@@ -176,6 +177,8 @@ def test_other_reasons_and_what_is_none_of_ours() -> None:
     assert f" trace {A} {B} udp 53 " in drop["trace"], "of the address that the workload has"
     drop = world.drop("outbound profile gone", Header(A, B, 17, 1, 54))
     assert drop["profile"] == "gone" and "does not exist, or its rules are invalid" in drop["why"]
+    drop = world.drop("inbound no-endpoint", Header("203.0.113.9", "10.1.1.2", 17, 1, 54), "eth0", "cali9")
+    assert "has no endpoint" in drop["why"] and drop["trace"] is None, "trace knows neither end"
     count = len(world.log.after(0))
     for prefix in ("", "calico-packet: x", "inbound strange", "sideways rule x"):
         world.drop(prefix, Header(A, B, 17, 1, 55))
@@ -209,6 +212,10 @@ def test_a_name_that_nftables_cannot_spell_is_known_all_the_same() -> None:
     world.manager.on_event(world.snapshot.take_dirty())
     (counter,) = rule_counters('a" b', "inbound", world.snapshot.profiles['a" b'].rules.inbound)
     assert world.drop(f"inbound rule {counter}", Header(A, B, 17, 1, 53))["profile"] == 'a" b'
+    world.store.endpoint(2, B, profile_ids=['no" such'])
+    world.manager.on_event(world.snapshot.take_dirty())
+    prefix = "inbound profile " + spelled('no" such')
+    assert world.drop(prefix, Header(A, B, 17, 1, 54))["profile"] == 'no" such'
 
 
 def test_every_prefix_is_understood_and_fits() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from calicoctl import clock
@@ -43,7 +44,7 @@ _WHY = {
     drops.NO_RULE: "no rule matched",
     drops.SPOOFED: "its sender is forged",
     drops.NO_CONNECTION: "it belongs to no connection, and starts none",
-    drops.NO_ENDPOINT: "the interface has no endpoint that may be used",
+    drops.NO_ENDPOINT: "its interface has no endpoint that may be used",
     drops.HOST_ACTION: "DefaultEndpointToHostAction is DROP",
 }
 
@@ -142,6 +143,8 @@ class DropsManager(Manager):
             "to": self._end(header.destination, interface if direction == "inbound" else None),
         }
         protocol: str | int = _NAMES.get(header.protocol, header.protocol)
+        forged_by = interface if reason == drops.SPOOFED else None
+        is_traceable = any(end["endpoint"] for end in ends.values())  # else no policy decides
         values = {
             "time": clock.text(datetime.fromtimestamp(packet.at, timezone.utc)),
             "host": self._snapshot.host,
@@ -157,7 +160,7 @@ class DropsManager(Manager):
             "port": header.port,
             "icmp_type": header.icmp_type,
             "icmp_code": header.icmp_code,
-            "trace": self._trace(header, protocol, interface if reason == drops.SPOOFED else None),
+            "trace": self._trace(header, protocol, forged_by) if is_traceable else None,
         }
         about = (header.source, header.destination, protocol, header.port, header.icmp_type, header.icmp_code)
         self._log.add((direction, reason, why, interface, *about), values)
@@ -183,7 +186,9 @@ class DropsManager(Manager):
         """Return the profile that is called `name` in names of chains; `name` itself if it is unknown."""
         if not name.startswith("/"):
             return name
-        return next((profile for profile in self._snapshot.profiles if spelled(profile) == name), name)
+        of_endpoints = (profile for local in self._snapshot.local.values() for profile in local.profiles)
+        known = chain(self._snapshot.profiles, of_endpoints)  # an endpoint may have one that does not exist
+        return next((profile for profile in known if spelled(profile) == name), name)
 
     def _rules_of(self, profile: str) -> dict[str, tuple[str, int, str]]:
         found: dict[str, tuple[str, int, str]] = {}
