@@ -24,8 +24,8 @@ def read() -> Counts:
         return drops.read(Nft())
     except OSError:
         raise CalicoError(
-            "Nothing is counted on this host, since the agent's tables are not in the kernel: start the agent with "
-            "'calicoctl node'."
+            "Nothing is counted on this host, since the agent's tables are not in the kernel, or those of an older "
+            "agent: start it with 'calicoctl node', or restart it with 'calicoctl node restart'."
         ) from None
 
 
