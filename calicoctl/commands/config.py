@@ -86,12 +86,16 @@ from calicoctl.output import data_format, print_data, warn
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     name, value, force = arguments["<NAME>"], arguments["<VALUE>"], arguments["--force"]
-    settings = settings_of("felix" if arguments["felix"] else "bgp", arguments["node"])
+    daemon = "felix" if arguments["felix"] else "bgp"
+    settings = settings_of(daemon, arguments["node"])
     setting = settings.get(name)
     if setting is None:
         if not force:
             from calicoctl.spelling import did_you_mean, nearest
 
+            if name in settings_of(daemon, not arguments["node"]):
+                which, words = ("all hosts", "config") if arguments["node"] else ("one host", "config node")
+                raise CalicoError(f"'{name}' is a setting of {which}: use 'calicoctl {words} {daemon} {name}'")
             near = nearest(name, settings)
             raise CalicoError(
                 f"'{name}' is none of the settings {', '.join(settings)}; --force accepts any name"

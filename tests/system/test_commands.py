@@ -430,6 +430,7 @@ def test_a_batch(host: Host, tmp_path: Path) -> None:
         ("node bgp peer add 127.0.0.1 as 1", 1, "127.0.0.1 cannot be used"),
         ("ipam release 192.168.0.1 nothing", 1, "'nothing' is not a valid"),
         ("config felix loglevel loud", 1, "'loud' is not a valid value"),
+        ("config felix DefaultEndpointToHostAction DROP", 1, "use 'calicoctl config node felix DefaultEndpoint"),
         ("endpoint show --host=a/b", 1, "--host"),
         ("endpoint ff profile append", 2, "Say which profiles"),
         ("node --ip=fd00::1", 1, "--ip: fd00::1"),
