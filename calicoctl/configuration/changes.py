@@ -532,7 +532,7 @@ class _Comparison:
                 continue
             found: set[str] = set()
             for one in located.value:
-                if one.value not in self._profiles:
+                if one.value not in self._profiles and one.value not in before.profile_ids:
                     near = nearest(one.value, self._profiles)
                     raise one.node.error(f"profile {one.value} does not exist{did_you_mean(near and repr(near))}")
                 if one.value in found:

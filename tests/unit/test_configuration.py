@@ -505,6 +505,15 @@ def test_rules_that_no_text_can_say_are_objects(store: MemoryStore, apply: Any) 
     assert "no profile has the tag lb" in apply("profiles: {db: {inbound: [allow from tag lb]}}")[2]
 
 
+def test_an_endpoint_can_keep_a_profile_that_does_not_exist_but_not_get_one(store: MemoryStore, apply: Any) -> None:
+    assert apply("endpoints: {host1/docker/w: [old]}")[0] == 0
+    DatastoreClient(store, "host1").remove_profile("old")
+    assert apply("endpoints: {host1/docker/w: [db, old]}")[0] == 0
+    assert DatastoreClient(store, "host1").readable_endpoints()[0][0].profile_ids == ["db", "old"]
+    assert apply("endpoints: {host1/docker/w: [db]}")[0] == 0
+    assert "file:1: profile old does not exist" in apply("endpoints: {host1/docker/w: [db, old]}")[2]
+
+
 def test_values_that_are_invalid_in_the_store(
     store: MemoryStore, apply: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
