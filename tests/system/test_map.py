@@ -89,6 +89,7 @@ def test_the_file_is_written_whole_or_not_at_all(network: Host, tmp_path: Path) 
         assert "is not a regular file" in write(name, 0o022, status=1)
     assert "no/map.html" in write("no/map.html", 0o022, status=1)
     network.ctl("map", str(tmp_path / "new.html"), status=1, env={"ETCD_ENDPOINTS": "http://127.0.0.1:1"})
+    assert write("-", 0o022).startswith("<!DOCTYPE html>"), "- is standard output, as of export"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "link", "map.html"]
 
 
@@ -143,6 +144,9 @@ def test_a_browser_shows_what_the_map_says(network: Host, tmp_path: Path) -> Non
                     assert shown[a][b] == said["pairs"][number]["allowed"], (a, b)
                     different += shown[a][b] not in ("all", "-")
         assert different > 10
+
+        between_hosts = "[aria-label='host1 to host2: no profile decides between hosts']"
+        assert browser.evaluate(f'document.querySelector("{between_hosts}") !== null')
 
         # a click, the keyboard, and what `profile trace` says
         browser.click("[data-row='0'][data-column='1']")
@@ -212,6 +216,48 @@ def test_the_map_is_usable_by_keyboard(network: Host, tmp_path: Path) -> None:
         browser.evaluate("(body => { body.tabIndex = 0; body.focus(); })(document.getElementById('body'))")
         browser.press("Enter")
         assert browser.evaluate("document.querySelector('#panel').innerText") == shown
+        refuse_trouble(browser, file)
+
+
+def test_the_graph_is_usable_by_keyboard(network: Host, tmp_path: Path) -> None:
+    for number in range(31, 43):
+        put_endpoint(network, number, "host1", ["web"], workload_name=f"a-long-name-{number}")
+    file = tmp_path / "map.html"
+    with chromium(tmp_path / "chromium") as browser:
+        opened(browser, network, file)
+        browser.click("[value=graph]")
+        nodes = "[...document.querySelectorAll('#graph g[role=button]')]"
+        wait_for(lambda: browser.evaluate(f"{nodes}.length") == 24, "the graph")
+        overlaps = browser.evaluate(
+            "((boxes) => boxes.filter((a, n) => boxes.slice(n + 1).some(b => a.left < b.right && b.left < a.right"
+            f" && a.top < b.bottom && b.top < a.bottom)).length)({nodes}.map(node => node.getBoundingClientRect()))"
+        )
+        assert overlaps == 0, "names cover each other, or another node"
+        browser.press("Tab")
+        where = "document.activeElement.textContent"
+        first = browser.evaluate(where)
+        browser.press("ArrowDown")
+        second = browser.evaluate(where)
+        assert second != first
+        browser.press("Enter")
+        assert browser.evaluate("document.querySelector('#panel h2').innerText") in second
+        assert browser.evaluate(where) == second, "the focus stays"
+        browser.press("End")
+        assert browser.evaluate(where) not in (first, second)
+        browser.press("Tab")
+        assert browser.evaluate("document.activeElement.id") == "panel", "the graph is one stop"
+        refuse_trouble(browser, file)
+
+
+def test_a_narrow_window_shows_the_matrix(network: Host, tmp_path: Path) -> None:
+    file = tmp_path / "map.html"
+    with chromium(tmp_path / "chromium") as browser:
+        opened(browser, network, file)
+        browser.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=False)
+        wait_for(lambda: browser.evaluate("document.querySelectorAll('[data-row=\"11\"]').length"), "the last row")
+        assert browser.evaluate("document.getElementById('body').clientHeight") > 300
+        browser.click("[data-row='0'][data-column='1']")
+        assert " → " in browser.evaluate("document.querySelector('#panel h2').innerText")
         refuse_trouble(browser, file)
 
 

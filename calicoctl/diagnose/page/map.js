@@ -5,6 +5,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const $ = (id) => document.getElementById(id);
   const SVG = "http://www.w3.org/2000/svg";
+  const collator = new Intl.Collator("en", { numeric: true });
   const quantity = (n, noun, plural = noun + "s") => `${n.toLocaleString("en")} ${n === 1 ? noun : plural}`;
 
   function element(name, attributes = {}, ...children) {
@@ -212,7 +213,6 @@
       host: (item) => [item.isHost, item.nodes[0].hostName, item.nodes[0].name],
       name: (item) => [item.isHost, item.nodes[0].name, item.nodes[0].hostName],
     };
-    const collator = new Intl.Collator("en", { numeric: true });
     const key = new Map(items.map((item) => [item, keys[$("order").value](item)]));
     items.sort((x, y) => key.get(x).map((part, n) => collator.compare(part, key.get(y)[n])).find((n) => n) ?? 0);
     items.forEach((item, place) => { item.place = place; });
@@ -285,7 +285,7 @@
     $("graph").hidden = !isGraph;
     body.scrollTo(0, 0);
     if (isGraph) drawGraph(); else layOut();
-    if (!left.length) say("Nothing fits these filters", true);
+    if (!left.length) say(nodes.length ? "Nothing fits these filters" : "There are no endpoints and no hosts in etcd", true);
   }
 
   function say(text, isWrong = false) {
@@ -305,8 +305,8 @@
     width = isWide ? Math.min(210, Math.floor(room / columns.length)) : ROW;
     $("matrix").classList.toggle("wide", isWide);
     const longest = (some) => Math.max(6, ...some.map((item) => item.label.length));
-    $("matrix").style.gridTemplateColumns = `${Math.max(112, Math.min(230, 26 + 7 * longest(rows)))}px 1fr`;
-    $("columns").style.height = isWide ? "34px" : `${Math.min(190, 20 + 7 * longest(columns))}px`;
+    $("matrix").style.gridTemplateColumns = `${Math.max(112, Math.min(230, 26 + 7.6 * longest(rows)))}px 1fr`;
+    $("columns").style.height = isWide ? "34px" : `${Math.min(190, 20 + 8 * longest(columns))}px`;
     sheet.style.width = `${columns.length * width}px`;
     sheet.style.height = `${rows.length * ROW}px`;
     body.setAttribute("aria-rowcount", rows.length);
@@ -349,7 +349,8 @@
     const from = rows[r], to = columns[c], found = cellOf(from, to);
     const isCursor = r === cursor.row && c === cursor.column;
     const drops = dropsOf(from, to).length;
-    const shown = (found.text === "-" ? "nothing" : found.text || "the same endpoint") + (drops ? `; ${quantity(drops, "drop")} lately` : "");
+    const neither = from.isHost ? "no profile decides between hosts" : "the same endpoint";
+    const shown = (found.text === "-" ? "nothing" : found.text || neither) + (drops ? `; ${quantity(drops, "drop")} lately` : "");
     const made = element("div", {
       role: "gridcell", "aria-colindex": c + 1, tabindex: isCursor ? 0 : -1, class: `cell ${found.state}`,
       "aria-label": `${from.label} to ${to.label}: ${shown}`, title: `${from.label} → ${to.label}: ${shown}`, "data-row": r, "data-column": c,
@@ -441,11 +442,14 @@
     let size;
     if (isRound) {
       for (const from of rows) for (const to of columns) add(from, to);
-      const radius = Math.max(150, some.length * 9.5, Math.min($("view").clientHeight - 130, $("view").clientWidth - 460) / 2);
+      const radius = Math.max(150, some.length * 6, Math.min($("view").clientHeight - 130, $("view").clientWidth - 460) / 2);
       size = [2 * radius + 420, 2 * radius + 90];
-      some.forEach((item, n) => {
-        const angle = (2 * Math.PI * n) / some.length - Math.PI / 2;
-        places.set(item, [size[0] / 2 + radius * Math.cos(angle), size[1] / 2 + radius * Math.sin(angle), Math.cos(angle) < -0.01 ? "end" : "start"]);
+      const half = Math.ceil(some.length / 2);
+      some.forEach((item, n) => {  // on a circle, clockwise; on either side at equal heights, so that no names overlap
+        const isRight = n < half;
+        const y = isRight ? (2 * n + 1) / half - 1 : 1 - (2 * (n - half) + 1) / (some.length - half);
+        const x = Math.sqrt(1 - y * y) * (isRight ? 1 : -1);
+        places.set(item, [size[0] / 2 + radius * x, size[1] / 2 + radius * y, isRight ? "start" : "end"]);
       });
     } else {
       const [sources, targets] = [[], []];
@@ -455,16 +459,16 @@
         if (["all", "some"].includes(cellOf(center, item).state)) targets.push(item);
       }
       const count = Math.max(Math.min(DRAWN, sources.length), Math.min(DRAWN, targets.length), 12);
-      size = [1000, count * 22 + 70];
+      size = [Math.max(680, Math.min(1000, $("graph").clientWidth)), count * 22 + 70];
       const line = (list, x, anchor, isSource) => list.slice(0, DRAWN).forEach((item, n) => {
         const at = [x, 50 + n * 22 + ((count - Math.min(DRAWN, list.length)) * 22) / 2, anchor];
         const twin = { ...item, item };
         places.set(twin, at);
         edges.push(isSource ? [twin, center, cellOf(item, center)] : [center, twin, cellOf(center, item)]);
       });
-      line(sources, 260, "end", true);
-      line(targets, 740, "start", false);
-      places.set(center, [500, size[1] / 2, "middle"]);
+      line(sources, 255, "end", true);
+      line(targets, size[0] - 255, "start", false);
+      places.set(center, [size[0] / 2, size[1] / 2, "middle"]);
       say(`${quantity(some.length, "node")} fit the filters, too many to draw: these reach ${center.label} (${sources.length}), `
         + `or are reached from it (${targets.length})${Math.max(sources.length, targets.length) > DRAWN ? `; the first ${DRAWN} of each` : ""}`);
     }
@@ -491,24 +495,34 @@
         line.classList.toggle("off", Boolean(item && !isOn));
       }
     };
+    const groups = [];
+    const stopAt = (one) => groups.forEach((group) => { group.tabIndex = group === one ? 0 : -1; });  // where Tab leads to
     for (const [item, [x, y, anchor]] of places) {
       const own = item.item ?? item;
       const label = item.label.length > 34 ? `${item.label.slice(0, 33)}…` : item.label;
       const shift = { start: 12, end: -12, middle: 0 }[anchor];
-      const group = shape("g", { role: "button", tabindex: 0, "aria-label": `${item.label} (${item.about})`, class: `${item.isHost ? "host " : ""}${item.hasProblem ? "problem " : ""}${own === center ? "on" : ""}` },
+      const group = shape("g", { role: "button", "aria-label": `${item.label} (${item.about})`, class: `${item.isHost ? "host " : ""}${item.hasProblem ? "problem " : ""}${own === center ? "on" : ""}` },
         shape("title", {}, `${item.label} (${item.about})`), shape("circle", { cx: x, cy: y, r: 6.5 }),
         shape("text", { x: x + shift, y: y + (anchor === "middle" ? -14 : 4), "text-anchor": anchor }, label));
+      const number = groups.push(group) - 1;
       for (const event of ["mouseenter", "focus"]) group.addEventListener(event, () => highlight(item));
+      group.addEventListener("focus", () => stopAt(group));
       for (const event of ["mouseleave", "blur"]) group.addEventListener(event, () => highlight(isRound ? center : null));
       const pick = () => { choose(own); drawGraph(); [...$("graph").querySelectorAll("g")].find((g) => g.classList.contains("on"))?.focus(); };
       group.addEventListener("click", pick);
       group.addEventListener("keydown", (event) => {
-        if (event.key === "Enter" || event.key === " ") { event.preventDefault(); pick(); }
+        const moves = { ArrowUp: number - 1, ArrowLeft: number - 1, ArrowDown: number + 1, ArrowRight: number + 1, Home: 0, End: groups.length - 1 };
+        if (event.key === "Enter" || event.key === " ") pick();
+        else if (event.key in moves) groups[moves[event.key]]?.focus();
+        else return;
+        event.preventDefault();
       });
       svg.append(group);
     }
+    stopAt(groups[Math.max(0, [...places.keys()].indexOf(center))]);
     if (isRound) highlight(center);
     $("graph").replaceChildren(svg);
+    $("graph").scrollLeft = (size[0] - $("graph").clientWidth) / 2;
     if (!isRound) $("graph").scrollTop = (size[1] - $("graph").clientHeight) / 2;
   }
 
@@ -631,7 +645,7 @@
     $("problems").querySelector("ul").append(...data.problems.map(([key, problem]) => element("li", {}, `${key}: ${problem}`)));
   }
   for (const [id, names] of [["host", data.hosts], ["profile", data.profiles.map((profile) => profile.name)]]) {
-    $(id).append(...names.map((name) => element("option", { value: name }, name)));
+    $(id).append(...[...names].sort(collator.compare).map((name) => element("option", { value: name }, name)));
   }
   $("merge").checked = nodes.length > 60;
   let timer;
