@@ -7,7 +7,7 @@ Usage:
 Options:
   <FILE>                 the file to write, such as map.html, which any
                          browser shows, without a network; a regular file of
-                         this name is replaced
+                         this name is replaced; - for standard output
   -o, --output=<FORMAT>  json or yaml, for scripts; text: a matrix
   --no-trunc             show everything on a terminal, too, whatever its
                          width; default: the matrix in parts that fit
@@ -37,6 +37,7 @@ Examples:
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import sys
@@ -47,9 +48,9 @@ from typing import TYPE_CHECKING, Any
 
 from calicoctl import clock, files
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.errors import CalicoError, printable
+from calicoctl.errors import CalicoError, one_line
 from calicoctl.grammar import Prepared, parse
-from calicoctl.output import data_format, print_data, print_table, quantity, warn_of_each, with_progress
+from calicoctl.output import data_format, print_data, print_table, quantity, warn, warn_of_each, with_progress
 
 if TYPE_CHECKING:
     from calicoctl.diagnose.network_map import NetworkMap
@@ -68,7 +69,7 @@ MANY_GROUPS = 200
 def prepare(argv: list[str]) -> Prepared:
     arguments = parse(str(__doc__), argv)
     if arguments["<FILE>"] is not None:
-        return partial(_write, Path(arguments["<FILE>"]))
+        return partial(_write, None if arguments["<FILE>"] == "-" else Path(arguments["<FILE>"]))
     return partial(_show, data_format(arguments), arguments["--no-trunc"])
 
 
@@ -90,13 +91,19 @@ def _show(form: str | None, complete: bool) -> None:
     warn_of_each([f"{key}: {problem}" for key, problem in network.problems()])
 
 
-def _write(file: Path) -> None:
+def _write(file: Path | None) -> None:
+    """Write the map to a file, or to standard output (None)."""
     from calicoctl.diagnose.network_page import page
 
-    _check(file)
+    if file is not None:
+        _check(file)
     made = clock.now()
     network = _network()
     content = page(network, made, _drops(network.enforcement.host), _progress)
+    if file is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # with --quiet, it is something else
+            sys.stdout.buffer.write(content)  # the page is in UTF-8, whatever the locale says
+        return
     _check(file)
     umask = os.umask(0o077)
     os.umask(umask)
@@ -107,18 +114,21 @@ def _write(file: Path) -> None:
     endpoints = len({node.endpoint for node in network.reach.endpoints})
     hosts = len(network.reach.hosts)
     what = f"{quantity(endpoints, 'endpoint')} on {quantity(hosts, 'host')}"
-    print(f"Map of {what} written to {printable(str(file))}")
+    print(f"Map of {what} written to {one_line(str(file))}")
 
 
 def _drops(host: str) -> list[dict[str, Any]]:
     """Return the packets that were dropped lately on this host; none if nobody may know, or knows, of them."""
     from calicoctl.diagnose import dropped
+    from calicoctl.felix import process
 
     if os.geteuid() != 0:
         return []
     try:
         return list(dropped.read(host, follow=False))
-    except CalicoError:  # no agent runs
+    except CalicoError as error:
+        if process.running(host) is not None:
+            warn(f"Warning: the map shows no dropped packets: {error}")
         return []
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from calicoctl.commands.map import _drops as drops_on
 from calicoctl.diagnose.network_page import page
 from calicoctl.diagnose.reachability import Decisions
+from calicoctl.errors import CalicoError
 from tests.unit.test_reachability import ALLOW, TCP, WORLD, World, made, network, pairs  # noqa: F401 a fixture of all
 
 
@@ -72,6 +74,21 @@ def test_drops_are_named_by_their_addresses() -> None:
         "count": 2,
     }
     assert found["dropsOf"] == "host1"
+
+
+def test_drops_that_the_agent_does_not_tell_are_missed_aloud(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(host: str, follow: bool) -> None:
+        raise CalicoError("The host agent does not answer: timed out.")
+
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("calicoctl.diagnose.dropped.read", read)
+    for pid, said in ((None, ""), (7, "Warning: the map shows no dropped packets: The host agent does not answer")):
+        monkeypatch.setattr("calicoctl.felix.process.running", lambda host, pid=pid: pid)
+        assert drops_on("host1") == []
+        error = capsys.readouterr().err
+        assert error.startswith(said) and bool(error) == bool(said)
 
 
 def test_pairs_take_no_space() -> None:
