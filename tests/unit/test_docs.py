@@ -178,6 +178,16 @@ PROGRAM = re.compile(
 )
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_commands_in_the_text_exist_with_their_options(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for command, rest in re.findall(r"`(?:sudo )?calicoctl\s+([a-z]+)\b([^`]*)`", text):
+        assert command in COMMANDS, command
+        known = str(importlib.import_module(f"calicoctl.commands.{command}").__doc__)
+        unknown = {name for name in re.findall(r"--[a-z0-9-]+", rest) if name not in known} - {"--help"}
+        assert not unknown, (command, unknown)
+
+
 def test_every_command_line_is_run_by_a_test() -> None:
     run, shown = set(), set()
     for page in PAGES:
