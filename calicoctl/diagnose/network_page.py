@@ -32,7 +32,7 @@ def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = (), p
 
     `drops` are the packets that were dropped lately on the host on whose behalf the store was read (see dropped.py).
     """
-    parts = {name: (PAGE / f"map.{name}").read_text() for name in ("html", "css", "js")}
+    parts = {name: (PAGE / f"map.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     filled = parts["html"].replace("@STYLE_HASH@", _hash(parts["css"])).replace("@SCRIPT_HASH@", _hash(parts["js"]))
     filled = filled.replace("@STYLE@", parts["css"]).replace("@SCRIPT@", parts["js"])
     before, after = filled.split("@DATA@")

@@ -90,6 +90,8 @@ def test_the_file_is_written_whole_or_not_at_all(network: Host, tmp_path: Path) 
     assert "no/map.html" in write("no/map.html", 0o022, status=1)
     network.ctl("map", str(tmp_path / "new.html"), status=1, env={"ETCD_ENDPOINTS": "http://127.0.0.1:1"})
     assert write("-", 0o022).startswith("<!DOCTYPE html>"), "- is standard output, as of export"
+    ascii = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    assert "from ↓" in network.ctl("map", "-", env=ascii).out, "in UTF-8, whatever the locale says"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "link", "map.html"]
 
 
