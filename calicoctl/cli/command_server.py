@@ -36,6 +36,7 @@ from calicoctl.cli.command_fit import Fit, Hello, fingerprint  # noqa: E402
 from calicoctl.cli.command_worker import Worker  # noqa: E402
 from calicoctl.datastore.hosts import hostname  # noqa: E402
 from calicoctl.errors import CalicoError  # noqa: E402
+from calicoctl.felix import process  # noqa: E402
 
 MODULE = "calicoctl.cli.command_server"
 
@@ -129,6 +130,8 @@ class Server:
         with suppress(FileNotFoundError):
             if self._path.stat().st_ino == self._inode:  # not the next server's
                 self._path.unlink()
+                # `node remove` leaves its folder if this server was there a little longer than the agent
+                process.remove_directory(self._path.parent.name)
         self._ends = True
         for connection in (self._listening, *self._new):
             connection.close()

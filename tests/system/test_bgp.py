@@ -309,7 +309,7 @@ def test_no_end_but_a_removal_changes_a_route(two: list[FabricHost]) -> None:
     one.ctl("node", "remove", "--remove-endpoints")
     await_routes(other, {"192.168.1.0/26": None})
     assert gone(running) and learned(one) == {} and learned(one, 6) == {}
-    assert not list((one.home / "run").glob("*"))
+    wait_for(lambda: not list((one.home / "run").glob("*")), "the end of the command server")
 
 
 def test_of_two_hosts_the_one_with_the_higher_address_connects_first(two: list[FabricHost]) -> None:
@@ -523,7 +523,8 @@ def test_what_is_left_from_a_former_name_ends_and_a_foreign_bird_keeps_its_route
     (folder(one).parent / "bird.pid").unlink()
     (folder(one).parent / "bird.boot").unlink()
     one.ctl("node", "remove", "--remove-endpoints")
-    assert gone(running) and learned(one) == {} and not list((one.home / "run").glob("*"))
+    assert gone(running) and learned(one) == {}
+    wait_for(lambda: not list((one.home / "run").glob("*")), "the end of the command server")
 
     # the longest name; then another one, whether the former is removed first or not
     former = "h" * 253

@@ -260,7 +260,7 @@ def test_one_bad_record_keeps_no_host_from_being_removed(pair: AgentHost) -> Non
     pair.ctl("node", "remove", "--remove-endpoints")
     assert gone(before) and calico_links() == set() and pair.records() == {}
     assert "calico" not in run("nft", "list", "tables").out
-    assert not list(Path("/run").glob("calico/*"))
+    wait_for(lambda: not list(Path("/run").glob("calico/*")), "the end of the command server")
 
 
 # the interface's own address
