@@ -470,7 +470,7 @@ def test_two_hosts_move_under_traffic(open_etcd: Etcd, monkeypatch: pytest.Monke
 
         def await_kernels() -> None:
             # after a resync, established connections are checked for a moment, by rules of their own
-            wait_for(lambda: [kernel(host) for host in (one, other)] == before, "the kernels as before", 10)
+            wait_for(lambda: [kernel(host) for host in (one, other)] == before, "the kernels as before")
 
         prober.tell({"watch": ["192.168.1.1"]})
         said = one.ctl("datastore", "migrate").err
