@@ -493,6 +493,40 @@ def test_containers_that_are_restarted_wait_for_etcd(
         assert len(plugin_log().splitlines()) < 200
 
 
+@pytest.mark.api("etcdv2")
+def test_a_container_that_is_restarted_while_the_data_moves_to_v3_is_started_afterwards(
+    bare_host: Host, own_etcd: Etcd, engine: None
+) -> None:
+    ready, free = "/calico/v1/Ready", {"DATASTORE_TYPE": ""}
+    bare_host.etcd = own_etcd
+    own_etcd.put(ready, "true")
+    with serving(bare_host, **free) as host:
+        create("net1")
+        start("web", "net1", "--restart=always")
+        start("db", "net1")
+
+        def refused() -> bool:
+            state = inspected("web")["State"]
+            if state["Pid"]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(state["Pid"], signal.SIGKILL)
+            return state["Status"] == "exited" and "etcd's data is frozen" in state["Error"]
+
+        with subprocess.Popen([CALICOCTL, "datastore", "migrate"], env=host.environment(**free)) as move:
+            wait_for(lambda: own_etcd.get(ready) == "false", "the freeze")
+            move.send_signal(signal.SIGSTOP)
+            try:
+                # until the process has read Ready again, after five seconds at most, the container is started again
+                wait_for(refused, f"the refusal\n{plugin_log()}")
+            finally:
+                move.send_signal(signal.SIGCONT)
+        assert move.returncode == 0
+        own_etcd.api = "etcdv3"
+        wait_for(lambda: running("web"), f"the container\n{plugin_log()}")
+        assert record(host, "web")["ipv4_nets"] == [f"{address('web')}/32"]
+        await_reach("db", "web")
+
+
 def running(name: str) -> bool:
     return bool(inspected(name)["State"]["Running"])
 
