@@ -22,6 +22,17 @@ pytestmark = pytest.mark.api("etcdv3")
 
 PROGRAM = "/usr/bin/calicoctl"
 OLDER = "0.0.1"
+POLICY = Path("/usr/sbin/policy-rc.d")
+
+IN_AN_IMAGE = """
+mount -t tmpfs tmpfs /mnt && cd /mnt
+for folder in bin dev etc lib lib64 proc run sbin usr var; do
+    if [ -L /$folder ]; then cp -d /$folder .; fi
+    if [ -e /$folder ] && [ ! -L /$folder ]; then mkdir $folder && mount --rbind /$folder $folder; fi
+done
+exec chroot . "$@"
+"""
+"""Runs a command in a root that is another one, but shares processes and `/run`, as when a disk image is made."""
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +59,12 @@ def older(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def usr() -> Iterator[None]:
-    """A `/usr` that dpkg may change; what it changes elsewhere is removed."""
+    """A `/usr` that dpkg may change, where packages may restart services; what it changes elsewhere is removed."""
     layers = Path("/run/usr")
     for name in ("new", "work"):
         (layers / name).mkdir(parents=True)
     run("mount", "-t", "overlay", "-o", f"lowerdir=/usr,upperdir={layers}/new,workdir={layers}/work", "overlay", "/usr")
+    POLICY.unlink(missing_ok=True)
     try:
         yield
     finally:
@@ -129,6 +141,14 @@ def test_it_is_installed_upgraded_without_loss_removed_and_purged(
     host.sync()
     old = host.pid
     assert program(old).startswith(f"/usr/lib/calicoctl/{OLDER}-")
+
+    restart = ("env", "PREFIX=/usr", "/usr/share/calicoctl/setup", "restart", str(tree()))  # as postinst does
+    assert "agent" not in run("unshare", "--mount", "sh", "-ec", IN_AN_IMAGE, "sh", *restart).out
+    POLICY.write_text('#!/bin/sh\n[ "$*" != "calico-node restart" ] || exit 101\n')
+    POLICY.chmod(0o755)
+    assert "policy-rc.d forbids to restart it" in run(*restart).out
+    assert host.pid == old and not gone(old)
+    POLICY.unlink()
 
     with pinging():
         done = dpkg("--install", str(deb))
