@@ -15,7 +15,7 @@ import pytest
 
 from tests.system.agent import B4, LOG_DIR, FreeHost
 from tests.system.support import HOST_IP, Host, Result, gone, run, wait_for
-from tests.system.test_install import ROOT, WHEELS, commit, make, pinging, program
+from tests.system.test_install import ANOTHER_USERS, ROOT, WHEELS, commit, make, pinging, program
 from tests.system.traffic import PATIENT, ping
 
 pytestmark = pytest.mark.api("etcdv3")
@@ -38,7 +38,7 @@ exec chroot . "$@"
 @pytest.fixture(scope="module")
 def deb() -> Path:
     assert (WHEELS / "ready").exists(), f"run 'make {WHEELS.relative_to(ROOT)}/ready'"
-    done = make("deb", Path("/unused"))
+    done = make("deb", Path("/unused"), by=ANOTHER_USERS)
     assert done.status == 0, done
     return ROOT / done.out.splitlines()[-1]
 

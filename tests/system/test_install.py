@@ -29,6 +29,9 @@ ROOT = Path(__file__).parent.parent.parent
 WHEELS = Path(CALICOCTL).parent.parent / "wheels"
 """What `make install` installs, as published, for a host without a network; made by `make .venv/wheels/ready`."""
 
+ANOTHER_USERS = ("env", "GIT_TEST_ASSUME_DIFFERENT_OWNER=true")
+"""Runs a command in a checkout that is, for git, another user's."""
+
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 SYSTEMCTL = """\
@@ -277,7 +280,7 @@ def test_a_wheel_has_the_package_alone_and_its_license_and_commit() -> None:
     mode = private.stat().st_mode
     private.chmod(0o600)  # as all of a careful user's checkout
     try:
-        done = make("wheel", ROOT)
+        done = make("wheel", ROOT, by=ANOTHER_USERS)
     finally:
         private.chmod(mode)
     assert done.status == 0 and done.out == f"{file.relative_to(ROOT)}\n", done
