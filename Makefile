@@ -35,7 +35,7 @@ LEFT_OUT = memory_usage soak hosts hosts_gone host_identity failure_isolation fi
 	commands completion foreign_names limits round_trips old_felix cni_podman compose bad_input docker_network_policy \
 	docker_hosts map
 LEFT_OUT_trixie = $(LEFT_OUT) command_server fault_injection concurrency connected container profile ipam
-LEFT_OUT_noble = $(LEFT_OUT) deb etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
+LEFT_OUT_noble = $(LEFT_OUT) etcd3 etcd_apis datastore statuses settings_file bgp_status fabric_security endpoint_attacks \
 	host_attacks policy host_addresses lifeline vxlan docker_hook cni
 
 .PHONY: help packages lint types docs docs-picture unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean wheel deb install uninstall install-cni uninstall-cni clean
