@@ -94,7 +94,8 @@ def _remove_peer(name: str, of_this_host: bool) -> None:
 def _add_peer(address: IPAddress, as_num: str, of_this_host: bool) -> None:
     host = hostname() if of_this_host else None
     datastore = DatastoreClient.from_environment()
-    if of_this_host and str(address) in datastore.hosts.own_addresses():
+    own = datastore.hosts.own_addresses() if of_this_host else set()
+    if str(address) in own:
         raise CalicoError(f"{address} is an address of this host, which cannot have a BGP session with itself.")
     before = datastore.put_bgp_peer(Peer(str(address), as_num), host)
     if before is None:
@@ -103,7 +104,7 @@ def _add_peer(address: IPAddress, as_num: str, of_this_host: bool) -> None:
         print(f"BGP peer {address} with AS number {as_num} is there already.")
     else:
         print(f"BGP peer {address} has a new AS number: from {before.as_num} to {as_num}.")
-    if of_this_host and datastore.hosts.own_addresses():
+    if own:
         try:
             datastore.hosts.next_hop(address.version)
         except CalicoError as error:
@@ -131,7 +132,9 @@ def _node_mesh(arguments: dict[str, Any]) -> None:
     datastore = DatastoreClient.from_environment()
     if arguments["on"] or arguments["off"]:
         datastore.set_node_mesh(arguments["on"])
-    enabled = datastore.node_mesh()
+        enabled = arguments["on"]
+    else:
+        enabled = datastore.node_mesh()
     if form:
         print_data({"enabled": enabled}, form)
     else:

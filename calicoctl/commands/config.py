@@ -118,12 +118,15 @@ def _config(setting: Setting, arguments: dict[str, Any]) -> None:
         key = keys.host_config(datastore.host, setting.name) if of_node else keys.config(setting.name)
     else:
         key = keys.bgp_setting(setting.name, datastore.host if of_node else None)
+    now = None
     if arguments["--remove"]:
         if not datastore.unset(key):
             raise NotFound(f"{name} is not set.")
     elif value is not None:
         datastore.set(key, value)
-    now = datastore.setting(key)
+        now = value
+    else:
+        now = datastore.setting(key)
     if now is not None and setting.default is not None and not (felix or of_node):
         try:
             setting.check(now)

@@ -60,6 +60,10 @@ COMMANDS = (
     (3, 2, ("container", PATH, "endpoint", "show")),
     (3, 3, ("pool", "add", "10.5.0.0/16")),
     (1, 1, ("pool", "add", "10.5.0.0/16")),
+    (2, 2, ("config", "felix", "LogSeverityScreen", "info")),
+    (2, 2, ("config", "felix", "LogSeverityScreen", "--remove")),
+    (2, 2, ("bgp", "node-mesh", "off")),
+    (5, 5, ("node", "bgp", "peer", "add", "192.0.2.99", "as", "64512")),
     (6, 6, ("pool", "add", "10.6.0.0/16", "10.7.0.0/16", "10.5.0.0/16")),
 )
 
