@@ -72,7 +72,7 @@ def lock_within(path: Path, seconds: float, failure: Exception) -> int:
 
 def replace(
     path: Path,
-    content: bytes,
+    content: bytes | bytearray,
     mode: int,
     owner: tuple[int, int] = (-1, -1),
     suffix: str = ".new",

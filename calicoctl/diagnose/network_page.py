@@ -27,7 +27,7 @@ from calicoctl.policy.rules import PROTOCOLS, text
 PAGE = Path(__file__).parent / "page"
 
 
-def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = (), progress: Progress = iter) -> bytes:
+def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = (), progress: Progress = iter) -> bytearray:
     """Return the file. `made` is the time at which the store was read, as a text.
 
     `drops` are the packets that were dropped lately on the host on whose behalf the store was read (see dropped.py).
@@ -37,7 +37,10 @@ def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = (), p
     filled = filled.replace("@STYLE@", parts["css"]).replace("@SCRIPT@", parts["js"])
     before, after = filled.split("@DATA@")
     data = _json(_Data(network).to_dict(made, drops, progress))
-    return b"".join(part.encode() for part in chain([before], data, [after]))
+    content = bytearray()
+    for part in chain([before], data, [after]):
+        content += part.encode()
+    return content
 
 
 def _hash(source: str) -> str:
