@@ -235,7 +235,7 @@ def _versions() -> str:
     ]
     for package in ("docopt", "python-etcd", "urllib3", "netaddr", "pyroute2", "docker"):
         lines.append(f"{package} {metadata.version(package)}")
-    return "\n".join([*lines, Path("/etc/os-release").read_text()])
+    return "\n".join([*lines, Path("/etc/os-release").read_text(encoding="utf-8", errors="replace")])
 
 
 def _environment() -> str:

@@ -671,7 +671,7 @@ def _write_files(new: Settings) -> None:
         runtime=shlex.join(new.runtime),
     )
     _write_settings(new)
-    _write("hook.py", Path(oci_hook.__file__).read_text())
+    _write("hook.py", Path(oci_hook.__file__).read_text(encoding="utf-8"))
     _write("runtime", script)
 
 

@@ -94,6 +94,17 @@ def test_the_runtime_adds_the_hook_to_containers_with_labels_alone(folder: Path,
     assert done.stdout.splitlines() == ["--its own", "delete", ID]
 
 
+def test_the_hook_s_program_is_copied_in_every_locale(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from calicoctl.workloads import docker_hook as hook; "
+        "hook.FOLDER = Path(sys.argv[1]); "
+        "hook._write_files(hook.Settings('host1', 'calicoctl', '/d', {}, '/c', False, None, ['runc']))"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "hook")], env=ascii_only, check=True)
+    assert (tmp_path / "hook" / "hook.py").read_bytes() == Path(oci_hook.__file__).read_bytes()
+
+
 def test_what_the_hook_cannot_be_added_to_does_not_start(folder: Path, tmp_path: Path) -> None:
     docker_hook._write_files(settings(tmp_path))
     container(tmp_path, {"Labels": {"calico.ip": "ipv4"}})
