@@ -130,7 +130,7 @@ class Server:
         with suppress(FileNotFoundError):
             if self._path.stat().st_ino == self._inode:  # not the next server's
                 self._path.unlink()
-                # `node remove` leaves its folder if this server was there a little longer than the agent
+                # `node remove` has left the folder if this server was there much longer than the agent
                 process.remove_directory(self._path.parent.name)
         self._ends = True
         for connection in (self._listening, *self._new):

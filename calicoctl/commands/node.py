@@ -554,7 +554,7 @@ def _remove(other: str | None, remove_endpoints: bool, force: bool) -> None:
         tokens.forget()
         slow_members.forget()
         recent_blocks.forget()
-    process.remove_directory(datastore.host)
+    process.remove_directory(datastore.host, patience=1)
     last_known.forget(datastore.host)
     last_api.forget(datastore.host)
     kept_addresses.write(datastore.host, ())

@@ -8,6 +8,7 @@ that only one agent runs in a network namespace, whatever its host name.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -89,11 +90,22 @@ def leftovers(host: str) -> list[Path]:
     ]
 
 
-def remove_directory(host: str) -> None:
-    """Remove the folder of a host's files, then its parent, DIRECTORY. A folder that is not empty is not removed."""
-    with suppress(OSError):
-        (DIRECTORY / host).rmdir()
-        DIRECTORY.rmdir()
+def remove_directory(host: str, patience: float = 0.0) -> None:
+    """Remove the folder of a host's files, then its parent, DIRECTORY. A folder that is not empty is not removed.
+
+    `patience` is how many seconds to wait for the folder to be empty: the command server of an agent that has ended
+    removes its socket a little later.
+    """
+    give_up = time.monotonic() + patience
+    while True:
+        try:
+            (DIRECTORY / host).rmdir()
+            DIRECTORY.rmdir()
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or not (DIRECTORY / host).exists() or time.monotonic() >= give_up:
+                return
+        time.sleep(0.01)  # nothing tells when the socket is gone
 
 
 def running(host: str) -> int | None:
