@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from calicoctl.plugins import stores
 from tests.system.agent import ALLOW, LOG_DIR, AgentHost, holds
 from tests.system.support import (
     CALICOCTL,
@@ -476,6 +477,7 @@ def test_containers_that_are_restarted_wait_for_etcd(
         assert own_etcd.process is not None
         if hangs:
             own_etcd.process.send_signal(signal.SIGSTOP)
+            time.sleep(stores.FRESH)  # for so long, a call relies on an answer from before, and nothing tells
         else:
             own_etcd.stop(signal.SIGKILL)
         took = own_engine.start()
