@@ -29,13 +29,15 @@ API_noble = etcdv2
 COLD_noble = yes
 
 # which files of tests are left out: what no other release can change, such as memory usage and endurance, and what needs
-# TEST_HERE. On trixie, more that does not depend on the release; on noble, which is for etcd's v2 API and for commands
-# without their server, only the tests of that server, of the local etcd, which always uses v3, and of Docker's hook,
-# which that engine's way to keep images does not allow.
+# TEST_HERE. On trixie, which is for etcd 3.5 and for the newest kernel tools and Python, also what runs on the other two,
+# and depends on these little; on noble, which is for etcd's v2 API and for commands without their server, only the tests
+# of that server, of the local etcd, which always uses v3, and of Docker's hook, which that engine's way to keep images
+# does not allow.
 LEFT_OUT = memory_usage soak cni_podman compose map
 LEFT_OUT_trixie = $(LEFT_OUT) hosts hosts_gone host_identity failure_isolation file_descriptors commands completion \
 	foreign_names limits round_trips old_felix bad_input docker_network_policy docker_hosts fault_injection concurrency \
-	connected container profile ipam
+	connected container profile ipam workload_keeper docker_networks bgp bgp_status cni settings_file labels \
+	fabric_security lifeline vxlan host_addresses host_attacks endpoint_attacks statuses
 LEFT_OUT_noble = $(LEFT_OUT) command_server settings_file docker_hook
 
 .PHONY: help packages lint types docs docs-picture unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean wheel deb install uninstall install-cni uninstall-cni clean
