@@ -71,7 +71,8 @@ def test_a_worker_that_has_grown_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     worker._server, worker._interrupted = ours, False
     monkeypatch.setattr(command_worker.signal, "signal", lambda *arguments: None)
     monkeypatch.setattr(worker, "_reset", lambda: None)
-    monkeypatch.setattr(worker, "_serve", lambda connection: held.append(b"x" * (len(held) * command_worker.GROWTH)))
+    grown = 4 * command_worker.GROWTH  # so much that no memory of before serves for it, nor what is freed meanwhile
+    monkeypatch.setattr(worker, "_serve", lambda connection: held.append(b"x" * (len(held) * grown)))
     with ours, theirs:
         ours.settimeout(5)
         for _ in range(3):
