@@ -121,7 +121,7 @@ def run_all(host: AgentHost, pairs: int) -> None:
     with flood("c", B4):
         time.sleep(1)  # then the burst of the sample is over, which no event tells
         before, count, start = cpu_seconds(host.pid), dropped(), time.perf_counter()
-        time.sleep(MEASURED)
+        time.sleep(MEASURED)  # what the agent takes in this time is measured
         seconds = time.perf_counter() - start
         report("... packets that are dropped a second", "", (dropped() - count) / seconds)
         report("... CPU of the agent, % of a core", "under 10", 100 * (cpu_seconds(host.pid) - before) / seconds)

@@ -110,6 +110,13 @@ def replace(
     return file
 
 
+def new_mode() -> int:
+    """Return the mode that a program gives to a new file, by this process's umask."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on disk, as they are now. Raises OSError."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -77,9 +77,7 @@ def _write(file: str, text: str) -> None:
             Path(file).write_text(text, encoding="utf-8")
             return
         path = Path(os.path.realpath(file))  # a link stays a link
-        umask = os.umask(0o077)
-        os.umask(umask)
-        mode, owner = 0o666 & ~umask, (-1, -1)
+        mode, owner = files.new_mode(), (-1, -1)
         if path.exists():
             before = path.stat()
             mode = stat.S_IMODE(before.st_mode)

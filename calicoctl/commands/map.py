@@ -105,10 +105,8 @@ def _write(file: Path | None) -> None:
             sys.stdout.buffer.write(content)  # the page is in UTF-8, whatever the locale says
         return
     _check(file)
-    umask = os.umask(0o077)
-    os.umask(umask)
     try:
-        files.replace(file, content, 0o666 & ~umask, suffix=f".{os.getpid()}").close()
+        files.replace(file, content, files.new_mode(), suffix=f".{os.getpid()}").close()
     except OSError as error:
         raise CalicoError(f"{file} cannot be written: {error.strerror}.") from None
     endpoints = len({node.endpoint for node in network.reach.endpoints})

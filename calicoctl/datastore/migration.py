@@ -47,7 +47,7 @@ from contextlib import contextmanager
 
 from calicoctl.datastore import copy_plan, keys
 from calicoctl.datastore.copy_plan import difference
-from calicoctl.datastore.migration_run import Run, late_clause, put, taken_over, thawed
+from calicoctl.datastore.migration_run import Run, late_clause, put, taken_over, thawed, written_since
 from calicoctl.datastore.migration_state import COPYING, LEFT, ROLLING_BACK, Moved, State, check_agents, live_agents
 from calicoctl.datastore.settings import TYPE, V3
 from calicoctl.datastore.store import Delete, Entry, Update, Write
@@ -292,10 +292,7 @@ def _refuse_change(run: Run, live: Entry) -> None:
     """Raise CalicoError if Ready in v3 was written since its entry `live`: the data may have moved again."""
     ready = run.v3.get(keys.READY)
     if ready is None or ready.revision != live.revision:
-        raise CalicoError(
-            f"The data had moved to etcd's v3 API, but another command has written {keys.READY} there since: see "
-            "'calicoctl datastore show'"
-        )
+        raise written_since("The data had moved to etcd's v3 API")
 
 
 def _staying(run: Run) -> list[str]:

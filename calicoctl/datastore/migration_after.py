@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 from calicoctl.datastore import keys
 from calicoctl.datastore.copy_plan import difference, is_copied
-from calicoctl.datastore.migration_run import Run, put
+from calicoctl.datastore.migration_run import Run, put, written_since
 from calicoctl.datastore.migration_state import (
     COPIED,
     COPYING,
@@ -66,10 +66,7 @@ def roll_back(run: Run, discard: bool) -> Moved:
     missing = run.await_agents(V2, set(live_agents(run.v2)), {})
     ready = run.v2.get(keys.READY)  # this process may have been stopped since
     if ready is None or ready.value != "true":
-        raise CalicoError(
-            f"etcd's v2 API was in use again, but another command has written {keys.READY} there since: see "
-            "'calicoctl datastore show'"
-        )
+        raise written_since("etcd's v2 API was in use again")
     problem = f"The agents of {first_few(missing)} still wait: see 'calicoctl status' there"
     return Moved("etcd's v2 API is in use again.", (problem,) if missing else ())
 

@@ -311,6 +311,13 @@ def thawed() -> CalicoError:
     )
 
 
+def written_since(what: str) -> CalicoError:
+    """Return the error for a value of Ready that another command has written after `what`, a clause, was so."""
+    return CalicoError(
+        f"{what}, but another command has written {keys.READY} there since: see 'calicoctl datastore show'"
+    )
+
+
 def taken_over() -> StoreError:
     """Return the error for a note, or a value of Ready, that another process has changed."""
     return StoreError(

@@ -223,8 +223,13 @@ def noticed(world: World) -> Callable[[], Fault]:
     return fault
 
 
-def test_agents_are_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_pauses(monkeypatch: pytest.MonkeyPatch, act: Callable[[float], None]) -> None:
+    """Have `act` called in place of each pause, while agents are waited for, which is for 10 s."""
     monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 10.0)
+    monkeypatch.setattr("time.sleep", act)
+
+
+def test_agents_are_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.agent(world.v2)
     waits: list[str] = []
 
@@ -235,7 +240,7 @@ def test_agents_are_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) ->
         elif len(waits) == 3:
             world.agent(world.v2)
 
-    monkeypatch.setattr("time.sleep", sleep)
+    in_pauses(monkeypatch, sleep)
     assert world.move().problems == ()
     notice = "Waiting for commands and agents to notice"  # the last wait is for commands
     assert waits == [f"{notice}: host1"] * 3 + [notice, "Waiting for agents to use etcd's v3 API: host1"]
@@ -823,7 +828,6 @@ def test_a_way_back_that_was_stopped_does_not_report_that_v2_is_in_use_when_it_i
 ) -> None:
     world.move()
     world.agent(world.v2)
-    monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 10.0)
 
     def sleep(seconds: float) -> None:
         if world.used() == ("v2", False):
@@ -832,7 +836,7 @@ def test_a_way_back_that_was_stopped_does_not_report_that_v2_is_in_use_when_it_i
         elif STATUS in world.v2.entries:
             world.agent(world.v2)
 
-    monkeypatch.setattr("time.sleep", sleep)
+    in_pauses(monkeypatch, sleep)
     with pytest.raises(CalicoError, match="another command has written /calico/v1/Ready there since"):
         roll_back(world.run(), False)
     assert world.used() == ("v3", False)
@@ -935,14 +939,13 @@ def test_data_is_not_deleted_when_v2_is_in_use_again_after_the_wait(
 ) -> None:
     world.move()
     world.agent(world.v2)
-    monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 10.0)
 
     def sleep(seconds: float) -> None:
         world.v2.clock += 40
         if world.used() == ("v3", False):
             roll_back(world.run(), False)
 
-    monkeypatch.setattr("time.sleep", sleep)
+    in_pauses(monkeypatch, sleep)
     with pytest.raises(CalicoError, match="The data has not moved to etcd's v3 API: nothing is deleted"):
         finish(world.run(), False)
     assert world.used() == ("v2", False) and world.data(world.v2) == {TAGS: "[]", RULES: "{}", READY: "true"}
@@ -950,7 +953,6 @@ def test_data_is_not_deleted_when_v2_is_in_use_again_after_the_wait(
 
 def test_a_move_that_still_waits_does_not_undo_a_way_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.agent(world.v2)
-    monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 10.0)
 
     def sleep(seconds: float) -> None:
         if world.used() == ("v3", False):
@@ -959,7 +961,7 @@ def test_a_move_that_still_waits_does_not_undo_a_way_back(world: World, monkeypa
         elif STATUS in world.v2.entries:
             world.agent(world.v2)
 
-    monkeypatch.setattr("time.sleep", sleep)
+    in_pauses(monkeypatch, sleep)
     with pytest.raises(CalicoError, match="another command has written /calico/v1/Ready there since"):
         world.move()
     assert world.used() == ("v2", False)
@@ -967,14 +969,13 @@ def test_a_move_that_still_waits_does_not_undo_a_way_back(world: World, monkeypa
 
 def test_an_agent_that_died_shortly_before_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.agent(world.v2)
-    monkeypatch.setattr(migration_run, "AGENTS_PATIENCE", 10.0)
     waits: list[str] = []
 
     def sleep(seconds: float) -> None:
         waits.append(world.told[-1])
         world.v2.clock += 20
 
-    monkeypatch.setattr("time.sleep", sleep)
+    in_pauses(monkeypatch, sleep)
     assert world.move().problems == ()
     notice = "Waiting for commands and agents to notice"
     assert set(waits[:-1]) == {f"{notice}: host1"} and waits[-1] == notice
