@@ -49,7 +49,7 @@ def dump(value: Any) -> str:
 
     # a line of any width: a broken line would be harder to compare
     text: str = yaml.dump(value, Dumper=_dumper(), sort_keys=False, default_flow_style=False, width=2**31 - 1)
-    return text.removesuffix("...\n")  # the end of a document that is a single plain word
+    return text[: -len("...\n")] if text.endswith("\n...\n") else text  # the end of a document that is a plain word
 
 
 def dumped(value: Any) -> Iterator[str]:

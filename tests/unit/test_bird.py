@@ -81,7 +81,10 @@ def serving(folder: Path, *answers: str) -> Iterator[tuple[Path, list[str]]]:
     server.listen()
 
     def serve() -> None:
-        connection, _ = server.accept()
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return  # nobody connected
         with connection, connection.makefile("rw") as file:
             file.write(GREETING)
             file.flush()
@@ -102,6 +105,8 @@ def serving(folder: Path, *answers: str) -> Iterator[tuple[Path, list[str]]]:
     try:
         yield path, commands
     finally:
+        server.shutdown(socket.SHUT_RDWR)  # ends a wait for a connection
+        thread.join(timeout=10)
         server.close()
 
 

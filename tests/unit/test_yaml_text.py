@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from calicoctl import grammar, yaml_text
@@ -28,9 +28,12 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
+@example("a...")
+@example(["a..."])
+@example({"a": "b..."})
 def test_what_is_written_is_read_as_the_same_value(value: Any) -> None:
     text = dump(value)
-    assert text.isascii() and yaml.safe_load(text) == value
+    assert text.isascii() and text.endswith("\n") and yaml.safe_load(text) == value
     assert yaml.load(text, yaml.SafeLoader) == value  # in Python, as where PyYAML has no libyaml
 
 
