@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import struct
 import threading
@@ -118,14 +119,14 @@ def dump(
     body: bytes,
     strict: bool = False,
     most: int | None = None,
-    containing: Collection[bytes] | None = None,
+    containing: re.Pattern[bytes] | None = None,
 ) -> Iterator[bytes]:
     """Send a dump request of type `kind`; yield the answers, without their headers. Raises OSError.
 
     `protocol` is the netlink family, such as NETLINK_ROUTE. With `strict`, kernels since 4.20 send only answers that
     match the fields of `body`; older kernels ignore this. If there are more than `most` answers (None: no limit),
-    OSError with the code E2BIG is raised after the first `most`. With `containing`, only answers that contain one of
-    these byte strings are yielded; `most` counts the others, too.
+    OSError with the code E2BIG is raised after the first `most`. With `containing`, only answers in which this
+    pattern is found are yielded, and counted.
     """
     count = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as netlink:
@@ -137,7 +138,8 @@ def dump(
         netlink.send(message(kind, REQUEST | DUMP, 0, body))
         while True:
             data = netlink.recv(2**18)
-            wanted = _contains_any(data, containing)  # else the answers need not be searched one by one
+            if containing is not None and not containing.search(data) and not _may_end(data):
+                continue  # searched one by one, many answers take much longer
             for type, answer in messages(data):
                 if type == _DONE and len(answer) >= 20 and (code := -struct.unpack_from("=i", answer, 16)[0]) > 0:
                     raise OSError(code, os.strerror(code))
@@ -146,15 +148,19 @@ def dump(
                 if type == ERROR:
                     code = refusal(answer)[1]
                     raise OSError(code, os.strerror(code))
-                count += 1
-                if most is not None and count > most:
-                    raise OSError(errno.E2BIG, f"it has more than {most} of what is to be read")
-                if wanted and _contains_any(answer, containing):
+                if containing is None or containing.search(answer):
+                    count += 1
+                    if most is not None and count > most:
+                        raise OSError(errno.E2BIG, f"it has more than {most} of what is to be read")
                     yield answer[16:]
 
 
-def _contains_any(data: bytes, some: Collection[bytes] | None) -> bool:
-    return some is None or any(one in data for one in some)
+def _may_end(data: bytes) -> bool:
+    """Return whether a datagram may end a dump: it begins with an error, or ends like the message DONE.
+
+    That message consists of its header and a number. Source: netlink_dump_done() in the kernel's netlink/af_netlink.c.
+    """
+    return struct.unpack_from("=H", data, 4)[0] == ERROR or data[-20:-14] == struct.pack("=IH", 20, _DONE)
 
 
 @dataclass(frozen=True)
