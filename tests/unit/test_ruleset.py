@@ -246,3 +246,23 @@ def test_the_tables_can_be_removed_whether_they_are_there_or_not() -> None:
     for _ in range(2):
         tables.nft.run(remove_commands())
         assert tables.nft.objects == {}
+
+
+def test_the_rules_that_name_a_tag_are_examined_once_however_many_addresses_come_and_go() -> None:
+    class Counting(dict):
+        asked = 0
+
+        def get(self, *arguments: object) -> object:
+            Counting.asked += 1
+            return super().get(*arguments)
+
+    tables = Tables()
+    tables.store.profile("web", {"action": "allow", "src_tag": "web"})
+    tables.store.endpoint(1, A)
+    tables.store.endpoint(2, *(f"192.168.1.{number}" for number in range(100)))
+    tables.update()
+    tables.snapshot.profiles = Counting(tables.snapshot.profiles)
+    tables.store.profile("web", {"action": "allow", "src_tag": "web"}, tags=["web"])
+    tables.update()
+    assert len(tables.nft.set("tag4/web")) == 101
+    assert Counting.asked < 20

@@ -342,7 +342,8 @@ class Ruleset:
         affected: set[Party] = set()
         # most changes of other hosts can deny nothing, and require no listing of connections: see verdict.may_deny. If
         # the rules of a profile change at the same time, its endpoints are affected anyway
-        rules = {tag: self._rules_that_name(tag, snapshot) for tag, _ in changed if self._profiles_of_tag.get(tag)}
+        tags = {tag for tag, _ in changed}  # there may be many addresses of each
+        rules = {tag: self._rules_that_name(tag, snapshot) for tag in tags if self._profiles_of_tag.get(tag)}
         denying = {
             (tag, joins, originates)
             for tag, joins in itertools.product(rules, (True, False))
