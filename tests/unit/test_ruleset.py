@@ -266,3 +266,22 @@ def test_the_rules_that_name_a_tag_are_examined_once_however_many_addresses_come
     tables.update()
     assert len(tables.nft.set("tag4/web")) == 101
     assert Counting.asked < 20
+
+
+def test_a_change_of_rules_alone_does_not_touch_the_members_of_the_profiles_tags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tables = Tables()
+    tables.store.profile("web", {"action": "allow", "src_tag": "web"}, tags=["web"])
+    tables.store.endpoint(1, A)
+    tables.store.endpoint(2, B, host="host2")
+    tables.update()
+    addresses_of = tables.snapshot.admission.addresses_of
+    asked: list[object] = []
+    monkeypatch.setattr(tables.snapshot.admission, "addresses_of", lambda one: asked.append(one) or addresses_of(one))
+    tables.store.profile("web", {"action": "deny", "src_tag": "web"}, tags=["web"])
+    tables.ruleset.update(tables.snapshot, tables.snapshot.dirty)
+    assert not asked
+    tables.store.profile("web", {"action": "deny", "src_tag": "web"}, tags=["web", "all"])
+    tables.ruleset.update(tables.snapshot, tables.snapshot.dirty)
+    assert len(asked) == 2

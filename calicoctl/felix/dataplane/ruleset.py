@@ -316,8 +316,12 @@ class Ruleset:
         """
         changed: Counter[tuple[str, str]] = Counter()
         ids = set(dirty.endpoints)
+        tags_now: dict[str, tuple[str, ...]] = {}
         for profile in dirty.profiles:
-            ids |= self._members_of_profile.get(profile, set())
+            known = snapshot.profiles.get(profile)
+            tags_now[profile] = known.tags if known is not None else ()
+            if tags_now[profile] != self._tags.get(profile, ()):  # there may be thousands of members
+                ids |= self._members_of_profile.get(profile, set())
         before_by_id: dict[EndpointId, tuple[str, ...]] = {}
         for id in ids:
             addresses, profiles = self._members.pop(id, ((), ()))
@@ -326,9 +330,7 @@ class Ruleset:
                 self._members_of_profile[profile].discard(id)
                 for tag in self._tags.get(profile, ()):
                     changed.subtract((tag, address) for address in addresses)
-        for profile in dirty.profiles:
-            now = snapshot.profiles.get(profile)
-            self._tags[profile] = now.tags if now is not None else ()
+        self._tags.update(tags_now)
         for id in ids:
             endpoint = snapshot.endpoints.get(id)
             if endpoint is None:
