@@ -237,6 +237,22 @@ class Snapshot:
             counts[key] = counts.get(key, 0) + len(endpoint.nets)
         return counts
 
+    @property
+    def lacking(self) -> str | None:
+        """A directory in `unread` that may contain more than one object that this host needs; None if there is none.
+
+        That is a directory with all profiles, all pools, all global BGP settings, or this host's endpoints, its own BGP
+        settings or its blocks.
+        """
+        needed = (
+            f"{keys.host(self.host)}/workload",
+            *(keys.pools(4), keys.pools(6), keys.PROFILES),
+            *(keys.BGP_GLOBAL, keys.bgp_host(self.host), keys.ipam_host(self.host)),
+        )
+        return next(
+            (key for key in sorted(self.unread) if any(f"{one}/".startswith(f"{key}/") for one in needed)), None
+        )
+
     def has_valid_rules(self, profile: str) -> bool:
         """Return whether a profile exists and its rules are valid."""
         known = self.profiles.get(profile)

@@ -304,13 +304,19 @@ class Agent:
         """Return whether the kernel may be driven to the snapshot.
 
         That is so if the whole store has been read, the store is ready, and no other agent reports for this host.
+        Before the first update, directories that are too large must not hide what this host needs (Snapshot.lacking):
+        it would be taken for deleted.
         """
-        return not self._unread and self._snapshot.ready and self._health.replaced is None
+        return self._waiting_for() is None and self._health.replaced is None
 
     def _waiting_for(self) -> str | None:
         if self._unread:
             return "the store to be read"
-        return None if self._snapshot.ready else "the store to be ready (/calico/v1/Ready is not true)"
+        if not self._snapshot.ready:
+            return "the store to be ready (/calico/v1/Ready is not true)"
+        if not self._health.first_update and self._snapshot.lacking is not None:
+            return f"{self._snapshot.lacking} to be read, which is too large"
+        return None
 
     # Events
 

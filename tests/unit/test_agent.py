@@ -14,7 +14,7 @@ import pytest
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Servers
-from calicoctl.datastore.store import Change
+from calicoctl.datastore.store import Change, Entry
 from calicoctl.desired.snapshot import Snapshot
 from calicoctl.errors import CalicoError
 from calicoctl.felix import agent as module
@@ -219,6 +219,36 @@ def test_nothing_is_programmed_before_the_whole_store_has_been_read_and_is_ready
     assert "Ready" in str(fresh.agent._health.waiting_for)
     assert fresh.step(fresh.store.change(READY, "true"))[:3] == ["report beat_soon", "nft", "list"]
     assert fresh.agent._health.waiting_for is None
+
+
+@pytest.mark.parametrize(
+    ("directory", "large"),
+    [
+        ("/calico/v1", "/calico/v1/policy"),
+        ("/calico/v1", "/calico/v1/policy/profile"),
+        ("/calico/v1", f"/calico/v1/host/{HOST}"),
+        ("/calico/v1", "/calico/v1/ipam"),
+        ("/calico/bgp/v1", "/calico/bgp/v1/host"),
+        ("/calico/ipam/v2/host", f"/calico/ipam/v2/host/{HOST}"),
+    ],
+)
+def test_an_agent_that_starts_does_not_take_for_deleted_what_it_cannot_read(
+    fresh: AgentWorld, directory: str, large: str
+) -> None:
+    ready = fresh.store.change(READY, "true").entry
+    assert ready is not None
+
+    def read(*unread: str) -> list[events.StoreRead]:
+        found = {"/calico/v1": [ready], "/calico/bgp/v1": [], "/calico/ipam/v2/host": []}
+        found[directory] += [Entry(key, "", 0, 0, "it is too large") for key in unread]
+        return [events.StoreRead(*one) for one in found.items()]
+
+    assert fresh.step(*read(large, "/calico/v1/policy/profile/web")) == []
+    assert str(fresh.agent._health.waiting_for).startswith(large)
+    assert "nft" in fresh.step(*read("/calico/v1/policy/profile/web", "/calico/v1/host/host2")), "what concerns a part"
+    assert fresh.agent._health.waiting_for is None
+    fresh.step(*read(large))
+    assert fresh.agent._health.waiting_for is None, "an agent that runs keeps what it has read last"
 
 
 def test_a_change_of_policy_is_followed_by_routes_then_connections_then_the_report(world: AgentWorld) -> None:
