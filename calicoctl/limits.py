@@ -46,6 +46,12 @@ TEXT = 1000
 """Maximum length of a reason or an error in a report or in the log, in characters."""
 
 
+LINE = 5000
+"""Maximum length of a command's message, and of a line in a cell of a table, in characters. Each row of a table is as
+long as its longest one.
+"""
+
+
 def shortened(text: str, longest: int) -> str:
     """Return `text`, shortened to at most `longest` characters if it is longer: then `…` replaces its middle."""
     half = (longest - 1) // 2

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from calicoctl.errors import one_line, printable
-from calicoctl.limits import REPORTED
+from calicoctl.limits import LINE, REPORTED, shortened
 
 if TYPE_CHECKING:
     from prettytable import PrettyTable
@@ -112,6 +112,8 @@ def print_table(
 ) -> None:
     """Print a table with a heading row, aligned to the left. None in `rows` is printed as an empty cell.
 
+    A line of a cell that has more than limits.LINE characters is shortened.
+
     If standard output is a terminal and `complete` is False, the table is fitted to the terminal's width: `fit` may
     leave out columns that are named in `expendable`, and a warning names the columns that were left out.
 
@@ -120,7 +122,7 @@ def print_table(
     """
     import shutil
 
-    lines = [["" if cell is None else printable(str(cell)) for cell in row] for row in [columns, *rows]]
+    lines = [["" if cell is None else _cell(str(cell)) for cell in row] for row in [columns, *rows]]
     if sys.stdout.isatty() and not complete:
         lines, left_out = fit(lines, shutil.get_terminal_size().columns, expendable)
         if left_out:
@@ -136,6 +138,11 @@ def print_table(
         if start + PART < len(lines):
             text = text.rpartition("\n")[0]  # without its lower frame
         print(text)
+
+
+def _cell(text: str) -> str:
+    text = printable(text)
+    return text if len(text) <= LINE else "\n".join(shortened(line, LINE) for line in text.split("\n"))
 
 
 def _table(lines: list[list[str]], widest: int | None, has_heading: bool = False) -> PrettyTable:
@@ -242,8 +249,8 @@ def first_few(texts: Iterable[str]) -> str:
 
 
 def warn(sentence: str) -> None:
-    """Print a warning to standard error."""
-    print(one_line(sentence), file=sys.stderr)
+    """Print a warning, of at most limits.LINE characters, to standard error."""
+    print(shortened(one_line(sentence), LINE), file=sys.stderr)
 
 
 def warn_of_each(problems: Sequence[Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, cast
 from calicoctl import __version__, environment, programs, slim
 from calicoctl.errors import CalicoError, Failures, UsageError, printable
 from calicoctl.grammar import COMMANDS, GLOBAL_OPTIONS, GrammarMismatch, Prepared
+from calicoctl.limits import LINE, shortened
 from calicoctl.output import report_discarded
 
 USAGE = """Connect containers to a Calico network.
@@ -266,4 +267,4 @@ def _report(sentence: str, debug: bool) -> None:
         import traceback
 
         traceback.print_exc()
-    print(printable(" ".join(sentence.split())), file=sys.stderr)
+    print(shortened(printable(" ".join(sentence.split())), LINE), file=sys.stderr)

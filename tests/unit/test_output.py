@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calicoctl import output
-from calicoctl.output import first_few, fit, print_data, print_table, quantity, warn_of_each
+from calicoctl.limits import LINE
+from calicoctl.output import first_few, fit, print_data, print_table, quantity, warn, warn_of_each
 
 COLUMNS = ["Hostname", "Orchestrator ID", "Workload ID", "Endpoint ID", "Addresses", "MAC", "Profiles", "State"]
 ROW = ["host1", "docker", "web", "8573cd44e783", "192.168.0.1\nfd80::1", "aa:bb:cc:dd:ee:01", "a\nb", "active"]
@@ -106,3 +107,18 @@ def test_warnings_are_bounded(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.splitlines() == [f"Warning: key {number}" for number in range(100)]
     warn_of_each(["x"] * 40_000)
     assert capsys.readouterr().err.splitlines()[100:] == ["Warning: there are 39900 more problems of this kind."]
+
+
+def test_a_cell_without_end_does_not_make_every_row_as_wide() -> None:
+    with redirect_stdout(StringIO()) as said:
+        print_table(["Name"], [["x" * 10**6 + "\nend"], *([f"web{number}"] for number in range(50))])
+    lines = said.getvalue().splitlines()
+    assert (
+        max(map(len, lines)) <= LINE + 4 and any("…" in line for line in lines) and any("end" in line for line in lines)
+    )
+
+
+def test_a_warning_that_quotes_a_value_without_end_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    warn("\x1b" * 10**5 + "; fix or delete it")
+    said = capsys.readouterr().err
+    assert len(said) <= LINE + 1 and said.startswith("\\x1b") and said.endswith("; fix or delete it\n")
