@@ -315,7 +315,7 @@ class Agent:
         if not self._snapshot.ready:
             return "the store to be ready (/calico/v1/Ready is not true)"
         if not self._health.first_update and self._snapshot.lacking is not None:
-            return f"{self._snapshot.lacking} to be read, which is too large"
+            return f"{self._snapshot.lacking}, which is too large to be read"
         return None
 
     # Events
