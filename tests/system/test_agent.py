@@ -597,6 +597,7 @@ def test_the_kernels_side_of_an_endpoint(node: AgentHost) -> None:
         f"ipv4.neigh.{name}.proxy_delay": "0",
         f"ipv4.conf.{name}.route_localnet": "0",
         f"ipv4.conf.{name}.rp_filter": "1",
+        f"ipv4.conf.{name}.accept_source_route": "0",
         f"ipv6.conf.{name}.accept_dad": "0",
         f"ipv6.conf.{name}.accept_ra": "0",
         f"ipv6.conf.{name}.proxy_ndp": "1",

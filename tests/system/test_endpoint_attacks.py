@@ -70,6 +70,20 @@ def udp_server(namespace: str | None, address: str, port: int) -> Iterator[socke
         yield server
 
 
+@contextlib.contextmanager
+def sniffer(namespace: str) -> Iterator[socket.socket]:
+    """A socket that receives the frames that arrive at a namespace's interface."""
+    with inside(namespace, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))) as raw:
+        raw.bind(("eth1", 0))
+        yield raw
+
+
+def answered(server: socket.socket) -> None:
+    """Answer the next datagram."""
+    assert select.select([server], [], [], PATIENT)[0]
+    server.sendto(b"answer", server.recvfrom(100)[1])
+
+
 def is_refused(client: socket.socket, patience: float) -> bool:
     """Return whether a connected UDP socket is told within so many seconds that its packets are not wanted."""
     end = time.monotonic() + patience
@@ -274,6 +288,29 @@ def test_an_endpoint_cannot_fill_connection_tracking_with_closed_connections(
     assert udp("b", "a", A4, 81, patience=PATIENT), "others go on"
     wait_for(lambda: f"({net.interface('a')}) are dropped" in net.ctl("status").out, "the report", 20)
     wait_for(lambda: udp("a", "b", B4, 81), "room", 10)
+
+
+def test_a_source_route_leads_past_no_policy(net: AgentHost) -> None:
+    """Rules see a packet with a source route before it has the address of its last stop."""
+    run("sysctl", "-qw", "net.ipv4.conf.all.accept_source_route=1")
+    try:
+        with udp_server(None, HOST, 53) as server, Flow("c", HOST, 53).client as client, sniffer("b") as seen:
+            answered(server)  # c may reach this service of the host, whose answer makes the flow an established one
+            assert select.select([client], [], [], PATIENT)[0]
+            option = bytes([1, 131, 7, 4]) + socket.inet_aton(B4)  # loose source and record route
+            frame = udp_frame(net.mac("c"), HOST_MAC, C4, HOST, 53, client.getsockname()[1], b"past policy")
+            header = bytes([frame[14] + len(option) // 4, 0]) + struct.pack("!H", len(frame) - 14 + len(option))
+            header += frame[18:24] + b"\0\0" + frame[26:34] + option
+            header = header[:10] + struct.pack("!H", checksum(header)) + header[12:]
+            send_frame("c", "eth1", frame[:14] + header + frame[34:])
+            send_frame("a", "eth1", udp_frame(net.mac("a"), HOST_MAC, A4, B4, 53, payload=b"allowed"))
+            found = b""
+            while b"allowed" not in found:
+                assert select.select([seen], [], [], PATIENT)[0]
+                found = seen.recv(2000)
+                assert b"past policy" not in found
+    finally:
+        run("sysctl", "-qw", "net.ipv4.conf.all.accept_source_route=0")
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -39,6 +39,8 @@ def interface_settings(interface: str, ipv6: bool) -> dict[str, str]:
         f"ipv4/neigh/{interface}/proxy_delay": "0",
         f"ipv4/conf/{interface}/route_localnet": "0",
         f"ipv4/conf/{interface}/rp_filter": "1",
+        # the rules see such a packet with the address of its first stop, and those of the connection to that
+        f"ipv4/conf/{interface}/accept_source_route": "0",
     }
     if ipv6:
         settings[f"ipv6/conf/{interface}/disable_ipv6"] = "0"
