@@ -102,18 +102,19 @@ def notify_ready() -> None:
     sdnotify.SystemdNotifier().notify("READY=1")
 
 
-def udp_holder(port: int) -> str | None:
-    """Return a description of a process that has bound a UDP port in this process's network namespace.
+def port_holder(protocol: str, port: int) -> str | None:
+    """Return a description of a process that has bound a port in this process's network namespace.
 
-    The description contains the process's id, its command and the user id. It contains only the user id if the process
-    cannot be found, for example because it is in another PID namespace. Returns None if no process has bound the port.
-    Source: proc_pid_net(5).
+    `protocol` is "udp" or "tcp". The description contains the process's id, its command and the user id. It contains
+    only the user id if the process cannot be found, for example because it is in another PID namespace. Returns None if
+    no process has bound the port. Source: proc_pid_net(5).
     """
     users = {}
-    for name in ("udp", "udp6"):
+    for name in (protocol, f"{protocol}6"):
         with suppress(OSError), open(f"/proc/self/net/{name}") as table:
             for words in map(str.split, table):
-                if len(words) > 9 and words[1].endswith(f":{port:04X}"):
+                # a connection that is closed has no inode
+                if len(words) > 9 and words[1].endswith(f":{port:04X}") and words[9] != "0":
                     users[words[9]] = words[7]
     if not users:
         return None

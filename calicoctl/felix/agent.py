@@ -161,7 +161,7 @@ class Agent:
 
         The argument of `datastore`, if any, is how many seconds to wait for the store. The drivers put their events
         into `queue`. `ready` is called once, when the first snapshot is in the kernel and BIRD is settled (see
-        BgpManager.is_settled). Raises CalicoError if `datastore` does, or if the port of the metrics cannot be bound.
+        BgpManager.is_settled). Raises CalicoError if `datastore` does.
         """
         client = datastore()
         self._datastore = datastore
@@ -411,6 +411,7 @@ class Agent:
     def _tick(self) -> None:
         self._tick_at = time.monotonic() + TICK
         self._health.record(events.Failure(shortage.descriptors_lacking(), "descriptors"))
+        self._metrics.serve()
         for manager in self._managers:
             manager.on_event(events.Tick())
         if time.monotonic() >= self._resync_at:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from calicoctl.errors import CalicoError
+from calicoctl import proc
 
 if TYPE_CHECKING:
     from calicoctl.felix.dataplane.drops_manager import Counted
@@ -26,26 +27,43 @@ class Metrics:
     """Serves the metrics on a TCP port of loopback. If `port` is None, nothing is measured or served.
 
     `apply_time.time()` returns a context manager that measures how long programming the kernel takes. `drops` is called
-    at each scrape, in another thread. The constructor raises CalicoError if the port cannot be bound.
+    at each scrape, in another thread. If the port cannot be bound, that is a failure of the host until `serve` has
+    bound it: any user may have taken the port, and must not keep the agent from running by that.
     """
 
     def __init__(self, health: Health, port: int | None, drops: Callable[[], Iterable[Counted]] = tuple) -> None:
         self.apply_time: Any = _NoTimer()
+        self._health, self._port = health, port
+        self._app: Any = None
+        """The WSGI application that is not served yet."""
         if port is None:
             return
         from prometheus_client import CollectorRegistry, Histogram, make_wsgi_app
-
-        from calicoctl.felix.metrics_server import serve
 
         registry = CollectorRegistry()
         registry.register(_HealthCollector(health, drops))
         self.apply_time = Histogram(
             "calico_felix_apply_seconds", "Time taken to program the kernel.", registry=registry
         )
+        self._app = make_wsgi_app(registry)
+        self.serve()
+
+    def serve(self) -> None:
+        """Serve the metrics if they are to be served, and are not yet."""
+        if self._app is None or self._port is None:
+            return
+        from calicoctl.felix import metrics_server
+        from calicoctl.felix.events import Failure
+
+        why = None
         try:
-            serve(make_wsgi_app(registry), ADDRESS, port)
+            metrics_server.serve(self._app, ADDRESS, self._port)
+            self._app = None
         except OSError as error:
-            raise CalicoError(f"--metrics-port={port}: cannot listen on {ADDRESS}: {error.strerror}") from None
+            holder = proc.port_holder("tcp", self._port) if error.errno == errno.EADDRINUSE else None
+            why = f"--metrics-port={self._port}: cannot listen on {ADDRESS}: {error.strerror}"
+            why += f" (by {holder})" if holder else ""
+        self._health.record(Failure(why, "metrics"))
 
 
 class _HealthCollector:

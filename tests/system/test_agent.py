@@ -828,11 +828,8 @@ def test_an_etcd_of_its_own(bare_host: Host, monkeypatch: pytest.MonkeyPatch) ->
         pid = int(pid_file.read_text())
         assert "local etcd has ended" in host.ctl("node", "stop", "--force", env=env).out
         assert gone(pid)
-        with socket.socket() as other:
-            other.bind(("127.0.0.1", 0))
-            other.listen()
-            busy = f"--metrics-port={other.getsockname()[1]}"
-            assert "etcd" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", busy, status=1, env=env).out
+        Path("/var/log/calico/felix.log").mkdir(parents=True)  # so the agent cannot start
+        assert "etcd" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", status=1, env=env).out
         assert not pid_file.exists(), "an etcd that nobody looks after"
         run("rm", "-rf", "/var/log/calico")
         host.ctl("node", "remove", "--remove-endpoints", env=env)
@@ -901,8 +898,12 @@ def test_metrics_are_on_loopback_and_off_by_default(bare_host: Host) -> None:
 
         wait_for(bound, "the port")
         taken.listen()
-        said = host.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}", f"--metrics-port={port}", status=1)
-        assert "--metrics-port" in said.err
+        said = host.ctl("node", "--ip=192.0.2.2", f"--log-dir={LOG_DIR}", f"--metrics-port={port}")
+        assert f"Warning: --metrics-port={port}: cannot listen" in said.err
+        assert f"process {os.getpid()} " in host.ctl("status", status=None).out, "no user keeps the agent from running"
+    wait_for(lambda: not host.status()["troubles"], "the port", 20)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        assert "calico_felix_failures 0.0" in answer.read().decode()
 
 
 def test_in_the_foreground_it_tells_systemd_when_it_is_ready(bare_host: Host, tmp_path: Path) -> None:

@@ -275,10 +275,12 @@ def test_the_local_etcd_keeps_to_its_own_lines(stock: StockEtcd) -> None:
     # what fails leaves no etcd behind that nobody looks after
     said = bare(*NODE, "--local-etcd", status=1, CALICO_ENV_FILE="/proc/nosuch/node.env").err
     assert "/proc/nosuch/node.env cannot be written" in said and not PID_FILE.exists()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        metrics = f"--metrics-port={taken.getsockname()[1]}"
-        bare(*NODE, "--local-etcd", metrics, "--detach=false", status=1)
-        assert not Path("/run/calico/host7/etcd.pid").exists()
+    log = LOG_DIR / "felix.log"
+    log.unlink(missing_ok=True)
+    log.mkdir(parents=True)  # so the agent cannot start
+    bare(*NODE, "--local-etcd", "--detach=false", status=1)
+    log.rmdir()
+    assert not Path("/run/calico/host7/etcd.pid").exists()
     bare(*NODE, "--local-etcd")
     assert FILE.read_text().endswith(mine) and FILE.stat().st_mode & 0o777 == 0o640
     bare("node", "remove")

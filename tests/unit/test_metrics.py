@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import urllib.request
 from wsgiref.util import setup_testing_defaults
 
 import pytest
@@ -35,6 +38,21 @@ def test_sessions_routes_restarts_and_refusals(monkeypatch: pytest.MonkeyPatch) 
         "calico_felix_bgp_bird_restarts_total 2.0",
         "calico_felix_bgp_refused_configurations_total 1.0",
     ]
+
+
+def test_a_port_that_somebody_else_has_is_taken_once_it_is_free() -> None:
+    health = Health("host1", "1")
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        metrics = Metrics(health, port)
+        metrics.serve()
+        why = health.failures["metrics"]["error"]
+        assert f"--metrics-port={port}" in why and f"(by process {os.getpid()} (" in why
+    metrics.serve()
+    assert not health.failures
+    metrics.serve()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        assert b"calico_felix_failures 0.0" in answer.read()
 
 
 def test_failures_while_they_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,13 +62,16 @@ def test_waiting_for_the_end_of_a_process() -> None:
     assert proc.await_end(child.pid), "it has ended already"
 
 
-def test_who_holds_a_udp_port_is_found() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as held:
+@pytest.mark.parametrize("protocol, kind", [("udp", socket.SOCK_DGRAM), ("tcp", socket.SOCK_STREAM)])
+def test_who_holds_a_port_is_found(protocol: str, kind: socket.SocketKind) -> None:
+    with socket.socket(socket.AF_INET, kind) as held:
         held.bind(("127.0.0.1", 0))
-        found = str(proc.udp_holder(held.getsockname()[1]))
-        assert found.startswith(f"process {os.getpid()} ('") and found.endswith(f" of user {os.getuid()}")
         port = held.getsockname()[1]
-    assert proc.udp_holder(port) is None
+        if protocol == "tcp":
+            held.listen()
+        found = str(proc.port_holder(protocol, port))
+        assert found.startswith(f"process {os.getpid()} ('") and found.endswith(f" of user {os.getuid()}")
+    assert proc.port_holder(protocol, port) is None
 
 
 def test_who_listens_at_a_unix_socket(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ class Vxlan:
         except NetlinkError as error:
             if error.code != errno.EADDRINUSE:
                 raise
-            holder = proc.udp_holder(PORT) or "another program"
+            holder = proc.port_holder("udp", PORT) or "another program"
             raise CalicoError(
                 f"the overlay is down: {name} needs UDP port {PORT}, which {holder} holds: end that one (ss -ulnp "
                 f"'sport = {PORT}'), and the agent brings {name} up within 10 seconds"
