@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 from calicoctl.addresses import check_unicast, parse_address, parse_as_number
 from calicoctl.datastore import keys
 from calicoctl.datastore.client import DatastoreClient
-from calicoctl.datastore.hosts import hostname
+from calicoctl.datastore.hosts import DEFAULT_AS_NUMBER, hostname
 from calicoctl.datastore.model import Peer
 from calicoctl.errors import CalicoError, NotFound, printable
 from calicoctl.grammar import Prepared, parse
@@ -145,11 +145,11 @@ def _default_node_as(as_num: str | None, form: str | None) -> None:
     datastore = DatastoreClient.from_environment()
     if as_num is not None:
         datastore.set(keys.BGP_AS_NUM, as_num)
-    now = datastore.hosts.default_as_num()
-    stored = datastore.setting(keys.BGP_AS_NUM)
+    stored = as_num or datastore.setting(keys.BGP_AS_NUM)
     try:
-        parse_as_number(now if stored is None else stored)
+        now = DEFAULT_AS_NUMBER if stored is None else parse_as_number(stored)
     except CalicoError as error:
+        now = DEFAULT_AS_NUMBER
         warn(f"Warning: the stored value is invalid, and agents use {now}: {printable(str(error))}")
     if form:
         print_data({"as_num": now}, form)

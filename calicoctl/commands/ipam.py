@@ -72,10 +72,8 @@ def _info(address: IPAddress, form: str | None) -> None:
     pools = readable_pools(datastore, address.version)
     pool = next((pool.cidr for pool in pools if address in IPNetwork(pool.cidr)), None)
     facts = owner.secondary if owner is not None else {}
-    user = users[0] if users else None
-    name = facts.get("workload_name")
-    if user is not None and (record := datastore.readable(user)) is not None:
-        name = record.workload_name or name
+    user, record = next(iter(users.items()), (None, None))
+    name = (None if record is None else record.workload_name) or facts.get("workload_name")
     shown = {
         "ip": str(address),
         "assigned": owner is not None,
@@ -123,13 +121,15 @@ def _release_one(datastore: DatastoreClient, address: IPAddress, force: bool) ->
     holders: set[str | None] | None = None
     if not force:
         owner = datastore.ipam.owner(address)
-        holders = set() if owner is None else {owner.handle}  # not if it is assigned anew in the meantime
-        users = datastore.endpoints_with(address, owner)
-        if users:
+        user = next(iter(datastore.endpoints_with(address, owner)), None)
+        if user is not None:
             raise CalicoError(
-                f"IP {address} is used by endpoint {users[0].endpoint} of {_named(users[0])}. Remove it from there "
-                "with 'calicoctl container', or use --force."
+                f"IP {address} is used by endpoint {user.endpoint} of {_named(user)}. Remove it from there with "
+                "'calicoctl container', or use --force."
             )
+        if owner is None:
+            raise NotFound(f"IP {address} is not assigned.")
+        holders = {owner.handle}  # not if it is assigned anew in the meantime
     if datastore.ipam.release([address], holders):
         raise NotFound(f"IP {address} is not assigned.")
     print(f"IP {address} is released")

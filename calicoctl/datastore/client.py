@@ -546,17 +546,14 @@ class DatastoreClient:
                 found.append(error)
         return _separate(found)
 
-    def endpoints_with(self, address: IPAddress, owner: Owner | None = None) -> list[EndpointId]:
-        """Return the ids of the endpoints, on any host, that have the address `address`.
+    def endpoints_with(self, address: IPAddress, owner: Owner | None) -> dict[EndpointId, Endpoint | None]:
+        """Return the endpoints, on any host, that have the address `address`. The value is None if one is invalid.
 
-        `owner` is its owner in IPAM, if the caller has just read it.
-
-        If one of them owns the address in IPAM, only its id is returned. An invalid endpoint counts as having the
-        address if it owns it in IPAM, or if its JSON text contains it. Raises InvalidValue if the block of the address
-        is invalid.
+        `owner` is the address's owner in IPAM, None if it has none. If one of the endpoints owns the address in IPAM,
+        only that one is returned. An invalid endpoint counts as having the address if it owns it in IPAM, or if its
+        JSON text contains it.
         """
         text = str(address)
-        owner = owner or self.ipam.owner(address)
         if owner is not None:
             id = EndpointId(
                 *(str(owner.secondary.get(part)) for part in ("host", "orchestrator", "workload", "endpoint"))
@@ -564,13 +561,14 @@ class DatastoreClient:
             if keys.parse_endpoint(keys.endpoint(id)) == id:
                 entry = self._store.get(keys.endpoint(id))
                 if entry is not None and _lists(entry, id, text, owned=True):
-                    return [id]
+                    return {id: _readable(id, entry)}
 
-        def listing(entry: Entry) -> EndpointId | None:
+        def listing(entry: Entry) -> tuple[EndpointId, Endpoint | None] | None:
             id = keys.parse_endpoint(entry.key)
-            return id if id is not None and entry.problem is None and _lists(entry, id, text) else None
+            lists = id is not None and entry.problem is None and _lists(entry, id, text)
+            return (id, _readable(id, entry)) if id is not None and lists else None
 
-        return self._store.collect(keys.HOSTS, listing)
+        return dict(self._store.collect(keys.HOSTS, listing))
 
     def endpoint_ids(self) -> list[EndpointId]:
         """Return the ids of this host's endpoints, including invalid endpoints."""

@@ -82,7 +82,10 @@ class Enforcement:
         own = _snapshot(Snapshot(self.host), entries)
         self._snapshots = {self.host: own}
         self.endpoints = own.endpoints
-        """The endpoints of all hosts."""
+        """The endpoints of all hosts, but for the `unreadable` ones."""
+        found = filter(None, (keys.parse_endpoint(entry.key) for entry in entries))
+        self.unreadable = [id for id in found if id not in self.endpoints]
+        """The endpoints whose value is invalid."""
         self._of_all: list[Entry] = []
         self._of_host: dict[str, list[Entry]] = defaultdict(list)
         """The entries from which the snapshots for other hosts are derived; the rest they share with the first one."""

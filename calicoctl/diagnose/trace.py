@@ -177,9 +177,9 @@ class _Store:
         else:
             check_unicast(parse_address(name))
             owners = [id for id, endpoint in self._endpoints.items() if address in usable_addresses(endpoint)]
-            if not owners and (unreadable := self._datastore.endpoints_with(parse_address(name))):
+            if not owners and (unreadable := self._unreadable_with(address)) is not None:
                 raise CalicoError(
-                    f"{name} is of endpoint {unreadable[0].endpoint}, whose record cannot be read: see 'endpoint show'."
+                    f"{name} is of endpoint {unreadable.endpoint}, whose record cannot be read: see 'endpoint show'."
                 )
             usable = [id for id in owners if id in self._seen_by(id.host).local]
             id = next(iter(usable or owners), None)
@@ -197,6 +197,14 @@ class _Store:
         if not usable_ones:
             raise CalicoError(f"{name} has no addresses.")
         return [Place(name, address, endpoint.id, endpoint.id.host) for address in usable_ones]
+
+    def _unreadable_with(self, address: str) -> EndpointId | None:
+        """Return an endpoint whose value has an address, but is invalid or gives it a prefix, None if there is none."""
+        with_prefix = any(address in endpoint.addresses for endpoint in self._endpoints.values())
+        if not with_prefix and not self._enforcement.unreadable:
+            return None
+        of = parse_address(address)
+        return next(iter(self._datastore.endpoints_with(of, self._datastore.ipam.owner(of))), None)
 
     def _host_with(self, address: str) -> str | None:
         """Return the host that has an address as its own.

@@ -71,7 +71,9 @@ def remove_endpoint(datastore: DatastoreClient, id: EndpointId) -> list[IPAddres
         its = [
             a for a, owner in held.items() if is_last or a in listed or owner.secondary.get("endpoint") == id.endpoint
         ]
-        unowned = [a for a in listed if a not in held and set(datastore.endpoints_with(a)) <= {id}]
+        unowned = [
+            a for a in listed if a not in held and set(datastore.endpoints_with(a, datastore.ipam.owner(a))) <= {id}
+        ]
         datastore.check_endpoints_writable([id], f"{orchestrator}.{workload}")
         if is_managed(orchestrator, workload):
             lock.mark_in_progress()  # if this is interrupted, the agent removes the rest

@@ -27,10 +27,10 @@ class Counted:
         """Return how many requests a command makes, but for one that asks whether the data may be changed."""
         return len(self.asked(*words)) - 1
 
-    def asked(self, *words: str) -> list[str]:
+    def asked(self, *words: str, status: int = 0) -> list[str]:
         """Return the paths of a command's requests, with the one that asks whether the data may be changed."""
         self.proxy.asked.clear()
-        self.host.ctl(*words, env={"ETCD_AUTHORITY": f"127.0.0.1:{self.proxy.port}"})
+        self.host.ctl(*words, status=status, env={"ETCD_AUTHORITY": f"127.0.0.1:{self.proxy.port}"})
         return list(self.proxy.asked)
 
 
@@ -84,6 +84,21 @@ def test_a_docker_container_takes_no_more(counted: Counted, workload: str) -> No
         made = counted.count("container", *words)
         assert made <= most[v3], (words, made)
     counted.count("container", "remove", PATH)
+
+
+def test_what_only_looks_something_up_reads_nothing_twice(counted: Counted) -> None:
+    counted.count("container", "add", PATH, "192.168.0.1")
+    commands = (
+        # the most requests, and the exit status; what changes nothing does not ask whether it may
+        (1, 0, ("bgp", "default-node-as")),
+        (3, 0, ("bgp", "default-node-as", "64513")),
+        (3, 0, ("ipam", "info", "192.168.0.1")),
+        (2, 1, ("ipam", "release", "192.168.0.1")),
+        (2, 1, ("ipam", "release", "192.168.0.9")),
+        (6, 1, ("profile", "trace", PATH, "192.168.0.9", "tcp", "80")),
+    )
+    made = [(words, len(counted.asked(*words, status=status))) for _, status, words in commands]
+    assert not [one for one, (most, _, _) in zip(made, commands) if one[1] > most], made
 
 
 def test_endpoints_are_removed_side_by_side(counted: Counted) -> None:
