@@ -14,7 +14,7 @@ DEMO = $(RUN) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client docker:dock
 DEMO_HOSTS = $(RUN) $(BGP) ping:iputils-ping etcd:etcd-server etcdctl:etcd-client
 TEST = $(DEMO) $(BGP) dockerd:docker.io conntrack:conntrack openssl:openssl sysctl:procps curl:curl jq:jq man:man-db zsh:zsh systemd-analyze:systemd ctr:containerd python3-yaml
 # what tests use that do not run on the other releases
-TEST_HERE = podman:podman docker-compose:docker-compose containernetworking-plugins chromium:chromium lintian:lintian
+TEST_HERE = podman:podman docker-compose:docker-compose containernetworking-plugins chromium:chromium lintian:lintian ansible-playbook:ansible-core
 BENCH = $(TEST) $(TEST_HERE)
 
 # other releases of Debian and Ubuntu, by code name, and what `make` runs there
@@ -33,7 +33,7 @@ COLD_noble = yes
 # and depends on these little; on noble, which is for etcd's v2 API and for commands without their server, only the tests
 # of that server, of the local etcd, which always uses v3, and of Docker's hook, which that engine's way to keep images
 # does not allow.
-LEFT_OUT = memory_usage soak cni_podman compose map
+LEFT_OUT = memory_usage soak cni_podman compose map ansible
 LEFT_OUT_trixie = $(LEFT_OUT) hosts hosts_gone host_identity failure_isolation file_descriptors commands completion \
 	foreign_names limits round_trips old_felix bad_input docker_network_policy docker_hosts fault_injection concurrency \
 	connected container profile ipam workload_keeper docker_networks bgp bgp_status cni settings_file labels \

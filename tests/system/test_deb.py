@@ -5,16 +5,20 @@ dpkg changes `/usr` in an overlay, which goes away after each test.
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
 from tests.system.agent import B4, LOG_DIR, FreeHost
-from tests.system.support import HOST_IP, Host, Result, gone, run, wait_for
+from tests.system.booted import Booted, booted
+from tests.system.support import HOST_IP, Host, Result, gone, import_busybox, run, wait_for
 from tests.system.test_install import ANOTHER_USERS, ROOT, WHEELS, commit, make, pinging, program
 from tests.system.traffic import PATIENT, ping
 
@@ -261,3 +265,128 @@ def test_purging_keeps_what_docker_or_another_calicoctl_uses(deb: Path, usr: Non
     finally:
         for folder in (data, pid_file.parent):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+INSTALL = "apt-get install ./dist/calicoctl_*.deb"
+
+
+def block_of(page: str, line: str) -> str:
+    """Return the indented lines of a page among which is `line`, as they would be typed."""
+    blocks = re.findall(r"(?:^    .*\n)+", (ROOT / page).read_text(), re.MULTILINE)
+    (block,) = (dedent(block) for block in blocks if f"    {line}\n" in block)
+    return block
+
+
+@pytest.fixture
+def machine(deb: Path) -> Iterator[Booted]:
+    """A machine that has booted, with an etcd that hosts reach, and an agent, all as the documentation says."""
+    with booted(ROOT) as machine:
+        machine.run("ip", "address", "add", "172.18.0.1/32", "dev", "lo")
+        machine.run("systemctl", "enable", "--now", "etcd")
+        before = machine.property("etcd", "MainPID")
+        machine.shell(block_of("docs/hosts.md", "systemctl restart etcd"))
+        assert machine.property("etcd", "MainPID") not in (before, "0")
+        make_deb, _, install = block_of("README.md", INSTALL).partition("\n")
+        assert make_deb == "make deb", "it is made by the fixture"
+        machine.shell(f"cd {ROOT} && {install}", input="y\n")  # it asks where there are several files
+        settings = "ETCD_ENDPOINTS=http://172.18.0.1:2379\nCALICO_NODE_OPTIONS=--ip=172.18.0.1"
+        machine.shell(f"mkdir /etc/calico && echo '{settings}' >/etc/calico/node.env")
+        done = machine.shell(block_of("docs/install.md", "systemctl enable --now calico-node"), check=False)
+        assert done.status == 0, machine.journal("calico-node")
+        assert machine.run("systemctl", "is-enabled", "calico-node").out == "enabled\n"
+        machine.shell("calicoctl pool add 10.65.0.0/16 && calicoctl profile add all")
+        yield machine
+
+
+def connect(machine: Booted, name: str, address: str) -> None:
+    path = f"/var/run/netns/{name}"
+    machine.shell(f"ip netns add {name} && calicoctl container add {path} {address} --wait=20")
+    machine.shell(f"calicoctl container {path} profile append all")
+
+
+def answers(machine: Booted, address: str) -> bool:
+    return machine.run("ip", "netns", "exec", "a", "ping", "-c1", "-W3", address, check=False).status == 0
+
+
+def status(machine: Booted) -> dict:
+    out = machine.run("calicoctl", "status", "--output=json", check=False).out
+    return json.loads(out) if out else {"problems": ["no report"], "report": {"current": False}}
+
+
+def test_systemd_runs_the_agent_which_does_all_its_work_in_its_unit(machine: Booted) -> None:
+    agent = machine.property("calico-node", "MainPID")
+    connect(machine, "a", "10.65.0.1")
+    connect(machine, "b", "10.65.0.2")
+    wait_for(lambda: answers(machine, "10.65.0.2"), "a ping that policy allows")
+    assert "of the command server" in machine.run("calicoctl", "--debug", "profile", "show").err
+    bird = machine.run("pgrep", "-x", "bird").out
+    assert status(machine)["bird"]["pid"] == int(bird) and not status(machine)["problems"]
+
+    machine.run("kill", "-9", agent)
+    wait_for(lambda: machine.property("calico-node", "MainPID") not in (agent, "0"), "another agent", 60)
+    wait_for(lambda: status(machine)["report"]["current"], "its report", 60)
+    assert answers(machine, "10.65.0.2"), "what was connected stays so"
+    agent = machine.property("calico-node", "MainPID")
+    machine.run("kill", "-9", bird.strip())
+    wait_for(lambda: machine.run("pgrep", "-x", "bird", check=False).out not in ("", bird), "another BIRD", 60)
+    machine.run("nft", "flush", "ruleset")
+    wait_for(lambda: "table inet calico\n" in machine.run("nft", "list", "tables").out, "the tables")
+    # what attaches anew enters the namespace, and mounts that are newer than the agent
+    machine.run("ip", "-n", "b", "link", "delete", "eth1")
+    wait_for(lambda: answers(machine, "10.65.0.2"), "the interface to be attached again", 60)
+    assert machine.property("calico-node", "MainPID") == agent
+
+    machine.run("systemctl", "restart", "calico-node")
+    assert machine.property("calico-node", "MainPID") != agent and answers(machine, "10.65.0.2")
+    done = machine.run("apt-get", "--yes", "purge", "calicoctl")
+    assert "Endpoints of this host stay connected" in done.err + done.out
+    assert answers(machine, "10.65.0.2") and not machine.run("pgrep", "-f", "calicoctl", check=False).out
+    assert not machine.run("systemctl", "list-unit-files", "--no-legend", "calico-*", check=False).out
+
+
+def test_systemd_serves_docker_networks_and_debians_services_can_be_disabled(machine: Booted, tmp_path: Path) -> None:
+    machine.shell(block_of("docs/docker.md", "sudo systemctl enable --now calico-docker.socket").replace("sudo ", ""))
+    machine.run("systemctl", "enable", "--now", "containerd", "docker.socket", "docker")
+    import_busybox(tmp_path / "busybox", f"unix:///proc/{machine.pid}/root/run/docker.sock")
+    machine.run("docker", "network", "create", "--driver=calico", "--ipam-driver=calico-ipam", "shop")
+    machine.shell("for name in web db; do docker run --net=shop --restart=always --name=$name -tid busybox; done")
+    assert machine.property("calico-docker", "ActiveState") == "active"
+
+    def pings() -> bool:
+        return machine.run("docker", "exec", "web", "ping", "-c1", "-W3", "db", check=False).status == 0
+
+    wait_for(pings, "a ping by name within the network")
+    before = machine.property("docker", "MainPID")
+    machine.run("systemctl", "restart", "docker")
+    assert machine.property("docker", "MainPID") != before
+    wait_for(pings, "the restarted containers", 60)
+
+    (disable,) = re.findall(r"`(systemctl\s+disable[^`]*)`", (ROOT / "README.md").read_text())
+    machine.run(*disable.split())
+    left = machine.run("pgrep", "-l", "-x", "etcd|dockerd|containerd", check=False).out
+    assert left == "" and "enabled" not in machine.run("systemctl", "is-enabled", *UNITS, check=False).out
+
+
+def test_a_service_that_flushes_nftables_can_be_kept_from_deleting_the_tables(machine: Booted) -> None:
+    def tables() -> list[str]:
+        return machine.run("nft", "list", "tables", "inet").out.splitlines()
+
+    conf, page = "/etc/nftables.conf", "docs/agent.md"
+    flushes = "grep -q '^flush ruleset$' " + conf
+    machine.shell(f"{flushes} && systemctl enable --now nftables && systemctl restart calico-node")
+    machine.run("systemctl", "stop", "calico-node")
+    assert {"table inet calico", "table inet filter"} < set(tables()), "the service's, and what the agent leaves"
+    own = block_of(page, "delete table inet filter")
+    override = block_of(page, "ExecStop=/usr/sbin/nft delete table inet filter")
+    folder = "/etc/systemd/system/nftables.service.d"
+    machine.shell(f"sed -i 's/^flush ruleset$/{own.strip()}/' {conf}".replace(chr(10), "\\n"))
+    machine.shell(f"mkdir {folder} && cat >{folder}/override.conf && systemctl daemon-reload", input=override)
+    machine.run("systemctl", "restart", "nftables")
+    assert {"table inet calico", "table inet filter"} < set(tables())
+    machine.shell(f"sed -i 's/^delete table inet filter$/flush ruleset/' {conf}")
+    machine.run("systemctl", "restart", "nftables")
+    assert tables() == ["table inet filter"], "the tables of a host whose agent is dead"
+
+
+UNITS = ("etcd", "docker", "docker.socket", "containerd")
+"""The services of Debian's that the packages of the demo enable."""

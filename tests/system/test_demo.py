@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.support import CALICOCTL, free_port, gone, run, wait_for
+from tests.system.support import CALICOCTL, Result, free_port, gone, run, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -38,6 +38,11 @@ def traces() -> dict[str, str]:
     }
 
 
+def make(target: str, environment: dict[str, str] | None = None) -> Result:
+    """Run make as a newcomer does."""
+    return run("make", "--no-print-directory", target, check=False, cwd=ROOT, env=environment)
+
+
 @pytest.mark.parametrize("which", ["engine that runs", "engine of its own"])
 def test_the_demo_works_and_leaves_no_trace(engine: None, which: str) -> None:
     environment = {**os.environ, "CALICOCTL_BIN": str(Path(CALICOCTL).parent)}
@@ -49,7 +54,7 @@ def test_the_demo_works_and_leaves_no_trace(engine: None, which: str) -> None:
     # a network that a demo with an address chosen in advance would break
     run("ip", "address", "add", "10.65.0.1/23", "dev", "lo")
     before = traces()
-    done = run(str(ROOT / "demo/demo"), check=False, env=environment)
+    done = make("demo", environment)
     try:
         assert done.status == 0, done
         (pool,) = re.findall(r"^Added pool (\S+)\.0/24$", done.out, re.MULTILINE)
@@ -68,13 +73,13 @@ def test_the_demo_works_and_leaves_no_trace(engine: None, which: str) -> None:
             assert line in done.out, line
         assert ("of our own, without bridge" in done.out) == (which == "engine of its own")
         assert pool not in ("10.65.0", "10.65.1") and not pool.startswith("192.168.")
-        again = run(str(ROOT / "demo/demo"), check=False, env=environment)
-        assert again.status == 1 and "make demo-clean" in again.err
+        again = make("demo", environment)
+        assert again.status != 0 and "make demo-clean" in again.err
     finally:
-        run(str(ROOT / "demo/clean"), env=environment)
+        cleaned = make("demo-clean", environment)
         after = traces()
         run("ip", "address", "delete", "10.65.0.1/23", "dev", "lo")
-    assert after == before
+    assert cleaned.status == 0 and after == before
 
 
 def test_the_message_after_a_reboot_says_how_to_remove_the_demo(tmp_path: Path) -> None:
@@ -131,7 +136,7 @@ def test_the_demo_of_three_hosts_works_and_leaves_no_trace(engine: None) -> None
     for change in ("add", "delete"):  # the first namespace makes /run/netns a mount, which stays
         run("ip", "netns", change, "first")
     before = traces()
-    done = run(str(ROOT / "demo/hosts"), check=False, env=environment)
+    done = make("demo-hosts", environment)
     try:
         assert done.status == 0, done
         rows = done.out.partition("from \\ to")[2].splitlines()[1:6]
@@ -143,13 +148,13 @@ def test_the_demo_of_three_hosts_works_and_leaves_no_trace(engine: None) -> None
         }
         assert cells == {pair: "4+6" if set(pair) < set("ACE") else "-" for pair in permutations("ABCDE", 2)}
         assert "host3 | 172.18.0.13" in done.out
-        again = run(str(ROOT / "demo/hosts"), check=False, env=environment)
-        assert again.status == 1 and "make demo-hosts-clean" in again.err
+        again = make("demo-hosts", environment)
+        assert again.status != 0 and "make demo-hosts-clean" in again.err
         # what its user left running
         subprocess.Popen(["/run/calico-demo-hosts/on", "host1", "ip", "netns", "exec", "A", "sleep", "1000"])
     finally:
-        run(str(ROOT / "demo/hosts-clean"))
-    assert traces() == before
+        cleaned = make("demo-hosts-clean")
+    assert cleaned.status == 0 and traces() == before
 
 
 def test_a_demo_of_three_hosts_that_fails_says_why_and_leaves_no_trace(engine: None, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """`make install` and `make uninstall`: a first time, over an older version with its agent running, and for a package.
 
-There is no systemd on the test hosts: a stand-in for `systemctl` writes down what it is asked, and does it.
+A stand-in for `systemctl` writes down what it is asked, and does it; test_deb.py has a real systemd.
 """
 
 from __future__ import annotations
@@ -292,3 +292,14 @@ def test_a_wheel_has_the_package_alone_and_its_license_and_commit() -> None:
     files = (path.relative_to(ROOT) for path in (ROOT / "calicoctl").rglob("*") if path.is_file())
     assert ours == {str(file) for file in files if "__pycache__" not in file.parts}
     assert f'__commit__ = "{commit() or ""}"\n' in said
+
+
+def test_cleaning_removes_what_the_targets_make_and_nothing_else(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "calicoctl").mkdir()
+    made = [line.strip("/").replace("*", "calicoctl") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    for name in made:
+        (tmp_path / name / "folder").mkdir(parents=True)
+    run("make", "clean", cwd=tmp_path)
+    # those of the demo, which make demo-clean removes, and of Python
+    assert {path.name for path in tmp_path.iterdir()} == {"Makefile", "calicoctl", ".demo", "__pycache__"}
