@@ -263,7 +263,7 @@ def test_purging_keeps_what_docker_or_another_calicoctl_uses(deb: Path, usr: Non
         assert done.status == 0 and "docker-hook is kept" in done.err, done
         assert runtime.exists() and not other.parent.exists()
     finally:
-        for folder in (data, pid_file.parent):
+        for folder in (data, pid_file.parent.parent):
             shutil.rmtree(folder, ignore_errors=True)
 
 
