@@ -29,6 +29,8 @@ exec unshare --net --mount --pid --uts --ipc --cgroup --fork --kill-child sh -eu
     for name in null zero full random urandom tty; do touch dev/$name && mount --bind /dev/$name dev/$name; done
     mount -t devpts -o newinstance,ptmxmode=666,mode=620 devpts dev/pts && ln -s pts/ptmx dev/ptmx
     mount -t tmpfs -o mode=1777 tmpfs dev/shm
+    # an engine has overlays there, which cannot be on an overlay
+    for folder in docker containerd; do mkdir -p var/lib/$folder && mount -t tmpfs tmpfs var/lib/$folder; done
     # what boots a whole machine would change settings and mounts of the kernel that are not of a namespace
     rm -f usr/lib/systemd/system/sysinit.target.wants/* usr/sbin/policy-rc.d
     rm -f etc/systemd/system/*.wants/* # nothing is started but what is asked for
