@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -94,3 +95,17 @@ def test_whether_a_process_listens_at_a_unix_socket(tmp_path: Path) -> None:
         path.rename(tmp_path / "b.sock")
         assert proc.is_listened_at(path) and not proc.is_listened_at(tmp_path / "b.sock")
     assert not proc.is_listened_at(path)
+
+
+def test_a_user_with_many_open_files_is_not_searched_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proc, "MOST_FILES", 100)
+    looked = []
+    readlink = os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: looked.append(path) or readlink(path))
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(os.devnull)) for _ in range(200)]
+        held = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        assert held.fileno() > files[0].fileno()
+        found = proc.port_holder("tcp", held.getsockname()[1])
+    assert str(found).endswith(f" of user {os.getuid()}")
+    assert len(looked) <= 100
