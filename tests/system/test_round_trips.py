@@ -88,7 +88,7 @@ def test_a_docker_container_takes_no_more(counted: Counted, workload: str) -> No
 
 def test_what_only_looks_something_up_reads_nothing_twice(counted: Counted) -> None:
     counted.count("container", "add", PATH, "192.168.0.1")
-    commands = (
+    commands: tuple[tuple[int, int, tuple[str, ...]], ...] = (
         # the most requests, and the exit status; what changes nothing does not ask whether it may
         (1, 0, ("bgp", "default-node-as")),
         (3, 0, ("bgp", "default-node-as", "64513")),
