@@ -125,7 +125,6 @@ class Reachability:
         self.nodes: list[Node] = []
         self._by_key: dict[object, Group] = {}
         self._decisions: dict[tuple[object, ...], Decisions] = {}
-        self._of_verdicts: dict[tuple[object, ...], Decisions] = {}
         self._equal: dict[object, Any] = {}
         self._of_profiles: dict[tuple[object, ...], Answers[Verdict]] = {}
         self._has_tag = enforcement.has_tag
@@ -246,23 +245,19 @@ class Reachability:
         `kind`, which begins with the direction, and on the part of `divided` that the packet is in.
         """
         verdicts = [self._verdicts(profile, kind[0], *addresses) for profile in profiles]
-        key = (kind, version_of(addresses[0]), *map(id, verdicts))
-        if key not in self._of_verdicts:
-            found: dict[int, list[tuple[int, Ruling]]] = {}
-            for protocol, first, (_, *values) in merged([{OTHERS: ((0, None),), **divided}, *verdicts]):
-                first_match = next((verdict for verdict in values if verdict.profile is not None), Verdict(False))
-                decided = ruling(first_match, _packet(*addresses, protocol, first))
-                parts = found.setdefault(protocol, [])
-                if not parts or parts[-1][1] != decided:
-                    parts.append(self._once((first, decided)))
-            others = found[OTHERS]
-            left = {
-                number: self._once(tuple(parts))
-                for number, parts in found.items()
-                if number == OTHERS or parts != others
-            }
-            self._of_verdicts[key] = self._equal.setdefault(tuple(left.items()), left)
-        return self._of_verdicts[key]
+        found: dict[int, list[tuple[int, Ruling]]] = {}
+        for protocol, first, (_, *values) in merged([{OTHERS: ((0, None),), **divided}, *verdicts]):
+            first_match = next((verdict for verdict in values if verdict.profile is not None), Verdict(False))
+            decided = ruling(first_match, _packet(*addresses, protocol, first))
+            parts = found.setdefault(protocol, [])
+            if not parts or parts[-1][1] != decided:
+                parts.append(self._once((first, decided)))
+        others = found[OTHERS]
+        left = {
+            number: self._once(tuple(parts)) for number, parts in found.items() if number == OTHERS or parts != others
+        }
+        equal: Decisions = self._equal.setdefault(tuple(left.items()), left)
+        return equal
 
     def _verdicts(self, profile: str, direction: str, source: str, destination: str) -> Answers[Verdict]:
         """Return the verdicts of one profile; where none of its rules matches, `Verdict.profile` is None.
