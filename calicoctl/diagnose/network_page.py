@@ -26,6 +26,8 @@ from calicoctl.policy.rules import PROTOCOLS, text
 
 PAGE = Path(__file__).parent / "page"
 
+_HARMLESS = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}  # they are in JSON's strings alone
+
 
 def page(network: NetworkMap, made: str, drops: Iterable[dict[str, Any]] = (), progress: Progress = iter) -> bytearray:
     """Return the file. `made` is the time at which the store was read, as a text.
@@ -50,23 +52,25 @@ def _hash(source: str) -> str:
 def _json(data: dict[str, Any]) -> Iterator[str]:
     """Yield JSON for the script, without characters that could end its element, or begin another one.
 
-    An iterator becomes a list. Lists are yielded item by item: as a whole, they would be in memory several times.
+    An iterator becomes a list. Lists are yielded item by item: as a whole, they would be in memory several times. An
+    item that is bytes is JSON already: see `_converted`.
     """
-    harmless = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}  # they are in JSON's strings alone
-
-    def converted(value: Any) -> str:
-        return json.dumps(_escaped(value), separators=(",", ":")).translate(harmless)
-
     for number, (name, one) in enumerate(data.items()):
-        yield f"{',' if number else '{'}{converted(name)}:"
+        yield f"{',' if number else '{'}{_converted(name).decode()}:"
         if isinstance(one, (list, Iterator)):
             yield "["
             for place, item in enumerate(one):
-                yield f"{',' if place else ''}{converted(item)}"
+                text = item if isinstance(item, bytes) else _converted(item)
+                yield f"{',' if place else ''}{text.decode()}"
             yield "]"
         else:
-            yield converted(one)
+            yield _converted(one).decode()
     yield "}"
+
+
+def _converted(value: Any) -> bytes:
+    """Return a value as JSON for the script, which takes less memory than a dictionary."""
+    return json.dumps(_escaped(value), separators=(",", ":")).translate(_HARMLESS).encode()
 
 
 def _escaped(value: Any) -> Any:
@@ -87,7 +91,7 @@ class _Data:
         self._writer = Writer(network)
         self._endpoint_numbers: dict[EndpointId, int] = {}
         """Endpoints of different workloads may have the same id in the store, and one may have several nodes."""
-        self._tables: list[dict[str, Any]] = []
+        self._tables: list[bytes] = []
         self._table_numbers: dict[object, int] = {}
         self._kinds: dict[tuple[int, int], dict[int, Node]] = {}
         self._endpoints = [group for group in self._reach.groups if not group.is_hosts]
@@ -104,7 +108,7 @@ class _Data:
         profiles = sorted({name for group in self._endpoints for name in group.profiles})
         numbers = {name: number for number, name in enumerate(profiles)}
         hosts = {node.host: number for number, node in enumerate(self._reach.hosts)}
-        groups = [self._group(group, numbers) for group in progress(self._reach.groups)]
+        groups = [_converted(self._group(group, numbers)) for group in progress(self._reach.groups)]
         return {
             "made": made,
             "protocols": {str(number): name for name, number in PROTOCOLS.items()},
@@ -222,7 +226,7 @@ class _Data:
         if key not in self._table_numbers:
             self._table_numbers[key] = len(self._tables)
             by = {",".join(map(str, _numbers(kind))): number for kind, number in found.items()}
-            self._tables.append({"looks": _numbers(looks_at), "by": by})
+            self._tables.append(_converted({"looks": _numbers(looks_at), "by": by}))
         return self._table_numbers[key]
 
 
