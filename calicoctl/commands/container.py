@@ -67,7 +67,7 @@ from calicoctl.commands.endpoint import (
 from calicoctl.datastore.client import DatastoreClient
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Endpoint
-from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound, about, for_each
+from calicoctl.errors import CalicoError, DockerUnavailable, NoSuchContainer, NotFound, about, for_each, printable
 from calicoctl.grammar import Prepared, parse, require_root
 from calicoctl.output import data_format, print_data
 from calicoctl.workloads import docker_networks, network_profiles
@@ -137,7 +137,7 @@ def _add(arguments: dict[str, Any], request: AddressRequest, interface: str | No
             form,
         )
     elif made.existed:
-        print(f"{workload.name} has IP {made.address} on {made.interface} already.")
+        print(f"{workload.name} has IP {made.address} on {printable(str(made.interface))} already.")
     else:
         print(f"IP {made.address} added to {workload.name}")
     sys.stdout.flush()

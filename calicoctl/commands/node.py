@@ -131,7 +131,7 @@ from calicoctl.datastore.hosts import hostname
 from calicoctl.datastore.reserved import HostNetwork, Network
 from calicoctl.datastore.store import Entry
 from calicoctl.environment import EnvironmentFile
-from calicoctl.errors import CalicoError, DockerUnavailable, Frozen, NotFound, StoreError, about
+from calicoctl.errors import CalicoError, DockerUnavailable, Frozen, NotFound, StoreError, about, printable
 from calicoctl.felix import heartbeat, kept_addresses, local_etcd, plugin_process, process
 from calicoctl.felix.bgp.instance import Instance
 from calicoctl.felix.dataplane.sysctls import HostSettings
@@ -635,7 +635,7 @@ def _disconnect(host: str, workloads: set[tuple[str, str]]) -> bool:
 
     def report(id: str) -> None:
         found.append(id)
-        print(f"Removed Calico from {id}")
+        print(f"Removed Calico from {printable(id)}")
 
     clients = [DatastoreClient.from_environment(shared=False).for_host(host) for _ in range(AT_ONCE)]
     disconnect_all(clients, workloads, report)

@@ -117,6 +117,14 @@ def test_objects_with_odd_names_can_be_removed(host: Host) -> None:
     assert host.etcd.get("/calico/v1/host/host1/config/marker") == "created"
 
 
+def test_no_name_reaches_the_terminal_as_it_is(host: Host) -> None:
+    key = f"/calico/v1/host/{host.name}/workload/docker/\x1b[31m\u202e/endpoint/{'1' * 32}"
+    host.etcd.put(key, {"state": "active", "name": "cali11111111111", "mac": "02:00:00:00:00:01"})
+    said = host.ctl("node", "remove", "--remove-endpoints").out
+    assert "Removed Calico from \\x1b[31m\\u202e\n" in said
+    assert host.records() == {}
+
+
 @pytest.mark.parametrize("word", ["append", "set"])
 def test_a_list_of_profiles_with_one_twice_is_refused(host: Host, blue: str, word: str) -> None:
     for name in ("web", "db"):
