@@ -24,6 +24,9 @@ ADDRESSES = 256
 CLAIMANTS = 100
 """If more endpoints than this list the same interface or address, errors do not name the endpoint that uses it."""
 
+BLOCKS = 1000
+"""Maximum number of blocks that a handle names. Each is read when an address of the handle is assigned or released."""
+
 TAGS = 256
 """Maximum number of tags of a profile."""
 

@@ -132,14 +132,17 @@ class Block:
         return self.extra.get("strict_affinity") not in (None, False)
 
     def owner(self, ordinal: int) -> Owner | None:
-        """Return the owner of the address `first + ordinal`, None if the address is free."""
+        """Return the owner of the address `first + ordinal`, None if the address is free.
+
+        What cannot be a handle (keys.is_handle) is left out of the result.
+        """
         index = self.allocations[ordinal]
         if index is None:
             return None
         owner = self.owners[index]
         handle, secondary = owner.get("handle_id"), owner.get("secondary")
         return Owner(
-            handle if isinstance(handle, str) else None,
+            handle if isinstance(handle, str) and keys.is_handle(handle) else None,
             secondary if isinstance(secondary, dict) else {},
         )
 

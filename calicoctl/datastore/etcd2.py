@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import posixpath
 import re
 import secrets
 import socket
@@ -328,12 +329,27 @@ class Etcd2Store:
             raise StoreError(f"the store does not answer as etcd does: it cannot watch {directory}") from None
 
     def _read(self, key: str, send: Callable[[etcd.Client, str], T], directory: bool = False) -> T:
-        """Send an idempotent request about a key, repeatedly until it is answered. See _Connection.request."""
+        """Send an idempotent request about a key, repeatedly until it is answered. See _Connection.request.
+
+        If no key can have this path, EtcdKeyNotFound is raised without a request.
+        """
+        import etcd
+
+        if not _is_path(key):
+            raise etcd.EtcdKeyNotFound(f"Key not found : {key}", {})
         return self._members.retry(lambda connection: connection.request(key, send, directory))
 
     def _ask(self, key: str, send: Callable[[etcd.Client, str], T]) -> T:
         """Send a request about a key, without retries. See Members.ask and _Connection.request."""
         return self._members.ask(lambda connection: connection.request(key, send))
+
+
+def _is_path(key: str) -> bool:
+    """Return whether the v2 API can have a key. For others, with `..` in their path for example, it takes another.
+
+    Also return True for "", which stands for no key.
+    """
+    return key == "" or posixpath.normpath(key) == key
 
 
 class _Connection:
@@ -355,6 +371,8 @@ class _Connection:
         import etcd
         import urllib3.exceptions
 
+        if not _is_path(key):
+            raise StoreError(f"etcd's v2 API can have no key {key}")
         try:
             with answers.bounded(LARGEST_DIRECTORY if directory else LARGEST_VALUE):
                 return send(self._client, quote(key))

@@ -15,6 +15,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from calicoctl import limits
 from calicoctl.addresses import version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.blocks import Block
@@ -166,4 +167,6 @@ def counts_of(entry: Entry) -> dict[str, int]:
     counts = load_object(entry.value, entry.key).get("block")
     if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
         raise InvalidValue(entry.key, '"block" should be an object of numbers')
+    if len(counts) > limits.BLOCKS:
+        raise InvalidValue(entry.key, f"a handle can have {limits.BLOCKS} blocks, and this would have {len(counts)}")
     return counts

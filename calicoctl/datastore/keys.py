@@ -243,6 +243,11 @@ def ipam_handles() -> str:
     return "/calico/ipam/v2/handle"
 
 
+def is_handle(text: str) -> bool:
+    """Return whether a text can be a handle: it is one part of a path, which etcd's v2 API does not change."""
+    return "/" not in text and text not in ("", ".", "..")
+
+
 def ipam_handle(handle: str) -> str:
     return f"{ipam_handles()}/{handle}"
 

@@ -33,7 +33,7 @@ def key_of(host: Host, name: str) -> str:
     return key
 
 
-def check(host: Host, *options: str, status: int = 1) -> list[dict]:
+def check(host: Host, *options: str, status: int | None = 1) -> list[dict]:
     return json.loads(host.ctl("ipam", "check", "--output=json", *options, status=status).out)
 
 
@@ -194,6 +194,26 @@ def test_hosts_that_are_not_registered_and_what_cannot_be_read(host: Host) -> No
     host.etcd.put("/calico/ipam/v2/assignment/ipv4/block/192.168.1.0-26", "{")
     (found,) = check(host, "--fix")
     assert found["kind"] == "unreadable" and "192.168.1.0-26" in found["subject"]
+
+
+OWNER = ("host", "orchestrator", "workload", "endpoint", "interface", "namespace")
+
+
+@pytest.mark.parametrize("handle", ["../../../v1/Ready", "..", "", "/", "a/b", "//"])
+def test_an_address_whose_handle_is_no_name_of_one_is_released(host: Host, handle: str) -> None:
+    block = {
+        "cidr": "192.168.1.0/26",
+        "affinity": "host:gone",
+        "allocations": [0, 0, *[None] * 62],
+        "attributes": [{"handle_id": handle, "secondary": dict.fromkeys(OWNER, "..")}],
+    }
+    host.etcd.put("/calico/ipam/v2/assignment/ipv4/block/192.168.1.0-26", block)
+    host.ctl("ipam", "info", "192.168.1.1")
+    before = (host.etcd.tree("/calico/v1"), host.handles())
+    host.ctl("ipam", "release", "192.168.1.1")
+    check(host, "--fix", status=None)
+    assert "192.168.1.1" not in host.allocations()
+    assert (host.etcd.tree("/calico/v1"), host.handles()) == before
 
 
 def test_fields_of_newer_tools_in_a_block(host: Host) -> None:

@@ -300,6 +300,13 @@ class StoreContract:
         assert keys == [three, None, one, one]
         assert directories[:2] == [[two], []] and sorted(directories[2], key=str) == sorted([two, three], key=str)
 
+    @pytest.mark.parametrize("path", ["../b", "a/../b", "./b", "/b", "b/"])
+    def test_a_path_that_stands_for_another_key_reads_nothing(self, store: Store, path: str) -> None:
+        for key in ("/calico/b", "/calico/x/b"):
+            store.create(key, "1")
+        assert store.get(f"/calico/x/{path}") is None
+        assert store.names(f"/calico/x/{path}") == [] and not store.exists(f"/calico/x/{path}")
+
     def test_names_may_leave_some_out(self, store: Store) -> None:
         for name in ("b", "b.c", "b0/x", "d/e/f", "d/g", "e", "é"):
             store.put(f"/calico/a/{name}", "1")

@@ -817,3 +817,13 @@ def test_blocks_that_cannot_be_read_are_named_and_do_not_hide_the_others(modern:
     assert ipam.used_in([used]) == {used: [IPAddress("10.0.0.1")]}, "invalid blocks elsewhere do not matter"
     with pytest.raises(InvalidValue, match=r"10\.0\.0\.64-26"):
         ipam.used_in([used, IPNetwork("10.0.0.64/26")])
+
+
+def test_a_handle_that_names_blocks_without_end_is_invalid_before_any_is_read() -> None:
+    store = MemoryStore()
+    blocks = {f"10.{number >> 8}.{number & 255}.0/26": 1 for number in range(limits.BLOCKS + 1)}
+    store.put("/calico/ipam/v2/handle/h", json.dumps({"id": "h", "block": blocks}))
+    ipam_of = Ipam(store, "host1")
+    with pytest.raises(InvalidValue, match="a handle can have 1000 blocks"):
+        ipam_of.assign(IPAddress("10.0.0.1"), Owner("h", {}))
+    assert not any("/assignment/" in key for key in store.entries)
