@@ -794,7 +794,7 @@ def test_wait_is_not_fooled_by_a_dead_agent(pair: AgentHost) -> None:
     wait_for(lambda: ping("a", B4), "the network")
 
 
-def test_an_etcd_of_its_own(bare_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_etcd_of_its_own(bare_host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     host = AgentHost(bare_host.etcd)
     env = {"ETCD_AUTHORITY": f"127.0.0.1:{port}", "http_proxy": "http://127.0.0.1:9"}
@@ -828,10 +828,10 @@ def test_an_etcd_of_its_own(bare_host: Host, monkeypatch: pytest.MonkeyPatch) ->
         pid = int(pid_file.read_text())
         assert "local etcd has ended" in host.ctl("node", "stop", "--force", env=env).out
         assert gone(pid)
-        Path("/var/log/calico/felix.log").mkdir(parents=True)  # so the agent cannot start
-        assert "etcd" in host.ctl("node", "--ip=192.0.2.2", "--local-etcd", status=1, env=env).out
+        (tmp_path / "felix.log").mkdir()  # so the agent cannot start
+        options = ("--ip=192.0.2.2", "--local-etcd", f"--log-dir={tmp_path}")
+        assert "etcd" in host.ctl("node", *options, status=1, env=env).out
         assert not pid_file.exists(), "an etcd that nobody looks after"
-        run("rm", "-rf", "/var/log/calico")
         host.ctl("node", "remove", "--remove-endpoints", env=env)
         assert not Path("/run/calico/host1").exists() and not calico_links()
         assert "calico" not in run("nft", "list", "ruleset").out
