@@ -33,12 +33,12 @@ API_noble = etcdv2
 COLD_noble = yes
 
 # On trixie, which is for etcd 3.5 and for the newest kernel tools and Python, the tests of what depends on these. On noble,
-# which is for etcd's v2 API and for commands without their server, all but those of that server, of the local etcd, which
-# always uses v3, of Docker's hook, which that engine's way to keep images does not allow, of memory usage and endurance,
-# which no other release can change, and what needs TEST_HERE.
+# which is for etcd's v2 API and for commands without their server, all but those of that server, of the local etcd, the
+# documentation and the demo, which always use v3, of Docker's hook, which that engine's way to keep images does not allow,
+# of memory usage and endurance, which no other release can change, and what needs TEST_HERE.
 FILES_trixie = agent checksystem command_server datastore_watch deb demo drops etcd3 etcd_apis guard neighbours netns \
 	packages policy ruleset store_contract
-LEFT_OUT_noble = command_server settings_file docker_hook memory_usage soak cni_podman compose map ansible
+LEFT_OUT_noble = command_server settings_file docs demo docker_hook memory_usage soak cni_podman compose map ansible
 
 .PHONY: help packages lint types docs docs-picture unit system test test-all releases soak lock tox bench demo demo-clean demo-hosts demo-hosts-clean wheel deb install uninstall install-cni uninstall-cni clean
 

@@ -164,6 +164,7 @@ def test_what_is_shown_and_traced(network: AgentHost) -> None:
 
 def test_what_docker_owns_is_refused(network: AgentHost) -> None:
     host = network
+    wait_for(lambda: "docker_container" in record(host, "web"), "the container's name in its record")
     before = host.records(), host.allocations()
     why = "web is connected by Docker, to its network net1: "
     for words, advice in (
