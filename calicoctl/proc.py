@@ -10,6 +10,7 @@ import itertools
 import os
 import select
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,14 +68,21 @@ def strings(pid: int, name: str) -> list[str]:
 
 def sockets(pid: int) -> set[str]:
     """Return the inode numbers of a process's open sockets, as decimal text; an empty set if they cannot be read."""
-    found = set()
-    with suppress(OSError):
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
+    links = _open_files(Path(f"/proc/{pid}"))
+    return {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    """Yield where the links in /proc/PID/fd lead, "" for a link that cannot be read. `process` is /proc/PID.
+
+    Nothing is yielded if the directory cannot be read.
+    """
+    with suppress(OSError), os.scandir(process / "fd") as files:
+        for file in files:
+            link = ""
             with suppress(OSError):
-                target = str(fd.readlink())
-                if target.startswith("socket:["):
-                    found.add(target[8:-1])
-    return found
+                link = str(Path(file.path).readlink())
+            yield link
 
 
 def is_listened_at(path: Path) -> bool:
@@ -119,22 +127,16 @@ def port_holder(protocol: str, port: int) -> str | None:
             for words in map(str.split, table):
                 # a connection that is closed has no inode
                 if len(words) > 9 and words[1].endswith(f":{port:04X}") and words[9] != "0":
-                    users[words[9]] = words[7]
+                    users[f"socket:[{words[9]}]"] = words[7]
     if not users:
         return None
-    left = MOST_FILES
-    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda process: _owner(process) not in users.values()):
-        held: list[str] = []
-        with suppress(OSError), os.scandir(process / "fd") as files:
-            for file in itertools.islice(files, left):
-                left -= 1
-                with suppress(OSError):
-                    target = str(Path(file.path).readlink())
-                    held += [inode for inode in users if target == f"socket:[{inode}]"]
-        if held:
+    processes = sorted(Path("/proc").glob("[0-9]*"), key=lambda process: _owner(process) not in users.values())
+    links = ((process, link) for process in processes for link in _open_files(process))
+    for process, link in itertools.islice(links, MOST_FILES):
+        if link in users:
             with suppress(OSError):
                 command = (process / "comm").read_text(errors="replace").rstrip("\n")
-                return f"process {process.name} ({command!a}) of user {users[held[0]]}"
+                return f"process {process.name} ({command!a}) of user {users[link]}"
     return f"a process of user {next(iter(users.values()))}"
 
 

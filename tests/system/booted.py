@@ -91,10 +91,8 @@ def booted(checkout: Path) -> Iterator[Booted]:
     finally:
         process.kill()  # and with it, by --kill-child, the namespaces
         process.wait()
-        for path in sorted(hierarchy.rglob("*/"), reverse=True):
-            if path.is_dir():
-                wait_for(lambda p=path: _removed(p), f"{path} to be empty")
-        wait_for(lambda: _removed(hierarchy), f"{hierarchy} to be empty")
+        for path in [*sorted(filter(Path.is_dir, hierarchy.rglob("*")), reverse=True), hierarchy]:
+            wait_for(lambda p=path: _removed(p), f"{path} to be empty")
         run("umount", str(folder))
         shutil.rmtree(folder)
 
