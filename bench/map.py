@@ -1,4 +1,5 @@
-"""Prints what a map of the network costs: the seconds to make it, its size, and how long a browser takes for a click.
+"""Prints what a map of the network costs: the seconds and the memory to make it, its size, and how long a browser takes
+for a click.
 
 `make bench` runs this; arguments are the numbers of endpoints (1000), profiles (100) and hosts (20). Every endpoint has
 one to three of the profiles, at random, so hardly two of them are treated alike: the worst case.
@@ -10,6 +11,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from typing import Any
 from measuring import HOME, endpoint_record, percentile, report, running_etcd, timed
 
 from tests.system.browser import Browser, chromium
+from tests.system.test_memory_usage import MEASURE
 
 PROGRAM = str(Path(sys.executable).parent / "calicoctl")
 CLICKS = 40
@@ -76,6 +79,14 @@ def click(browser: Browser, place: int) -> float:
     return spent / 1000
 
 
+def peak(environment: dict[str, str], output: str) -> float:
+    """Return the peak resident memory of a map, made without the command server, in MiB."""
+    command = [sys.executable, "-S", "-c", MEASURE, PROGRAM, "map", output]
+    cold = {**environment, "CALICO_COLD": "1"}
+    done = subprocess.run(command, env=cold, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+    return int(done.stderr.splitlines()[-1]) / 1024
+
+
 def main() -> None:
     endpoints, profiles, hosts = (int(word) for word in (sys.argv[1:] + ["1000", "100", "20"][len(sys.argv) - 1 :]))
     what = f"map of {endpoints} endpoints with {profiles} profiles"
@@ -92,8 +103,12 @@ def main() -> None:
         seconds = [timed(PROGRAM, "map", str(file), env=environment) for _ in range(3)]
         report(f"{what}: seconds", "under 10", statistics.median(seconds))
         report(f"{what}: size of the file, MB", "under 5", file.stat().st_size / 1e6)
-        if endpoints <= 1500:  # there is no JSON of very many groups
+        report(f"{what}: peak memory, MiB", "under 64", peak(environment, str(file)))
+        if endpoints <= 1500:  # these are for at most 2,000 groups
             report(f"{what}: seconds as JSON", "", timed(PROGRAM, "map", "--output=json", env=environment))
+            for form in ("json", "text"):
+                memory = peak(environment, f"--output={form}")
+                report(f"{what}: peak memory as {form}, MiB", "under 64", memory)
         with chromium(Path(folder) / "chromium") as browser:
             browser.open(file)
             clicks = [click(browser, number) for number in range(CLICKS)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from calicoctl.errors import one_line, printable
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PART = 500
-"""The number of rows of a table that are formatted at a time."""
+PART = 20_000
+"""The number of cells of a table that are formatted at a time."""
 
 _SHORT = 10
 """Words of up to this many characters, such as an ISO date, are not broken at hyphens if possible."""
@@ -122,20 +122,22 @@ def print_table(
     """
     import shutil
 
-    lines = [["" if cell is None else _cell(str(cell)) for cell in row] for row in [columns, *rows]]
+    lines = [["" if cell is None else _cell(str(cell)) for cell in row] for row in chain([columns], rows)]
     if sys.stdout.isatty() and not complete:
         lines, left_out = fit(lines, shutil.get_terminal_size().columns, expendable)
         if left_out:
             warn(f"Columns left out because the terminal is too narrow: {', '.join(left_out)}; --no-trunc shows all.")
         widest = None
     widths = _column_widths(lines, widest)
-    for start in range(0, len(lines), PART):  # the text of a large table is never in memory as a whole
-        table = _table(lines[start : start + PART], widest, has_heading=start == 0)
+    part = max(1, PART // len(columns))
+    for start in range(0, len(lines), part):  # the text of a large table is never in memory as a whole
+        table = _table(lines[start : start + part], widest, has_heading=start == 0)
         table.min_width.update(zip(table.field_names, widths))
         text = str(table)
+        table.clear()  # it refers to itself, so its cells would stay until Python looks for garbage
         if start > 0:
             text = text.partition("\n")[2]  # without its upper frame
-        if start + PART < len(lines):
+        if start + part < len(lines):
             text = text.rpartition("\n")[0]  # without its lower frame
         print(text)
 

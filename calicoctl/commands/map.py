@@ -87,7 +87,7 @@ def _show(form: str | None, complete: bool) -> None:
     print_table(["Group", "Members", "Names", "Profiles"], network.legend(), complete=complete)
     heading, rows = network.table(_progress)
     for columns in _parts(heading, rows, complete):
-        print_table([heading[n] for n in columns], [[row[n] for n in columns] for row in rows], complete=complete)
+        print_table([heading[n] for n in columns], ([row[n] for n in columns] for row in rows), complete=complete)
     warn_of_each([f"{key}: {problem}" for key, problem in network.problems()])
 
 

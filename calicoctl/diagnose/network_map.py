@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from calicoctl.datastore.keys import endpoint as endpoint_key
 from calicoctl.datastore.model import Rule
 from calicoctl.diagnose.enforcement import Cause, Enforcement, Ruling
-from calicoctl.diagnose.reachability import LAST, OTHERS, Decisions, Group, Node, Parts, Reachability, merged
+from calicoctl.diagnose.reachability import LAST, OTHERS, Answers, Decisions, Group, Node, Parts, Reachability, merged
 from calicoctl.output import first_few
 from calicoctl.policy.rules import PROTOCOLS, WITH_PORTS
 
@@ -23,8 +23,8 @@ Ranges = list[tuple[int, int]]
 Progress = Callable[[Sequence[Group]], Iterable[Group]]
 """A function that yields the groups that it is given, and may show meanwhile how many of them have been evaluated."""
 
-Passing = tuple[tuple[int, Parts[bool]], ...]
-"""What passes at one end of a path: the items of an Answers[bool]."""
+Passing = Answers[bool]
+"""What passes at one end of a path."""
 
 
 def allowed(pair: dict[int, tuple[Passing, Passing]]) -> str:
@@ -41,22 +41,26 @@ def allowed(pair: dict[int, tuple[Passing, Passing]]) -> str:
     return next(iter(texts.values()))
 
 
-def passing(decisions: Decisions | None) -> Passing:
-    """Return what passes according to decisions; everything does at an end that is a host."""
+def passing(decisions: Decisions | None, once: Callable[[Any], Any]) -> Passing:
+    """Return what passes according to decisions; everything does at an end that is a host.
+
+    `once` returns the first value that was equal (see Reachability.once).
+    """
     if decisions is None:
         return ((OTHERS, ((0, True),)),)
-    found = []
-    for protocol, parts in decisions.items():
+    found: list[tuple[int, Parts[bool]]] = []
+    for protocol, parts in decisions:
         passes = [(first, ruling.allowed) for first, ruling in parts]
         changes = [part for before, part in zip([(0, None), *passes], passes) if before[1] is not part[1]]
-        found.append((protocol, tuple(changes)))
-    return tuple(found)
+        found.append(once((protocol, once(tuple(map(once, changes))))))
+    equal: Passing = once(tuple(found))
+    return equal
 
 
 @cache
 def _allowed(outbound: Passing, inbound: Passing) -> str:
     ranges: dict[int, dict[bool, Ranges]] = {}
-    for protocol, first, both in merged([dict(outbound), dict(inbound)]):
+    for protocol, first, both in merged([outbound, inbound]):
         of_protocol = ranges.setdefault(protocol, {True: [], False: []})
         of_protocol[all(both)].append((first, LAST))
     passes = bool(ranges.pop(OTHERS)[True])
@@ -128,7 +132,7 @@ class NetworkMap:
 
     def _passing(self, decisions: Decisions | None) -> Passing:
         if id(decisions) not in self._passes:
-            self._passes[id(decisions)] = passing(decisions)
+            self._passes[id(decisions)] = passing(decisions, self.reach.once)
         return self._passes[id(decisions)]
 
     def sample(self, source: Group, destination: Group) -> tuple[Node, Node] | None:
@@ -314,7 +318,7 @@ class Writer:
             self.decisions.append(
                 [
                     self._parts.setdefault(part, part)
-                    for protocol, parts in decisions.items()
+                    for protocol, parts in decisions
                     for (first, ruling), after in zip(parts, [*(start for start, _ in parts[1:]), LAST + 1])
                     for part in [
                         Part(

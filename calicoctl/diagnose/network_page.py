@@ -217,7 +217,8 @@ class _Data:
             some = {group for trait in _numbers(looks_at) for group in self._with_trait[version, trait]}
             none = next((group for group in self._of_version[version] if not group.traits[version] & looks_at), None)
             groups = sorted(some if none is None else {*some, none}, key=lambda group: group.number)
-            self._kinds[key] = {group.traits[version] & looks_at: group.members[0] for group in groups}
+            once = self._reach.once
+            self._kinds[key] = {once(group.traits[version] & looks_at): group.members[0] for group in groups}
         return self._kinds[key]
 
     def _table(self, looks_at: int, direction: str, answers: dict[int, Decisions | None]) -> int:

@@ -46,8 +46,12 @@ Parts = tuple[tuple[int, T], ...]
 """What applies to the ports of a protocol, or to its ICMP types and codes: pairs of the first number of a part, and a
 value. The first pair begins with 0, and each part ends where the next one begins, or with LAST."""
 
-Answers = dict[int, Parts[T]]
-"""What applies to all packets between two addresses, by the protocol: its number, or OTHERS, which is always there."""
+Answers = tuple[tuple[int, Parts[T]], ...]
+"""What applies to all packets between two addresses: pairs of a protocol (its number, or OTHERS, which is always there)
+and of what applies to its packets."""
+
+EVERYTHING: Answers[None] = ((OTHERS, ((0, None),)),)
+"""All packets, undivided."""
 
 Decisions = Answers[Ruling]
 """The decisions at one endpoint about all packets between two addresses."""
@@ -124,7 +128,8 @@ class Reachability:
         self.groups: list[Group] = []
         self.nodes: list[Node] = []
         self._by_key: dict[object, Group] = {}
-        self._decisions: dict[tuple[object, ...], Decisions] = {}
+        self._decisions: dict[tuple[object, ...], dict[int, Decisions]] = {}
+        """By whatever decides at an endpoint, and by the traits of the other end."""
         self._equal: dict[object, Any] = {}
         self._of_profiles: dict[tuple[object, ...], Answers[Verdict]] = {}
         self._has_tag = enforcement.has_tag
@@ -133,7 +138,7 @@ class Reachability:
         self._named: dict[tuple[str, str], list[tuple[int, int]]] = {}
         self._looks: dict[tuple[str, str], tuple[int, int]] = {}
         self._looked_at: dict[tuple[tuple[str, ...], str], tuple[int, int]] = {}
-        self._traits = _Traits(enforcement)
+        self._traits = _Traits(enforcement, self.once)
         self._add_endpoints()
         self._add_hosts()
 
@@ -167,39 +172,42 @@ class Reachability:
             return None
         to_own_host = destination.endpoint is None and destination.host == source.host
         own, peer = self.looks_at("outbound", group)
-        traits = group.traits[version] & own, other.traits[version] & peer
-        key = ("outbound", group.is_set_up, group.profiles, version, traits, other.action if to_own_host else None)
-        if key not in self._decisions:
+        kind = ("outbound", group.is_set_up, other.action if to_own_host else None)
+        seen_here = self.once(group.traits[version] & own)
+        known = self._decisions.setdefault((*kind, group.profiles, version, seen_here), {})
+        seen_there = self.once(other.traits[version] & peer)
+        if seen_there not in known:
             here, there = source.place(version), destination.place(version)
-            self._decisions[key] = self._decided(
-                key[:2] + key[5:],
+            known[seen_there] = self._decided(
+                kind,
                 group.profiles,
                 (here.address, there.address),
-                services(version) if to_own_host else {},
+                services(version) if to_own_host else (),
                 lambda verdict, packet: self._enforcement.outbound_after(verdict, id, there, packet),
             )
-        return self._decisions[key]
+        return known[seen_there]
 
     def inbound(self, source: Node, destination: Node, version: int) -> Decisions | None:
         """Return the decisions at the destination, None if it is a host; see `outbound`."""
         id, group = destination.endpoint, destination.group
         if id is None:
             return None
-        kind = "endpoint" if source.endpoint is not None else "own host" if source.host == id.host else "host"
+        source_kind = "endpoint" if source.endpoint is not None else "own host" if source.host == id.host else "host"
         own, peer = self.looks_at("inbound", group)
-        seen = self.traits_as_sent(source, destination, version)
-        traits, is_in_pool = (group.traits[version] & own, seen & peer), group.traits[version] & IN_POOL
-        key = ("inbound", group.is_set_up, group.profiles, version, traits, kind, is_in_pool)
-        if key not in self._decisions:
+        kind = ("inbound", group.is_set_up, source_kind, group.traits[version] & IN_POOL)
+        seen_here = self.once(group.traits[version] & own)
+        known = self._decisions.setdefault((*kind, group.profiles, version, seen_here), {})
+        seen_there = self.once(self.traits_as_sent(source, destination, version) & peer)
+        if seen_there not in known:
             here, there = source.place(version), destination.place(version)
-            self._decisions[key] = self._decided(
-                key[:2] + key[5:],
+            known[seen_there] = self._decided(
+                kind,
                 group.profiles,
                 (self._as_sent(source, destination, version), there.address),
-                {},
+                (),
                 lambda verdict, packet: self._enforcement.inbound_after(verdict, here, id, packet),
             )
-        return self._decisions[key]
+        return known[seen_there]
 
     def traits_as_sent(self, source: Node, destination: Node, version: int) -> int:
         """Return the traits of the source address as the destination sees it: it may have been masqueraded."""
@@ -217,6 +225,11 @@ class Reachability:
             self._masquerades[key] = None if sent == here else sent
         return self._masquerades[key] or here
 
+    def once(self, value: T) -> T:
+        """Return the first value that was equal to `value`: many thousands are, and need memory once only."""
+        found: T = self._equal.setdefault(value, value)
+        return found
+
     def looks_at(self, direction: str, group: Group) -> tuple[int, int]:
         """Return the traits that the rules of a group's profiles look at: of its own address, and of the other one.
 
@@ -228,7 +241,8 @@ class Reachability:
             for profile in group.profiles:
                 sides = self._sides(profile, direction)
                 source, destination = source | sides[0], destination | sides[1]
-            self._looked_at[key] = (source, destination) if direction == "outbound" else (destination, source)
+            own, peer = (source, destination) if direction == "outbound" else (destination, source)
+            self._looked_at[key] = self.once(own), self.once(peer)
         return self._looked_at[key]
 
     def _decided(
@@ -246,18 +260,15 @@ class Reachability:
         """
         verdicts = [self._verdicts(profile, kind[0], *addresses) for profile in profiles]
         found: dict[int, list[tuple[int, Ruling]]] = {}
-        for protocol, first, (_, *values) in merged([{OTHERS: ((0, None),), **divided}, *verdicts]):
+        for protocol, first, (_, *values) in merged([(*divided, *EVERYTHING), *verdicts]):
             first_match = next((verdict for verdict in values if verdict.profile is not None), Verdict(False))
             decided = ruling(first_match, _packet(*addresses, protocol, first))
             parts = found.setdefault(protocol, [])
             if not parts or parts[-1][1] != decided:
-                parts.append(self._once((first, decided)))
+                parts.append(self.once((first, decided)))
         others = found[OTHERS]
-        left = {
-            number: self._once(tuple(parts)) for number, parts in found.items() if number == OTHERS or parts != others
-        }
-        equal: Decisions = self._equal.setdefault(tuple(left.items()), left)
-        return equal
+        left = ((number, parts) for number, parts in found.items() if number == OTHERS or parts != others)
+        return self.once(tuple(self.once((number, self.once(tuple(parts)))) for number, parts in left))
 
     def _verdicts(self, profile: str, direction: str, source: str, destination: str) -> Answers[Verdict]:
         """Return the verdicts of one profile; where none of its rules matches, `Verdict.profile` is None.
@@ -266,12 +277,18 @@ class Reachability:
         """
         version = version_of(source)
         sides = self._sides(profile, direction)
-        key = (profile, direction, version, self._traits.of(source) & sides[0], self._traits.of(destination) & sides[1])
+        traits = (
+            self.once(self._traits.of(source) & sides[0]),
+            self.once(self._traits.of(destination) & sides[1]),
+        )
+        key = (profile, direction, version, *traits)
         if key not in self._of_profiles:
             rules = self._enforcement.rules([profile], direction)[profile]
             # a rule that names a trait that an address lacks matches no packet between the two
             named = enumerate(self._named_by_rules(profile, direction), start=1)
-            numbers = [number for number, (one, other) in named if one & key[3] == one and other & key[4] == other]
+            numbers = [
+                number for number, (one, other) in named if one & traits[0] == one and other & traits[1] == other
+            ]
             left = None if rules is None else [rules[number - 1] for number in numbers]
 
             def verdict(protocol: int, first: int) -> Verdict:
@@ -279,17 +296,12 @@ class Reachability:
                 found = decide([profile], {profile: left}, packet, self._has_tag)
                 return found if found.rule is None else replace(found, rule=numbers[found.rule - 1])
 
-            found = {
-                protocol: self._once(tuple(self._once((first, verdict(protocol, first))) for first in starts))
+            found = (
+                (protocol, self.once(tuple(self.once((first, verdict(protocol, first))) for first in starts)))
                 for protocol, starts in divisions(left or (), version).items()
-            }
-            self._of_profiles[key] = self._equal.setdefault(tuple(found.items()), found)
+            )
+            self._of_profiles[key] = self.once(tuple(map(self.once, found)))
         return self._of_profiles[key]
-
-    def _once(self, value: T) -> T:
-        """Return the first value that was equal to `value`: many thousands are, and need memory once."""
-        found: T = self._equal.setdefault(value, value)
-        return found
 
     def _sides(self, profile: str, direction: str) -> tuple[int, int]:
         """Return the traits that a profile's rules look at: of the source, and of the destination."""
@@ -298,7 +310,7 @@ class Reachability:
             source = destination = 0
             for one, other in self._named_by_rules(profile, direction):
                 source, destination = source | one, destination | other
-            self._looks[key] = (source, destination)
+            self._looks[key] = self.once(source), self.once(destination)
         return self._looks[key]
 
     def _named_by_rules(self, profile: str, direction: str) -> list[tuple[int, int]]:
@@ -351,8 +363,9 @@ class Reachability:
 class _Traits:
     """The tags and nets that rules of the endpoints' profiles name, each with a number, which is a power of two."""
 
-    def __init__(self, enforcement: Enforcement) -> None:
+    def __init__(self, enforcement: Enforcement, once: Callable[[int], int]) -> None:
         self._enforcement = enforcement
+        self._once = once
         seen = enforcement.seen_by(enforcement.host)
         self._pools = list(seen.pools.values())
         self._of: dict[str, int] = {}
@@ -382,13 +395,14 @@ class _Traits:
             found = IN_POOL * bool(pools) | MASQUERADED * any(pool.masquerade for pool in pools)
             found |= sum(self._tags.get(tag, 0) for tag in self._enforcement.tags_of(address))
             found |= sum(number for net, number in self._nets.items() if within(address, net))
-            self._of[address] = found
+            self._of[address] = self._once(found)
         return self._of[address]
 
     def named_by(self, rule: Rule) -> tuple[int, int]:
         """Return the sums of the traits that a rule names for the source, and for the destination."""
         source = self._tags.get(rule.src_tag or "", 0) | self._nets.get(rule.src_net or "", 0)
-        return source, self._tags.get(rule.dst_tag or "", 0) | self._nets.get(rule.dst_net or "", 0)
+        destination = self._tags.get(rule.dst_tag or "", 0) | self._nets.get(rule.dst_net or "", 0)
+        return self._once(source), self._once(destination)
 
     def is_masqueraded(self, source: Node, destination: Node, version: int) -> bool:
         """Return whether packets to a node reach it masqueraded. One of the nodes must be an endpoint."""
@@ -418,11 +432,11 @@ def divisions(rules: Iterable[Rule], version: int) -> dict[int, list[int]]:
 
 
 def services(version: int) -> Answers[None]:
-    """Return where the packets begin and end that verdict.is_host_service tells apart (see Parts)."""
+    """Return where the packets begin and end that verdict.is_host_service tells apart (see Parts); without OTHERS."""
     ports: dict[int, set[int]] = {UDP: {0, 53, 54}}
     if version == 6:
         ports[ICMPV6] = {0, *(256 * (type + after) for type in HOST_ICMPV6_TYPES for after in (0, 1))}
-    return {protocol: tuple((first, None) for first in sorted(found)) for protocol, found in ports.items()}
+    return tuple((protocol, tuple((first, None) for first in sorted(found))) for protocol, found in ports.items())
 
 
 def merged(answers: Sequence[Answers[Any]]) -> Iterator[tuple[int, int, list[Any]]]:
@@ -430,9 +444,10 @@ def merged(answers: Sequence[Answers[Any]]) -> Iterator[tuple[int, int, list[Any
 
     The parts are sorted; OTHERS comes last.
     """
-    named = {protocol for answer in answers for protocol in answer} - {OTHERS}
+    by_protocol = [dict(answer) for answer in answers]
+    named = {protocol for answer in by_protocol for protocol in answer} - {OTHERS}
     for protocol in [*sorted(named), OTHERS]:
-        columns = [answer.get(protocol) or answer[OTHERS] for answer in answers]
+        columns = [answer.get(protocol) or answer[OTHERS] for answer in by_protocol]
         for first in sorted({first for column in columns for first, _ in column}):
             yield protocol, first, [_at(column, first) for column in columns]
 
@@ -448,9 +463,8 @@ def _at(parts: Parts[Any], number: int) -> Any:
 
 def joined(outbound: Decisions | None, inbound: Decisions | None) -> list[Joint]:
     """Return the decisions at both ends together, OTHERS last; None stands for an end that is a host."""
-    nothing: Answers[None] = {OTHERS: ((0, None),)}
     found: list[Joint] = []
-    for protocol, first, rulings in merged([outbound or nothing, inbound or nothing]):
+    for protocol, first, rulings in merged([outbound or EVERYTHING, inbound or EVERYTHING]):
         if found and found[-1].protocol == protocol:
             found[-1] = found[-1]._replace(last=first - 1)
         found.append(Joint(protocol, first, LAST, *rulings))

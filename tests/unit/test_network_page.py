@@ -142,7 +142,7 @@ def test_the_tables_of_the_file_have_the_decisions_about_all_pairs(drawn: dict[s
             return None
         return {
             (protocol, first, ruling.allowed, found.reason(ruling, direction))
-            for protocol, parts in decisions.items()
+            for protocol, parts in decisions
             for first, ruling in parts
         }
 

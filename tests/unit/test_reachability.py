@@ -396,7 +396,7 @@ def test_equal_parts_of_decisions_are_in_memory_once() -> None:
         world.endpoint(number + 1, f"10.65.0.{number + 1}", profile_ids=["big", f"p{number}"])
     reach = world.map().reach
     answers = [reach.inbound(one, other, 4) for one in reach.endpoints for other in reach.endpoints]
-    columns = [column for decisions in answers if decisions is not None for column in decisions.values()]
+    columns = [column for decisions in answers if decisions is not None for _, column in decisions]
     for found in (columns, [part for column in columns for part in column]):
         assert len(set(map(id, found))) == len(set(found)) < len(found)
 
