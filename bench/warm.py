@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from measuring import (
     HOME,
@@ -47,6 +48,9 @@ RTMGRP_IPV4_ROUTE, RTM_NEWROUTE = 0x40, 24
 """Source: linux/rtnetlink.h."""
 
 SILENT: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+
+CLOCKS_PRIORITY = -10
+"""The scheduling priority of what measures latencies on a busy host: otherwise, its clock would be late."""
 
 _numbers = itertools.count()
 
@@ -194,7 +198,10 @@ def cni(etcd: Etcd, pairs: int) -> None:
 
 
 def clients(etcd: Etcd, pairs: int) -> None:
-    """Compare the agent's latency with that of a quiet host while a hundred clients come at once."""
+    """Compare the agent's latency with that of a quiet host while a hundred clients come at once.
+
+    The agent's own latency begins when etcd has the record. How long etcd takes to write it is in the other figure.
+    """
     with agent(etcd) as host, socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as routes:
         routes.bind((0, RTMGRP_IPV4_ROUTE))
         routes.settimeout(60)
@@ -203,6 +210,7 @@ def clients(etcd: Etcd, pairs: int) -> None:
         run("ip", "link", "set", "peer", "up")
         host.profile("web")
         host.sync()
+        os.setpriority(os.PRIO_PROCESS, 0, CLOCKS_PRIORITY)
         quiet = [_seconds_to_route(host, routes) for _ in range(5 * pairs)]
         for who, bound, command in (
             ("clients", "at most 1.2", (PROGRAM, "--debug", "profile", "show")),
@@ -210,31 +218,53 @@ def clients(etcd: Etcd, pairs: int) -> None:
         ):
             busy, colds = [], 0
             for _ in range(pairs):
-                crowd = [subprocess.Popen(command, env=host.environment(), **SILENT) for _ in range(100)]
+                crowd = [
+                    subprocess.Popen(command, env=host.environment(), preexec_fn=_lower_priority, **SILENT)
+                    for _ in range(100)
+                ]
                 while any(one.poll() is None for one in crowd):
                     busy.append(_seconds_to_route(host, routes))
                 said = [one.communicate()[1] for one in crowd]
                 assert all(one.returncode == 0 for one in crowd), said
                 colds += str(said).count("runs in this process")
-            ratio = percentile(busy, 0.95) / percentile(quiet, 0.95)
-            detail = f"{percentile(busy, 0.95) * 1000:.0f} / {percentile(quiet, 0.95) * 1000:.0f} ms"
-            if who == "clients":
-                detail += f"; {colds} of {100 * pairs} commands ran without the server"
-            report(f"agent's latency, p95, while a hundred {who} start / without", bound, ratio, detail)
+            detail = f"{colds} of {100 * pairs} commands ran without the server" if who == "clients" else ""
+            for what, its_bound, latency in (
+                ("agent's latency", bound, attrgetter("agent")),
+                ("with etcd's", "for comparison", attrgetter("whole")),
+            ):
+                one, other = (percentile(list(map(latency, some)), 0.95) for some in (busy, quiet))
+                title = f"{what}, p95, while a hundred {who} start / without"
+                report(
+                    title, its_bound, one / other, f"{one * 1000:.0f} / {other * 1000:.0f} ms; {detail}".rstrip("; ")
+                )
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
         run("ip", "link", "delete", "peer")
 
 
-def _seconds_to_route(host: AgentHost, routes: socket.socket) -> float:
+def _lower_priority() -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, 0)
+
+
+class _Latency(NamedTuple):
+    """The seconds until an address has been programmed: since it was in etcd, and since it was sent to etcd."""
+
+    agent: float
+    whole: float
+
+
+def _seconds_to_route(host: AgentHost, routes: socket.socket) -> _Latency:
     """Return how long the agent takes to program an endpoint's new address; its route is the last step."""
     number = next(_numbers)
     address = f"192.168.{64 + number // 250}.{1 + number % 250}"
     key, record = endpoint_record(host.name, 0, "web")
     start = time.perf_counter()
     host.etcd.put(key, {**record, "ipv4_nets": [f"{address}/32"]})
+    written = time.perf_counter()
     while True:
         message = routes.recv(65536)
         if message[4:6] == RTM_NEWROUTE.to_bytes(2, sys.byteorder) and socket.inet_aton(address) in message:
-            return time.perf_counter() - start
+            now = time.perf_counter()
+            return _Latency(now - written, now - start)
 
 
 def memory(etcd: Etcd, pairs: int) -> None:
