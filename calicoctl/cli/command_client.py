@@ -22,7 +22,10 @@ import _socket
 import io
 import os
 import sys
-from typing import NoReturn
+
+TYPE_CHECKING = False  # that of `typing`, which would take as long to import as the start of Python
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 RUN = "/run/calico"
 """The directory of the sockets, which are RUN/HOST/SOCKET. The same as files.RUN."""

@@ -16,6 +16,8 @@ from calicoctl import __version__
 from calicoctl.cli import command_client
 from tests.unit.waiting import wait_for
 
+ROOT = Path(__file__).parent.parent.parent
+
 
 @pytest.fixture
 def nobody_reads_errors() -> Iterator[None]:
@@ -81,6 +83,17 @@ def test_a_batch_that_may_start_an_agent_is_run_by_the_caller(tmp_path: Path) ->
     assert command_client._may_manage_agent(["batch", str(pipe)]), "a pipe can be read only once"
     with pytest.raises(OSError):
         command_client._may_manage_agent(["batch", str(tmp_path / "none")])
+
+
+def test_next_to_nothing_is_imported_before_a_server_is_asked() -> None:
+    def imported(statement: str) -> set[str]:
+        script = f"import sys; sys.path.append({str(ROOT)!r}); import __future__, _signal, _socket, io, os; {statement}"
+        script += "; print(*sys.modules)"
+        command = [sys.executable, "-IS", "-c", script]
+        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+    more = imported("import calicoctl.cli.command_client") - imported("pass")
+    assert more == {"calicoctl", "calicoctl.cli", "calicoctl.cli.command_client"}
 
 
 def test_the_text_of_a_batch_from_standard_input_can_be_read_again() -> None:
