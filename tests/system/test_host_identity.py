@@ -66,6 +66,8 @@ def test_a_second_machine_under_a_name_in_use(open_etcd: Etcd) -> None:
     first.add("a", A4)
     first.sync()
     with other_machine(open_etcd) as second:
+        macs = "/calico/bgp/v1/host/host1/macs"  # that of the link to the second machine
+        wait_for(lambda: open_etcd.get(macs) not in (None, "[]"), macs)
         said = refused(second, "node", "--ip=198.51.100.2")
         assert "host1" in said and HOST_IP in said and "--force" in said
         assert "waiting" not in said
