@@ -282,8 +282,6 @@ class Writer:
         """What passes in each of these pairs."""
         self._decision_numbers: dict[tuple[str, int], int] = {}
         self._ruling_numbers: dict[tuple[str, Ruling], int] = {}
-        self._parts: dict[Part, Part] = {}
-        """Equal ones once: there are many thousands."""
         self.decisions: list[list[Part]] = []
         self.rulings: list[dict[str, Any]] = []
 
@@ -317,7 +315,7 @@ class Writer:
             self._decision_numbers[key] = len(self.decisions)
             self.decisions.append(
                 [
-                    self._parts.setdefault(part, part)
+                    self._network.reach.once(part)
                     for protocol, parts in decisions
                     for (first, ruling), after in zip(parts, [*(start for start, _ in parts[1:]), LAST + 1])
                     for part in [
