@@ -1,7 +1,8 @@
 """The beginning of `calicoctl`: has the command run by the host's command server, or else runs it in this process.
 
 A command server (command_server.py) has imported everything, and has connections to etcd and Docker, so that a command
-takes a fraction of the time. This module imports next to nothing, since each command waits for it. What a client and a
+takes a fraction of the time. This module imports next to nothing, since each command waits for it: `os` would take a
+fifth of Python's own start, so its functions come from `posix`. What a client and a
 worker of the server say to each other are messages of a Unix socket, with SEPARATOR between their parts:
 
 1. The client: the folder of its program, which program it is (CALICOCTL or CNI), and its environment.
@@ -15,12 +16,10 @@ worker of the server say to each other are messages of a Unix socket, with SEPAR
 If the connection is lost after the third message, the command may have been done or not, so it is not run again.
 """
 
-from __future__ import annotations
-
 import _signal  # type: ignore[import-not-found]
 import _socket
 import io
-import os
+import posix
 import sys
 
 TYPE_CHECKING = False  # that of `typing`, which would take as long to import as the start of Python
@@ -61,10 +60,10 @@ LOST = (
 )
 
 
-def entry() -> NoReturn:
+def entry() -> "NoReturn":
     """Run the command line of this process, and end the process with the command's exit status."""
-    if sys.stdin is not None and {"apply", "batch", "update"} & set(sys.argv) and not os.get_blocking(0):
-        os.set_blocking(0, True)  # or a pause of who writes would be taken for the end
+    if sys.stdin is not None and {"apply", "batch", "update"} & set(sys.argv) and not posix.get_blocking(0):
+        posix.set_blocking(0, True)  # or a pause of who writes would be taken for the end
     if is_served(sys.argv[1:]):
         _try(CALICOCTL)
     _import_site()
@@ -73,9 +72,9 @@ def entry() -> NoReturn:
     entry()
 
 
-def cni() -> NoReturn:
+def cni() -> "NoReturn":
     """Carry out the operation of the CNI plugin that this process was started for, and end the process."""
-    if not _names_own_file(os.environ.get("CNI_NETNS", "")):
+    if not _names_own_file(posix.environ.get(b"CNI_NETNS", b"").decode(errors="replace")):
         _try(CNI)
     for number in SIGNALS:
         if _signal.getsignal(number) == _end:  # which would say that nothing is left half connected
@@ -90,7 +89,7 @@ def _try(program: str) -> None:
     """Have a server run the command line of this process, and end the process. Return if no server serves it."""
     status = run(program, sys.argv[1:])
     if status is not None:
-        os._exit(status)
+        posix._exit(status)
 
 
 def is_served(arguments: list[str]) -> bool:
@@ -99,7 +98,7 @@ def is_served(arguments: list[str]) -> bool:
     if not words or words[0] not in COMMANDS or _names_own_file(*words):
         return False
     # while this process is in the background, the kernel would stop only this process, and the worker would read on
-    return not ((words[0] == "batch" or "update" in words) and os.isatty(0))
+    return not ((words[0] == "batch" or "update" in words) and posix.isatty(0))
 
 
 def _names_own_file(*words: str) -> bool:
@@ -117,14 +116,14 @@ def _import_site() -> None:
         site.main()
 
 
-def run(program: str, arguments: list[str]) -> int | None:
+def run(program: str, arguments: list[str]) -> "int | None":
     """Have a server run `program`, CALICOCTL or CNI, with `arguments`; return the exit status.
 
     Returns None, and nothing was run, if no server serves this process. No server is asked if the variable COLD is set,
     if the process is not root's, if a standard stream is closed, or if standard output is not in UTF-8. Otherwise, the
     handler of SIGNALS is `_end` or, once the command was sent, `_forward`; signals that are ignored stay so.
     """
-    if os.environ.get(COLD) or os.geteuid() != 0:
+    if posix.environ.get(COLD.encode()) or posix.geteuid() != 0:
         return None
     if sys.stdin is None or sys.stdout is None or sys.stderr is None or sys.stdout.encoding != "utf-8":
         return None
@@ -134,7 +133,7 @@ def run(program: str, arguments: list[str]) -> int | None:
     try:
         if program == CALICOCTL and _may_manage_agent(arguments):
             return None
-        for host in os.listdir(RUN):
+        for host in posix.listdir(RUN):
             server = _greeted(f"{RUN}/{host}", program)
             if server is not None:
                 return _have_run(server, arguments)
@@ -154,17 +153,17 @@ def _may_manage_agent(arguments: list[str]) -> bool:
     if words[:1] != ["batch"]:
         return False
     if words[1:] and words[1] != "-":
-        is_file = os.stat(words[1]).st_mode & 0o170000 == 0o100000
+        is_file = posix.stat(words[1]).st_mode & 0o170000 == 0o100000
         if not is_file:  # it could be read only once
             return True
         with open(words[1], "rb") as file:
             return b"node" in file.read()
     text = _standard_input()
     try:
-        with open(os.memfd_create("batch"), "wb") as copy:
+        with open(posix.memfd_create("batch"), "wb") as copy:
             copy.write(text)
             copy.seek(0)
-            os.dup2(copy.fileno(), 0)
+            posix.dup2(copy.fileno(), 0)
     except OSError:  # it is larger than a file of this process may be: no worker can read it
         sys.stdin = io.TextIOWrapper(io.BytesIO(text), "utf-8", sys.stdin.errors)
         return True
@@ -175,28 +174,37 @@ def _standard_input() -> bytes:
     """Read standard input to its end. If that fails, end this process: what has been read cannot be read again."""
     pieces = []
     try:
-        while piece := os.read(0, 1 << 16):
+        while piece := posix.read(0, 1 << 16):
             pieces.append(piece)
     except OSError as error:
         _tell(f"standard input: {error.strerror}")
-        os._exit(1)
+        posix._exit(1)
     return b"".join(pieces)
 
 
 def package() -> str:
-    """Return the folder of this program's modules."""
-    return os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    """Return the folder of this program's modules, without symbolic links. Raises OSError if it is gone."""
+    descriptor = posix.open(f"{__file__.rpartition('/')[0]}/..", posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
+    try:
+        return posix.readlink(f"/proc/self/fd/{descriptor}")
+    finally:
+        posix.close(descriptor)
 
 
-def _greeted(folder: str, program: str) -> _socket.socket | None:
+def _encoded(text: str) -> bytes:
+    """Return a word of the command line, or a path, as the kernel has it."""
+    return text.encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+
+
+def _greeted(folder: str, program: str) -> "_socket.socket | None":
     """Send the first message for `program` to the server in a folder; return the connection after its greeting.
 
     Returns None if the server does not greet, or does not listen, or may not be trusted (`_is_ours`).
     """
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     server.settimeout(GREETING)
-    variables = (name + b"=" + value for name, value in os.environb.items())
-    hello = SEPARATOR.join([os.fsencode(package()), program.encode(), *variables])
+    variables = (name + b"=" + value for name, value in posix.environ.items())
+    hello = SEPARATOR.join([_encoded(package()), program.encode(), *variables])
     try:
         connect(server, folder)
         if len(hello) > LARGEST or not _is_ours(server):
@@ -212,11 +220,11 @@ def _greeted(folder: str, program: str) -> _socket.socket | None:
 
 def connect(client: _socket.socket, folder: str) -> None:
     """Connect to SOCKET in a folder, whose path may exceed 107 bytes, the kernel's limit. Raises OSError."""
-    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = posix.open(folder, posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
     try:
         client.connect(f"/proc/self/fd/{descriptor}/{SOCKET}")
     finally:
-        os.close(descriptor)
+        posix.close(descriptor)
 
 
 def _is_ours(server: _socket.socket) -> bool:
@@ -227,7 +235,7 @@ def _is_ours(server: _socket.socket) -> bool:
     credentials = server.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
     pid, user = (int.from_bytes(credentials[n : n + 4], sys.byteorder) for n in (0, 4))
     return user == 0 and all(
-        os.readlink(f"/proc/{pid}/ns/{name}") == os.readlink(f"/proc/self/ns/{name}") for name in ("user", "mnt")
+        posix.readlink(f"/proc/{pid}/ns/{name}") == posix.readlink(f"/proc/self/ns/{name}") for name in ("user", "mnt")
     )
 
 
@@ -237,11 +245,11 @@ def _have_run(server: _socket.socket, arguments: list[str]) -> int:
     If the connection is then lost, prints LOST, and returns 1. Raises OSError if the command could not be sent.
     """
     assert sys.stdin is not None
-    umask = os.umask(0o077)
-    os.umask(umask)
-    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    os.fchdir(here)  # which the worker could not do, either, if this fails
-    command = SEPARATOR.join([b"%o" % umask, str(sys.stdin.errors).encode(), *map(os.fsencode, arguments)])
+    umask = posix.umask(0o077)
+    posix.umask(umask)
+    here = posix.open(".", posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
+    posix.fchdir(here)  # which the worker could not do, either, if this fails
+    command = SEPARATOR.join([b"%o" % umask, str(sys.stdin.errors).encode(), *map(_encoded, arguments)])
     if len(command) > LARGEST:
         raise OSError
     descriptors = b"".join(number.to_bytes(4, sys.byteorder) for number in (0, 1, 2, here))
@@ -265,13 +273,13 @@ def _end(number: int, frame: object) -> None:
     If the command was sent a moment ago, the end of the connection interrupts it.
     """
     _tell("Interrupted; no container is left half connected. Repeat the command to complete it.")
-    os._exit(128 + number)
+    posix._exit(128 + number)
 
 
 def _tell(sentence: str) -> None:
     """Write a sentence to standard error. Errors are ignored: `run` would take them for a command that was not sent."""
     try:
-        os.write(2, sentence.encode() + b"\n")
+        posix.write(2, sentence.encode() + b"\n")
     except OSError:
         pass
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Optional
 
 from calicoctl import environment, sockets
 from calicoctl.cli import command_client as client
@@ -23,6 +25,15 @@ _RIGHTS = ("Uid:", "Gid:", "CapPrm:", "CapEff:", "CapBnd:", "NoNewPrivs:", "Secc
 Source: proc_pid_status(5)."""
 
 
+_Status = Optional[tuple[int, int]]
+"""When a file or folder was changed, in nanoseconds, and its size in bytes; None if it is missing."""
+
+
+TICK = 10**8
+"""Nanoseconds within which a folder may change twice without getting another time of change: for that, filesystems use
+a clock of the kernel that advances every 10 ms or less."""
+
+
 class Hello:
     """The first message of a client: the folder of its program, which program it is, and its environment."""
 
@@ -33,27 +44,68 @@ class Hello:
         self.variables = dict(variable.partition(b"=")[::2] for variable in variables)
 
 
-def fingerprint() -> int:
-    """Return a number that changes when a file of the program, or a folder of libraries, is replaced.
+class ProgramFiles:
+    """The files of the program, and the folders of libraries, as they were when this object was created."""
 
-    A file that is removed meanwhile counts as missing, as does a link that leads nowhere, such as an editor's lock.
-    Only numbers from the same process can be compared.
-    """
-    found = []
-    folders = [client.package()]
-    for folder in folders:
-        with suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False) and entry.name != "__pycache__":
-                    folders.append(entry.path)
-                elif entry.name.endswith(".py"):
-                    with suppress(OSError):
-                        status = entry.stat()
-                        found.append((entry.path, status.st_mtime_ns, status.st_size))
-    for folder in sys.path:
-        with suppress(OSError):
-            found.append((folder, os.stat(folder).st_mtime_ns, 0))
-    return hash(tuple(sorted(found)))
+    def __init__(self) -> None:
+        self._folders: dict[str, _Status] = {}
+        """The folders of the program. Their status also changes with files that are none of the program's."""
+        self._files: dict[str, _Status] = {}
+        """The files of the program, and the folders of libraries."""
+        self._package = ""
+        self._read()
+
+    def are_replaced(self) -> bool:
+        """Return whether a file of the program was changed, added or removed, or a folder of libraries changed.
+
+        A file that is removed meanwhile counts as missing, as does a link that leads nowhere, such as an editor's lock.
+        """
+        known = (self._folders, self._files)
+        if _package() == self._package and all(
+            _status(path) == status for one in known for path, status in one.items()
+        ):
+            return False
+        before = self._package, self._folders, self._files
+        self._read()
+        if self._files == before[2]:
+            return False
+        self._package, self._folders, self._files = before
+        return True
+
+    def _read(self) -> None:
+        self._folders, self._files = {}, {folder: _status(folder) for folder in sys.path}
+        self._package = _package()
+        folders = [self._package]
+        for folder in folders:
+            self._folders[folder] = _settled(folder)  # before its files: one that is added meanwhile changes it
+            with suppress(OSError), os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False) and entry.name != "__pycache__":
+                        folders.append(entry.path)
+                    elif entry.name.endswith(".py") and (status := _status(entry.path)) is not None:
+                        self._files[entry.path] = status
+
+
+def _package() -> str:
+    """Return the folder of the program, empty if it is gone."""
+    try:
+        return client.package()
+    except OSError:
+        return ""
+
+
+def _settled(folder: str) -> _Status:
+    """Return the status of a folder, None if a further change might not change it, since the last was a moment ago."""
+    status = _status(folder)
+    return None if status is None or abs(time.time_ns() - status[0]) < TICK else status
+
+
+def _status(path: str) -> _Status:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 class Fit:

@@ -32,7 +32,7 @@ programs.look_in_system_folders()
 
 from calicoctl import environment, files, sockets  # noqa: E402
 from calicoctl.cli import command_client as client  # noqa: E402
-from calicoctl.cli.command_fit import Fit, Hello, fingerprint  # noqa: E402
+from calicoctl.cli.command_fit import Fit, Hello, ProgramFiles  # noqa: E402
 from calicoctl.cli.command_worker import Worker  # noqa: E402
 from calicoctl.datastore.hosts import hostname  # noqa: E402
 from calicoctl.errors import CalicoError  # noqa: E402
@@ -72,11 +72,11 @@ IMPORTED = (
 class Server:
     """Greets clients that suit (see Fit), and passes them on to workers, in the order in which they were greeted."""
 
-    def __init__(self, host: str, lifeline: int | None, program: int) -> None:
+    def __init__(self, host: str, lifeline: int | None, program: ProgramFiles) -> None:
         """`host` is the name of this host. The server ends when the file descriptor `lifeline` reaches its end.
 
-        If `lifeline` is None, only signals end the server. `program` was the `fingerprint` before the program was
-        imported. Raises CalicoError for invalid settings, and OSError.
+        If `lifeline` is None, only signals end the server. `program` was created before the program was imported.
+        Raises CalicoError for invalid settings, and OSError.
         """
         self._lifeline = lifeline
         self._files = program
@@ -123,7 +123,7 @@ class Server:
                 self._accept()
             clients = [connection for connection in self._new if connection in ready]
             if clients:
-                self._outdated = fingerprint() != self._files
+                self._outdated = self._files.are_replaced()
                 for connection in clients:
                     self._greet(connection)
             self._ends = self._ends or self._lifeline in ready
@@ -283,7 +283,7 @@ def main() -> None:
 
     Raises CalicoError or OSError if the server cannot serve.
     """
-    program = fingerprint()  # before the imports: a file that is replaced meanwhile makes it outdated
+    program = ProgramFiles()  # before the imports: a file that is replaced meanwhile makes it outdated
     environment.complete()
     lifeline = None
     if len(sys.argv) > 1:  # see felix/command_server.py

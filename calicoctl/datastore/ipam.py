@@ -12,7 +12,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Callable, TypeVar
 
 from calicoctl.datastore import keys, recent_blocks
@@ -244,7 +244,7 @@ class Ipam:
         """
         version, first, ordinal = place(address)
         with self._recount_on_failure(owner):
-            if not self._allocate(version, first, owner, [ordinal], 1, True, known, exact=True):
+            if not self._allocate(version, first, owner, lambda other: other == ordinal, 1, True, known, exact=True):
                 raise AddressTaken(f"IP {address} is already assigned")
 
     def auto_assign(
@@ -281,13 +281,16 @@ class Ipam:
             if recent is not None and known is not None:
                 known = replace(known, blocks=[*known.blocks, recent])
             for version, first, claim in self._candidates(ranges, reserved.network.networks, affine, recent):
-                ordinals = [o for o in range(BLOCK_SIZE) if any(low <= first + o <= high for _, low, high in ranges)]
-                ordinals = [o for o in ordinals if reserved.is_free_for_any(version, first + o)]
+
+                def may_take(ordinal: int, version: int = version, first: int = first) -> bool:
+                    is_in_pool = any(low <= first + ordinal <= high for _, low, high in ranges)
+                    return is_in_pool and reserved.is_free_for_any(version, first + ordinal)
+
                 key = keys.ipam_block(version, block_cidr(version, first))
-                if not ordinals or key in invalid:
+                if key in invalid or not any(map(may_take, range(BLOCK_SIZE))):
                     continue
                 try:
-                    found += self._allocate(version, first, owner, ordinals, count - len(found), claim, known)
+                    found += self._allocate(version, first, owner, may_take, count - len(found), claim, known)
                     known = None if found else known  # this has changed the handle
                 except InvalidValue as error:
                     if error.key != key:
@@ -581,7 +584,7 @@ class Ipam:
         version: int,
         first: int,
         owner: Owner,
-        ordinals: list[int],
+        may_take: Callable[[int], bool],
         count: int,
         claim: bool,
         known: KnownHandle | None,
@@ -589,7 +592,8 @@ class Ipam:
     ) -> list[IPAddress]:
         """Assign up to `count` free addresses of a block to `owner`; return them in ascending order.
 
-        The block begins with the address `first` (a number). Only addresses with these `ordinals` in it are assigned.
+        The block begins with the address `first` (a number). Only addresses are assigned for whose ordinals in the
+        block `may_take` returns True.
 
         A block that does not exist is created with affinity to this host if `claim` is true. If `claim` is false, it is
         skipped, which means that the result is empty.
@@ -626,11 +630,11 @@ class Ipam:
                 block = Block.empty(version, first, self._host)
             else:
                 break
-            mine = {ordinal for ordinal in ordinals if block.owner(ordinal) == owner}
+            mine = {ordinal for ordinal, holder in block.held() if holder == owner and may_take(ordinal)}
             before = mine if before is None else before
             # an earlier, unanswered write of this loop may have been applied: what is new and ours comes from it
             taken = sorted(mine - before)[:count]
-            free = [ordinal for ordinal in block.free() if ordinal in ordinals][: count - len(taken)]
+            free = list(islice(filter(may_take, block.free()), count - len(taken)))
             if free and block.is_strict and block.affinity != f"host:{self._host}":
                 if exact:
                     raise CalicoError(_strict_refusal(block, free[0]))

@@ -17,9 +17,10 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Callable, TypeVar
 
 from calicoctl import rtnetlink
@@ -70,12 +71,13 @@ class Loopback:
 
 @dataclass
 class Inspection:
-    """The default routes of a namespace, and the state of its loopback interface.
+    """The interfaces of a namespace, its default routes, and the state of its loopback interface.
 
     `default_routes` maps an IP version to the first default route of this version, as text such as
     `via ADDRESS dev INTERFACE`. A version without a default route is left out.
     """
 
+    interfaces: list[Interface] = field(default_factory=list)
     default_routes: dict[int, str] = field(default_factory=dict)
     loopback: Loopback = Loopback(up=True, ipv6=True)
 
@@ -148,8 +150,8 @@ class Namespace:
         return outcome["result"]  # type: ignore[no-any-return]
 
     def inspect(self) -> Inspection:
-        """Return the default routes of this namespace, and the state of its loopback interface."""
-        with _explained(f"{self.name}: reading its routes"):
+        """Return the interfaces and default routes of this namespace, and the state of its loopback interface."""
+        with _explained(f"{self.name}: reading its interfaces and routes"):
             return self.run(inspect)
 
     def interface(self, name: str) -> Interface | None:
@@ -197,9 +199,14 @@ class Namespace:
 
         Each is a pair (end in this namespace, end on the host).
         """
-        # the host has an interface for each workload: those of the namespace are fewer
         with _explained(f"{self.name}: reading its interfaces"):
-            peers = self.run(lambda: [one.peer_index for one in all_interfaces(MOST) if one.kind == "veth"])
+            own = self.run(lambda: list(all_interfaces(MOST)))
+        return self.pairs_of(own)
+
+    def pairs_of(self, interfaces: Iterable[Interface]) -> list[tuple[Interface, Interface]]:
+        """Do what `pairs` does, for some interfaces of this namespace, which the caller has read."""
+        # the host has an interface for each workload: those of the namespace are fewer
+        peers = [one.peer_index for one in interfaces if one.kind == "veth"]
         with _explained("reading this host's interfaces"):
             ends = [interface_at(index) for index in peers if index is not None]
         pairs = [(self.own_end(end), end) for end in ends if end is not None]
@@ -411,21 +418,20 @@ def _delete(name: str) -> bool:
 
 
 def inspect() -> Inspection:
-    """Return the default routes of a namespace, and the state of its loopback interface.
+    """Return the interfaces and default routes of a namespace, and the state of its loopback interface.
 
     The calling thread must have entered the namespace. If a default route has neither a gateway nor an interface, its
     text is `of another kind`.
     """
-    found = Inspection()
+    found = Inspection(list(all_interfaces(MOST)))
+    links = {link.index: link for link in found.interfaces}
     for version, family in FAMILIES.items():
         route = next(routes(family, lengths=(0,), most=MOST), None)
         if route is not None:
             where = [f"via {route.gateway}"] if route.gateway else []
-            link = interface_at(route.index) if route.index else None
-            where += [f"dev {route.index if link is None else link.name}"] if route.index else []
+            where += [f"dev {links[route.index].name if route.index in links else route.index}"] if route.index else []
             found.default_routes[version] = " ".join(where) or "of another kind"
-    loopback = interface_at(LOOPBACK_INDEX)
-    up = loopback is not None and loopback.up
+    up = LOOPBACK_INDEX in links and links[LOOPBACK_INDEX].up
     found.loopback = Loopback(up, ipv6=True)
     with suppress(FileNotFoundError):  # a kernel without IPv6
         found.loopback = Loopback(up, _read_sysctl("net/ipv6/conf/lo/disable_ipv6") == "0")
@@ -445,9 +451,15 @@ def _enter(namespace: int) -> None:
     """Move the calling thread into a network namespace, given as an open file descriptor. Raises OSError."""
     import ctypes
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(namespace, CLONE_NEWNET) != 0:
+    if _libc().setns(namespace, CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+@cache
+def _libc() -> Any:
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _named(name: str) -> Interface | None:

@@ -670,7 +670,7 @@ class WorkloadSession:
                 f"'calicoctl container remove {workload.name}' and connect it again."
             )
         self._set_handle(stored.handle, is_assumed=not stored.is_handle_read)
-        self.refresh()
+        self._seen: netns.Inspection | None = None
 
     @classmethod
     @contextmanager
@@ -727,9 +727,16 @@ class WorkloadSession:
     def loopback(self) -> netns.Loopback:
         return self._inspection.loopback
 
+    @property
+    def _inspection(self) -> netns.Inspection:
+        """What the namespace contains, which is read when it is first needed, and again after `refresh`."""
+        if self._seen is None:
+            self._seen = netns.Inspection() if self._namespace is None else self._namespace.inspect()
+        return self._seen
+
     def refresh(self) -> None:
-        """Read the namespace's default routes, and the state of its loopback interface."""
-        self._inspection = netns.Inspection() if self._namespace is None else self._namespace.inspect()
+        """Have the namespace read again when it is needed, since it has changed."""
+        self._seen = None
 
     def attached_interface(self, also_down: bool = False) -> str | None:
         """Return the name of the interface inside the workload that is the endpoint's veth; None if there is none.
@@ -754,7 +761,7 @@ class WorkloadSession:
         netns.set_mtu(self.only_endpoint().id.interface, size)
 
     def _pairs(self) -> list[tuple[Interface, Interface]]:
-        return [] if self._namespace is None else self._namespace.pairs()
+        return [] if self._namespace is None else self._namespace.pairs_of(self._inspection.interfaces)
 
     def only_endpoint(self) -> Endpoint:
         """Return the workload's endpoint; raise NotFound if it has none."""
@@ -884,7 +891,7 @@ class WorkloadSession:
             )
 
     def refuse_interface(self, name: str) -> None:
-        if self.namespace.interface(name) is not None:
+        if any(one.name == name for one in self._inspection.interfaces):
             advice = " Choose another name with --interface" if self.workload.orchestrator != CNI else ""
             advice += " or with the label calico.interface" if self.workload.started_at is not None else ""
             raise CalicoError(f"{self.workload.name} has an interface {name} already.{advice and advice + '.'}")

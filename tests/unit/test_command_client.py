@@ -66,10 +66,10 @@ def test_a_server_of_another_user_is_not_ours() -> None:
 
 @pytest.mark.parametrize("path", ["/dev/fd/63", "/dev/tty", "/proc/self/fd/3", "--file=/proc/thread-self/ns/net"])
 def test_a_file_of_the_callers_process_is_read_by_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "isatty", lambda descriptor: False)
+    monkeypatch.setattr("posix.isatty", lambda descriptor: False)
     assert command_client.is_served(["batch", "lines"]) and command_client.is_served(["--debug", "profile", "show"])
     assert not command_client.is_served(["batch", path]) and not command_client.is_served(["node", "show"])
-    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
+    monkeypatch.setattr("posix.isatty", lambda descriptor: True)
     assert not command_client.is_served(["batch"]) and command_client.is_served(["profile", "show"])
 
 
@@ -87,7 +87,7 @@ def test_a_batch_that_may_start_an_agent_is_run_by_the_caller(tmp_path: Path) ->
 
 def test_next_to_nothing_is_imported_before_a_server_is_asked() -> None:
     def imported(statement: str) -> set[str]:
-        script = f"import sys; sys.path.append({str(ROOT)!r}); import __future__, _signal, _socket, io, os; {statement}"
+        script = f"import sys; sys.path.append({str(ROOT)!r}); import _signal, _socket, io, posix; {statement}"
         script += "; print(*sys.modules)"
         command = [sys.executable, "-IS", "-c", script]
         return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())

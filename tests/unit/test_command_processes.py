@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
 from calicoctl import files
 from calicoctl.cli import command_client, command_server
-from calicoctl.cli.command_fit import fingerprint
+from calicoctl.cli.command_fit import ProgramFiles
 from calicoctl.cli.command_server import Server
 from calicoctl.errors import CalicoError
 
@@ -34,24 +35,24 @@ def test_a_worker_that_ends_before_it_could_serve_is_not_replaced_at_once() -> N
 def test_a_file_that_is_replaced_during_the_imports_makes_the_server_outdated(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
 
-    def fingerprint() -> int:
-        steps.append("fingerprint")
-        return 7
+    class Files(ProgramFiles):
+        def __init__(self) -> None:
+            steps.append("files")
 
     class Stopped(Server):
-        def __init__(self, host: str, lifeline: int | None, program: int) -> None:
-            assert program == 7
+        def __init__(self, host: str, lifeline: int | None, program: ProgramFiles) -> None:
+            assert isinstance(program, Files)
 
         def run(self) -> bool:
             return False
 
-    monkeypatch.setattr(command_server, "fingerprint", fingerprint)
+    monkeypatch.setattr(command_server, "ProgramFiles", Files)
     monkeypatch.setattr(command_server, "Server", Stopped)
     monkeypatch.setattr("sys.argv", ["command_server"])
     monkeypatch.setenv("CALICO_ENV_FILE", "/dev/null")
     monkeypatch.setattr("importlib.import_module", lambda name: steps.append(name))
     command_server.main()
-    assert steps == ["fingerprint", *command_server.IMPORTED]
+    assert steps == ["files", *command_server.IMPORTED]
 
 
 def test_another_worker_is_forked_for_a_client_that_waits_once_no_command_has_been_completed_for_some_time() -> None:
@@ -68,14 +69,45 @@ def test_another_worker_is_forked_for_a_client_that_waits_once_no_command_has_be
         assert server._more_at() == server._progress + command_server.PATIENCE
 
 
-def test_a_link_that_leads_nowhere_is_no_file_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_client, "package", lambda: str(tmp_path / "calicoctl"))
-    missing = fingerprint()
-    (tmp_path / "calicoctl").mkdir()
-    (tmp_path / "calicoctl" / "module.py").touch()
-    before = fingerprint()
-    (tmp_path / "calicoctl" / ".#module.py").symlink_to("user@host.1")  # an editor's lock
-    assert fingerprint() == before != missing
+@pytest.mark.parametrize("are_settled", [False, True])
+def test_every_change_of_the_programs_files_is_noticed_and_none_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, are_settled: bool
+) -> None:
+    package, libraries = tmp_path / "calicoctl", tmp_path / "libraries"
+    module, other = package / "commands" / "module.py", package / "commands" / "other.py"
+    module.parent.mkdir(parents=True)
+    libraries.mkdir()
+    monkeypatch.setattr(command_client, "package", lambda: str(package))
+    monkeypatch.setattr("sys.path", [str(libraries)])
+
+    def noticed(change: Callable[[], object]) -> bool:
+        module.write_text("before")
+        for path in (module, package, module.parent)[: 3 if are_settled else 1]:
+            os.utime(path, (0, 0))
+        known = ProgramFiles()
+        assert not known.are_replaced()
+        change()
+        return known.are_replaced() and known.are_replaced()
+
+    assert noticed(lambda: module.write_text("after"))
+    assert noticed(lambda: os.utime(module, (0, 1)))
+    assert noticed(module.unlink)
+    assert noticed(lambda: other.touch())
+    assert noticed(lambda: other.replace(module))
+    assert noticed(lambda: (package / "new").mkdir() or (package / "new" / "module.py").touch())
+    assert noticed(lambda: (libraries / "library").mkdir())
+    assert noticed(lambda: libraries.replace(tmp_path / "gone"))
+    assert noticed(lambda: monkeypatch.setattr(command_client, "package", lambda: str(tmp_path / "new")))
+    monkeypatch.setattr(command_client, "package", lambda: str(package))
+    assert not noticed(lambda: (package / "commands" / "__pycache__").mkdir())
+    lock = package / "commands" / ".#module.py"
+    assert not noticed(lambda: lock.symlink_to("user@host.1")), "an editor's lock"
+
+    known = ProgramFiles()
+    lock.unlink()
+    assert not known.are_replaced()
+    module.write_text("after")
+    assert known.are_replaced()
 
 
 def test_a_server_without_a_free_file_descriptor_lives_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
