@@ -31,6 +31,9 @@ it finds the connection closed when it continues, and runs the command in its ow
 LONGEST = 1000
 """How many clients a worker serves. Then it ends, with whatever commands have left in its memory."""
 
+THRESHOLD = 50_000
+"""How many objects a command may create before Python looks for garbage in cycles. Most commands create fewer."""
+
 GROWTH = 16 * 2**20
 """By how many bytes the memory of a worker may grow. Then it ends: of what a command has needed that reads thousands of
 endpoints, Python returns a part only."""
@@ -44,7 +47,6 @@ class Worker:
         self._server = server
         self._environment = dict(os.environ)
         self._priority = os.getpriority(os.PRIO_PROCESS, 0)
-        self._threshold = gc.get_threshold()
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._client: socket.socket | None = None
         """The connection to the client whose command runs."""
@@ -67,6 +69,7 @@ class Worker:
                 return
             with socket.socket(fileno=descriptors[0]) as connection, suppress(OSError):  # the client has ended
                 self._serve(connection)
+            gc.collect(0)  # now, when nobody waits for it
             if self._interrupted or _resident() > most:
                 return
 
@@ -138,7 +141,7 @@ class Worker:
             os.setpriority(os.PRIO_PROCESS, 0, self._priority)
         os.environ.clear()
         os.environ.update(self._environment)
-        gc.set_threshold(*self._threshold)
+        gc.set_threshold(THRESHOLD)
 
     def _on_input(self, number: int = 0, frame: FrameType | None = None) -> None:
         """Interrupt the command at the first signal that its client receives, or at the client's end (as SIGHUP).
