@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from calicoctl.datastore import keys
-from calicoctl.datastore.chosen import ChosenStore
+from calicoctl.datastore.chosen import ChosenStore, Found
 from calicoctl.datastore.detection import Choice, Shown, ask_v2, ask_v3, detect, foreign
 from calicoctl.datastore.settings import TYPE, V3, EtcdSettings
 from calicoctl.datastore.store import FencedStore
-from calicoctl.errors import NoSuchApi
+from calicoctl.errors import NoSuchApi, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
     from calicoctl.datastore.etcd3 import Etcd3Store
@@ -54,7 +55,7 @@ def connect(settings: EtcdSettings, patience: float = PATIENCE, shared: bool = F
     backends = Backends(settings, patience)
     if shared:
         backends = _shared.__dict__.setdefault("backends", {}).setdefault((settings, patience), backends)
-    return ChosenStore(backends.choose, backends.latest, backends.open)
+    return ChosenStore(backends.choose, backends.latest, backends.open, backends.choose_and_read)
 
 
 class Backends:
@@ -98,6 +99,31 @@ class Backends:
         if choice.frozen is False:
             _latest[self._settings] = choice
         return choice
+
+    def choose_and_read(self, wanted: Sequence[str], directories: Sequence[str]) -> tuple[Choice, Found] | None:
+        """Do what `choose` does if the caller has no choice yet, and what Store.read does, by one request for both.
+
+        Returns None if that is not possible: if there is no last choice, or it is another API than v3; if etcd refuses
+        the request; if the answer is too large, or does not confirm the choice. Raises StoreUnavailable if no member
+        answers.
+        """
+        before, began = self.latest(), time.monotonic()
+        if before is None or before.api != V3:
+            return None
+        try:
+            found = self._v3.read_at_once([keys.READY, *wanted], directories, [keys.OTHER_CALICO])
+        except StoreUnavailable:
+            raise
+        except StoreError:
+            return None
+        if found is None:
+            return None
+        (ready, *entries), trees, (foreign,) = found
+        if ready is None or ready.value != "true" or foreign:
+            return None
+        choice = replace(before, is_new=False, revision=ready.revision, at=began)
+        _latest[self._settings] = choice
+        return choice, (entries, trees)
 
     def latest(self) -> Choice | None:
         """Return the last choice in this process of an API whose data was not frozen, None if there is none."""

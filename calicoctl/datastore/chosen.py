@@ -25,6 +25,9 @@ from calicoctl.errors import Fenced, Frozen, WatchExpired
 
 T = TypeVar("T")
 
+Found = tuple[list[Optional[Entry]], list[list[Entry]]]
+"""What Store.read returns."""
+
 FRESH = 5.0
 """Seconds after which Ready is read again before a write. A tool that freezes the data must wait longer than this
 before it moves the data."""
@@ -46,16 +49,19 @@ class ChosenStore:
         choose: Callable[[Optional[Choice]], Choice],
         latest: Callable[[], Optional[Choice]],
         open: Callable[[str], FencedStore],
+        choose_and_read: Callable[[Sequence[str], Sequence[str]], Optional[tuple[Choice, Found]]] = lambda *_: None,
     ) -> None:
         """Sends no request. `open` returns the backend for an API (settings.V2 or V3).
 
         `choose` returns the API to use. Its argument is the previous choice, which it checks again, or None if there is
         none yet. It raises StoreError or InvalidValue if no API may be used. `latest` returns the last choice of any
-        client in this process, None if there is none; it sends no request.
+        client in this process, None if there is none; it sends no request. `choose_and_read` returns a choice, and what
+        Store.read returns, by one request for both; None if that is not possible.
         """
         self._choose = choose
         self._latest = latest
         self._open = open
+        self._choose_and_read = choose_and_read
         self._choice: Choice | None = None
         self._listed: str | None = None
         """The API of the last `list_for_watch`: a watch from the revision that it has returned must be there."""
@@ -119,7 +125,9 @@ class ChosenStore:
 
     @property
     def atomic(self) -> bool:
-        return self._store.atomic
+        # without a request, so that `read` can be the first: whoever writes asks again after a choice
+        latest = self._latest() if self._choice is None else None
+        return self._open((latest or self.choice()).api).atomic
 
     @property
     def leases(self) -> bool:
@@ -134,9 +142,12 @@ class ChosenStore:
     def collect(self, directory: str, convert: Callable[[Entry], T | None], values: bool = True) -> list[T]:
         return self._store.collect(directory, convert, values)
 
-    def read(
-        self, keys: Sequence[str], directories: Sequence[str] = ()
-    ) -> tuple[list[Entry | None], list[list[Entry]]]:
+    def read(self, keys: Sequence[str], directories: Sequence[str] = ()) -> Found:
+        if self._choice is None:
+            chosen = self._choose_and_read(keys, directories)
+            if chosen is not None:
+                self._choice, found = chosen
+                return found
         return self._store.read(keys, directories)
 
     def names(self, directory: str, but: Collection[str] = ()) -> list[str]:

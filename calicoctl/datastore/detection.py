@@ -146,7 +146,15 @@ def ask_v2(v2: Store) -> Shown:
 
 def ask_v3(v3: Etcd3Store) -> Shown:
     """Query the v3 API, and return its state. Raises StoreUnavailable if no member answers."""
-    return _asked(lambda: v3.peek(keys.READY, keys.OTHER_CALICO))
+
+    def read() -> tuple[Entry | None, bool]:
+        found = v3.read_at_once([keys.READY], peeked=[keys.OTHER_CALICO])
+        if found is None:
+            raise StoreUnavailable(f"the value of the etcd key {keys.READY} is too large")
+        (ready,), _, (foreign,) = found
+        return ready, foreign
+
+    return _asked(read)
 
 
 def _asked(read: Callable[[], tuple[Entry | None, bool]]) -> Shown:

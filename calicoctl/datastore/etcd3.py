@@ -194,36 +194,35 @@ class Etcd3Store:
     ) -> tuple[list[Entry | None], list[list[Entry]]]:
         if not (keys or directories):
             return [], []
+        found = self.read_at_once(keys, directories)
+        return found[:2] if found is not None else (list(map(self.get, keys)), list(map(self.tree, directories)))
+
+    def read_at_once(
+        self, keys: Sequence[str], directories: Sequence[str] = (), peeked: Sequence[str] = ()
+    ) -> tuple[list[Entry | None], list[list[Entry]], list[bool]] | None:
+        """Do what `read` does, by one request, and return also whether there is any key below each of `peeked`.
+
+        Returns None if the answer is too large.
+        """
         ranges = [_key(key) for key in keys] + [_range(*below(directory), 0) for directory in directories]
+        ranges += [_range(*below(directory), 1, keys_only=True) for directory in peeked]
         request = {"success": [{"request_range": one} for one in ranges]}
 
-        def send(connection: Connection) -> tuple[list[Entry | None], list[list[Entry]]] | None:
+        def send(connection: Connection) -> tuple[list[Entry | None], list[list[Entry]], list[bool]] | None:
             try:
                 with _translated(connection, (*keys, *directories)[0]):
                     answer = connection.post("/v3/kv/txn", request)
                     found = [of_one.get("kvs", []) for of_one in _ranges(answer, len(ranges))]
                     entries = [_entry_of(kvs, key) for kvs, key in zip(found, keys)]
-                    return entries, [list(filter(None, map(_readable, kvs))) for kvs in found[len(keys) :]]
+                    end = len(keys) + len(directories)
+                    trees = [list(filter(None, map(_readable, kvs))) for kvs in found[len(keys) : end]]
+                    return entries, trees, list(map(bool, found[end:]))
             except ConnectionLost as lost:
                 if _is_too_large(lost):
                     return None
                 raise
 
-        return self._members.retry(send) or (list(map(self.get, keys)), list(map(self.tree, directories)))
-
-    def peek(self, key: str, directory: str) -> tuple[Entry | None, bool]:
-        """Return the entry of `key`, None if there is none, and whether there is any key below `directory`.
-
-        Sends one request for both.
-        """
-        ranges = (_key(key), _range(*below(directory), 1, keys_only=True))
-        request = {"success": [{"request_range": one} for one in ranges]}
-
-        def parse(answer: Any) -> tuple[Entry | None, bool]:
-            of_key, of_directory = (of_one.get("kvs", []) for of_one in _ranges(answer, 2))
-            return _entry_of(of_key, key), bool(of_directory)
-
-        return self._ask("/v3/kv/txn", request, key, parse)
+        return self._members.retry(send)
 
     def tree(self, directory: str) -> list[Entry]:
         return [entry for entry in self._list(directory, _readable)[0] if entry.problem is None]

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from calicoctl.datastore import backends, keys
+from calicoctl.datastore.chosen import ChosenStore
+from calicoctl.datastore.settings import EtcdSettings
+from calicoctl.errors import Frozen, StoreError
 from calicoctl.workloads import connected
 from tests.system.proxy import Proxy, proxy_before
 from tests.system.support import Host, run
@@ -166,3 +170,37 @@ def test_a_handle_of_another_host_or_that_left_no_trace_here_is_found(counted: C
         host.ctl("container", "remove", PATH)
         assert set(host.allocations()) == kept
     host.etcd.delete("/calico/ipam")
+
+
+@pytest.mark.parametrize("counted", [APIS["etcdv3"]], indirect=True)
+def test_the_first_read_of_a_warm_command_also_says_whether_the_data_is_still_there(counted: Counted) -> None:
+    settings, etcd = EtcdSettings("http", (("127.0.0.1", counted.proxy.port),)), counted.host.etcd
+
+    def store_of_a_command() -> ChosenStore:
+        backends.check_choices()  # as a worker of the command server does before each command
+        counted.proxy.asked.clear()
+        return backends.connect(settings, shared=True)
+
+    def read(store: ChosenStore) -> object:
+        assert store.atomic
+        (number, missing), (hosts,) = store.read([keys.BGP_AS_NUM, f"{keys.BGP_GLOBAL}/none"], [keys.BGP_HOSTS])
+        return number and number.value, missing, sorted(entry.value for entry in hosts)
+
+    etcd.put(keys.BGP_AS_NUM, "64511")
+    expected = read(store_of_a_command())
+    assert expected == ("64511", None, ["192.0.2.2", "2001:db8::2"])
+    store = store_of_a_command()
+    assert read(store) == expected
+    store.put(f"{keys.BGP_GLOBAL}/test", "written without a further look")
+    assert len(counted.proxy.asked) == 2
+
+    etcd.put(keys.READY, "false")
+    store = store_of_a_command()
+    assert read(store) == expected and store.choice().frozen
+    with pytest.raises(Frozen):
+        store.put(f"{keys.BGP_GLOBAL}/test", "frozen")
+    etcd.put(keys.READY, "true")
+    assert read(store_of_a_command()) == expected and len(counted.proxy.asked) == 1
+    etcd.put(f"{keys.OTHER_CALICO}/test", "")
+    with pytest.raises(StoreError, match="another Calico"):
+        read(store_of_a_command())
