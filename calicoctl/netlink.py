@@ -309,14 +309,14 @@ class Address:
     broadcast: str | None = None
 
 
-def addresses(most: int | None = None, link_local: bool = True) -> Iterator[Address]:
+def addresses(most: int | None = None, link_local: bool = True, family: int = socket.AF_UNSPEC) -> Iterator[Address]:
     """Yield the addresses of all interfaces, including interfaces that are down. Raises OSError.
 
-    Without `link_local`, IPv6 addresses that are valid on a link only are left out. OSError is also raised if there are
-    more than `most` addresses (None: no limit); see `dump`.
+    `family` is AF_INET, AF_INET6, or AF_UNSPEC for both. Without `link_local`, IPv6 addresses that are valid on a link
+    only are left out. OSError is also raised if there are more than `most` addresses (None: no limit); see `dump`.
     """
-    # struct ifaddrmsg: family (any), length of the network, flags, scope, index
-    for body in dump(socket.NETLINK_ROUTE, _RTM_GETADDR, struct.pack("=4BI", 0, 0, 0, 0, 0), most=most):
+    # struct ifaddrmsg: family, length of the network, flags, scope, index
+    for body in dump(socket.NETLINK_ROUTE, _RTM_GETADDR, struct.pack("=4BI", family, 0, 0, 0, 0), most=most):
         family, length, _, scope, index = struct.unpack_from("=4BI", body)
         if not link_local and family == socket.AF_INET6 and scope == SCOPE_LINK:
             continue  # every workload's interface has one

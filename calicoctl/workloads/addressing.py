@@ -214,7 +214,7 @@ def reserved_addresses(datastore: DatastoreClient, version: int, hosts: list[Ent
 
     `hosts` are the store's entries below keys.BGP_HOSTS, if the caller has just read them; if None, they are read.
     """
-    network = host_network.read().with_servers(servers.current(datastore.members))
+    network = host_network.read_for(version).with_servers(servers.current(datastore.members))
     return Reserved(network, datastore.hosts.addresses(version, hosts), datastore.host)
 
 

@@ -32,7 +32,21 @@ def read(others: Collection[str] = (), workloads: Collection[str] = ()) -> HostN
     `others`.
     """
     with _explained():
-        return _read(others, workloads)
+        names = _Names()
+        network, indices = _read(FAMILIES, others, names)
+        towards = {**netlink.interfaces_to(workloads, default=False), **netlink.interfaces_to(others)}
+        reached = {address: frozenset(names[index] for index in found) for address, found in towards.items()}
+        macs = _macs(indices, frozenset().union(*towards.values()))
+        return dataclasses.replace(network, reached=reached, macs=macs)
+
+
+def read_for(version: int) -> HostNetwork:
+    """Read the addresses, networks and routes of one IP version in this process's network namespace.
+
+    The fields `reached` and `macs` of the result are empty. Raises CalicoError.
+    """
+    with _explained():
+        return _read([version], (), _Names())[0]
 
 
 def own_addresses() -> set[str]:
@@ -92,9 +106,13 @@ def _explained() -> Iterator[None]:
         raise CalicoError(f"this host's addresses and routes cannot be read: {why}") from None
 
 
-def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
-    names = _Names()
-    used = list(netlink.addresses(link_local=False))
+def _read(versions: Collection[int], others: Collection[str], names: _Names) -> tuple[HostNetwork, set[int]]:
+    """Read what `read` returns for these IP versions, but for the fields `reached` and `macs`.
+
+    Returns also the indices of the interfaces with an address.
+    """
+    families = [FAMILIES[version] for version in versions]
+    used = [one for family in families for one in netlink.addresses(link_local=False, family=family)]
     addresses = [
         InterfaceAddress(one.address, one.network, one.length, names[one.index], one.broadcast) for one in used
     ]
@@ -105,8 +123,8 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
     local: list[tuple[str, int]] = []
     routers: set[int] = set()
     leads_to = _Covering(others)
-    for version, family in FAMILIES.items():
-        named_by_number = False
+    for version in versions:
+        family, named_by_number = FAMILIES[version], False
         for path in netlink.paths(family, netlink.UNICAST, netlink.OUR_PROTOCOLS, of_links=False):
             (learned if path.protocol == netlink.PROTOCOL_BIRD else hops).update(path.hops)
             if path.protocol not in _NOT_SET_BY_OTHERS and path.destination[:2] not in _NO_NETWORK:
@@ -134,12 +152,9 @@ def _read(others: Collection[str], workloads: Collection[str]) -> HostNetwork:
     gateways, of_bird = (
         [(gateway, names[index]) for gateway, index in found if gateway is not None] for found in (hops, learned)
     )
-    towards = {**netlink.interfaces_to(workloads, default=False), **netlink.interfaces_to(others)}
-    reached = {address: frozenset(names[index] for index in indices) for address, indices in towards.items()}
-    macs = _macs({one.index for one in used}, frozenset().union(*towards.values()))
     whole = HostNetwork.of(addresses, gateways, local, on_link, routes, of_bird)
     routed = frozenset(name for name in map(names.__getitem__, routers) if not name.startswith(INTERFACE_PREFIX))
-    return dataclasses.replace(whole, reached=reached, routed=routed, macs=macs)
+    return dataclasses.replace(whole, routed=routed), {one.index for one in used}
 
 
 def _macs(indices: set[int], reaching: frozenset[int]) -> dict[str, frozenset[str]]:

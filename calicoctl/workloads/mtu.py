@@ -60,7 +60,7 @@ def underlay(address: str) -> Underlay:
     """Read from the kernel the underlay of `address`, an address of this host in canonical form. Raises CalicoError."""
     family = FAMILIES[version_of(address)]
     try:
-        index = next((one.index for one in netlink.addresses() if one.address == address), None)
+        index = next((one.index for one in netlink.addresses(family=family) if one.address == address), None)
         loopback = socket.if_nametoindex("lo")
         if index in (None, loopback):
             defaults = sorted(netlink.routes(family, lengths=(0,)), key=lambda route: route.metric)
