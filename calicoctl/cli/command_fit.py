@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Optional
 
 from calicoctl import environment, sockets
@@ -141,7 +140,7 @@ class Fit:
 
 def _surroundings(pid: int) -> tuple[object, ...]:
     """Return what a process sees and may do: its namespaces, its root, and its rights. Raises OSError."""
-    process = Path(f"/proc/{pid}")
-    root = (process / "root").stat()
-    rights = [line for line in (process / "status").read_text().splitlines() if line.startswith(_RIGHTS)]
-    return (*((process / "ns" / name).readlink() for name in _NAMESPACES), root.st_dev, root.st_ino, *rights)
+    root = os.stat(f"/proc/{pid}/root")
+    with open(f"/proc/{pid}/status") as status:
+        rights = [line for line in status if line.startswith(_RIGHTS)]
+    return (*(os.readlink(f"/proc/{pid}/ns/{name}") for name in _NAMESPACES), root.st_dev, root.st_ino, *rights)

@@ -45,7 +45,7 @@ class Worker:
     def __init__(self, server: socket.socket) -> None:
         """`server` is the connection to the server, which passes clients on when the worker says that it waits."""
         self._server = server
-        self._environment = dict(os.environ)
+        self._environment = dict(os.environb)
         self._priority = os.getpriority(os.PRIO_PROCESS, 0)
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._client: socket.socket | None = None
@@ -69,6 +69,7 @@ class Worker:
                 return
             with socket.socket(fileno=descriptors[0]) as connection, suppress(OSError):  # the client has ended
                 self._serve(connection)
+            self._reset()
             gc.collect(0)  # now, when nobody waits for it
             if self._interrupted or _resident() > most:
                 return
@@ -105,7 +106,7 @@ class Worker:
             status = 128 + interrupted.number
         finally:
             self._client = None
-            self._reset()
+            self._let_go()
         answer(connection, status)
 
     def _become(self, theirs: Mapping[bytes, bytes], umask: int, errors: str, descriptors: list[int]) -> None:
@@ -113,8 +114,7 @@ class Worker:
 
         `errors` is the error handler of its standard input.
         """
-        os.environ.clear()
-        os.environb.update(theirs)
+        _change_environment(theirs)
         programs.look_in_system_folders()
         backends.check_choices()
         time.tzset()
@@ -127,20 +127,23 @@ class Worker:
             os.close(descriptor)
         _open_streams(errors)
 
-    def _reset(self) -> None:
-        """Undo `_become`, and what a command may have changed in this process."""
+    def _let_go(self) -> None:
+        """Close the client's streams and working directory, before the client ends: others may wait for their end."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in client.SIGNALS:
             signal.signal(number, _ignore)
         for number in range(3):
             os.dup2(self._null, number)
-        _open_streams("strict")
         os.chdir("/")
+
+    def _reset(self) -> None:
+        """Undo `_become`, and what a command may have changed in this process."""
+        self._let_go()
+        _open_streams("strict")
         os.umask(0o077)
         with suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, self._priority)
-        os.environ.clear()
-        os.environ.update(self._environment)
+        _change_environment(self._environment)
         gc.set_threshold(THRESHOLD)
 
     def _on_input(self, number: int = 0, frame: FrameType | None = None) -> None:
@@ -159,6 +162,15 @@ class Worker:
             received = b""
         self._interrupted = True
         main.interrupt(received[0] if received else signal.SIGHUP, frame)
+
+
+def _change_environment(wanted: Mapping[bytes, bytes]) -> None:
+    """Make `wanted` the environment of this process. Only variables that differ are written: each takes some time."""
+    for name in os.environb.keys() - wanted.keys():
+        del os.environb[name]
+    for name, value in wanted.items():
+        if os.environb.get(name) != value:
+            os.environb[name] = value
 
 
 def answer(connection: socket.socket, status: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 
@@ -61,6 +64,16 @@ def test_a_worker_that_cannot_receive_all_of_a_clients_files_ends() -> None:
         socket.send_fds(theirs, [b"22\0strict\0status"], [0, 1])
         with pytest.raises(RuntimeError, match="descriptors"):
             Worker.__new__(Worker)._serve(ours)
+
+
+def test_the_environment_becomes_the_wanted_one_for_programs_too() -> None:
+    with patch.dict(os.environ):
+        os.environ.update({"KEPT": "as it is", "CHANGED": "before", "GONE": "x"})
+        wanted = {b"PATH": os.environb[b"PATH"], b"KEPT": b"as it is", b"CHANGED": b"after", b"NEW": b"\xff"}
+        command_worker._change_environment(wanted)
+        assert dict(os.environb) == wanted
+        seen = subprocess.run(["env", "-0"], stdout=subprocess.PIPE, check=True).stdout
+        assert set(seen.split(b"\0")) - {b""} == {name + b"=" + value for name, value in wanted.items()}
 
 
 def test_a_worker_that_has_grown_ends(monkeypatch: pytest.MonkeyPatch) -> None:
