@@ -74,7 +74,7 @@ def entry() -> "NoReturn":
 
 def cni() -> "NoReturn":
     """Carry out the operation of the CNI plugin that this process was started for, and end the process."""
-    if not _names_own_file(posix.environ.get(b"CNI_NETNS", b"").decode(errors="replace")):
+    if not _names_own_file(_environment().get(b"CNI_NETNS", b"").decode(errors="replace")):
         _try(CNI)
     for number in SIGNALS:
         if _signal.getsignal(number) == _end:  # which would say that nothing is left half connected
@@ -123,7 +123,7 @@ def run(program: str, arguments: list[str]) -> "int | None":
     if the process is not root's, if a standard stream is closed, or if standard output is not in UTF-8. Otherwise, the
     handler of SIGNALS is `_end` or, once the command was sent, `_forward`; signals that are ignored stay so.
     """
-    if posix.environ.get(COLD.encode()) or posix.geteuid() != 0:
+    if _environment().get(COLD.encode()) or posix.geteuid() != 0:
         return None
     if sys.stdin is None or sys.stdout is None or sys.stderr is None or sys.stdout.encoding != "utf-8":
         return None
@@ -191,6 +191,12 @@ def package() -> str:
         posix.close(descriptor)
 
 
+def _environment() -> "dict[bytes, bytes]":
+    """Return the environment of this process: with what a module that `site` has imported has changed by `os`."""
+    os = sys.modules.get("os")
+    return posix.environ if os is None else os.environb
+
+
 def _encoded(text: str) -> bytes:
     """Return a word of the command line, or a path, as the kernel has it."""
     return text.encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
@@ -203,7 +209,7 @@ def _greeted(folder: str, program: str) -> "_socket.socket | None":
     """
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     server.settimeout(GREETING)
-    variables = (name + b"=" + value for name, value in posix.environ.items())
+    variables = (name + b"=" + value for name, value in _environment().items())
     hello = SEPARATOR.join([_encoded(package()), program.encode(), *variables])
     try:
         connect(server, folder)

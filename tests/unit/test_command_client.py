@@ -96,6 +96,15 @@ def test_next_to_nothing_is_imported_before_a_server_is_asked() -> None:
     assert more == {"calicoctl", "calicoctl.cli", "calicoctl.cli.command_client"}
 
 
+def test_what_other_modules_have_changed_in_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCD_AUTHORITY", "192.0.2.9:2379")
+    assert command_client._environment()[b"ETCD_AUTHORITY"] == b"192.0.2.9:2379"
+    script = f"import sys; sys.path.append({str(ROOT)!r}); from calicoctl.cli import command_client"
+    script += "; print(command_client._environment()[b'ETCD_AUTHORITY'], 'os' in sys.modules)"
+    said = subprocess.run([sys.executable, "-IS", "-c", script], capture_output=True, check=True).stdout
+    assert said == b"b'192.0.2.9:2379' False\n"
+
+
 def test_the_text_of_a_batch_from_standard_input_can_be_read_again() -> None:
     script = (
         "import resource, sys; from calicoctl.cli import command_client;"
