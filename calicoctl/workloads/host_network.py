@@ -41,12 +41,13 @@ def read(others: Collection[str] = (), workloads: Collection[str] = ()) -> HostN
 
 
 def read_for(version: int) -> HostNetwork:
-    """Read the addresses, networks and routes of one IP version in this process's network namespace.
+    """Read what `read` returns about addresses of one IP version; what it returns about the other may be left out.
 
     The fields `reached` and `macs` of the result are empty. Raises CalicoError.
     """
     with _explained():
-        return _read([version], (), _Names())[0]
+        # a route to an IPv4 network may have an IPv6 gateway
+        return _read([4] if version == 4 else FAMILIES, (), _Names())[0]
 
 
 def own_addresses() -> set[str]:

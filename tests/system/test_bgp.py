@@ -63,6 +63,8 @@ def connect(one: FabricHost, other: FabricHost) -> None:
     one.ctl("profile", "add", "web")
     one.set_profiles("a", "web")
     other.set_profiles("b", "web")
+    for host, name, address in ((one, "a", "192.168.0.1"), (other, "b", "192.168.1.1")):
+        host.ctl("container", "add", f"/var/run/netns/{name}", address, "--exist-ok", "--wait=10")
 
 
 def learned(host: FabricHost, version: int = 4) -> dict[str, str | None]:
