@@ -165,7 +165,7 @@ def _may_manage_agent(arguments: list[str]) -> bool:
             copy.seek(0)
             posix.dup2(copy.fileno(), 0)
     except OSError:  # it is larger than a file of this process may be: no worker can read it
-        sys.stdin = io.TextIOWrapper(io.BytesIO(text), "utf-8", sys.stdin.errors)
+        sys.stdin = io.TextIOWrapper(io.BytesIO(text), "utf-8", sys.stdin.errors, "\n")
         return True
     return b"node" in text
 

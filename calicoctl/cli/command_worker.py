@@ -201,7 +201,7 @@ def _resident() -> int:
 
 
 def _open_streams(errors: str) -> None:
-    sys.stdin = open(0, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, encoding="utf-8", errors=errors, newline="\n", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 

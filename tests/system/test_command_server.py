@@ -99,6 +99,11 @@ def test_standard_input_reaches_the_command(served: AgentHost) -> None:
     assert '"deny"' in served.etcd.get("/calico/v1/policy/profile/web/rules")
     done = served.ctl("--debug", "batch", "-", input="profile add one\nprofile add two\n")
     assert where(done) and "Created profile two" in done.out
+    carriage_return = b"profile show\rpool show"  # which ends no line
+    for env in ({}, COLD):
+        command = [CALICOCTL, "batch"]
+        said = subprocess.run(command, input=carriage_return, env=served.environment(**env), capture_output=True)
+        assert said.returncode == 2 and b"standard input, line 1: 'pool' does not fit" in said.stderr
     done = served.ctl("--debug", "batch", input="node show --output=json\nprofile show\n")
     assert where(done) is None and '"name": "host1"' in done.out and "two" in done.out, "an agent is not a worker's"
     script = 'exec "$0" batch <(echo profile add three)'

@@ -111,12 +111,11 @@ def test_the_text_of_a_batch_from_standard_input_can_be_read_again() -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1));"
         "print(command_client._may_manage_agent(['batch']), sys.stdin.read())"
     )
-    lines = "profile add web\n" * 10000
-    for text, limit, expected in ((lines, -1, "False"), (lines, 1000, "True"), ("calicoctl node", -1, "True")):
-        said = subprocess.run(
-            [sys.executable, "-c", script, str(limit)], input=text, capture_output=True, text=True, check=True
-        )
-        assert said.stdout == f"{expected} {text}\n"
+    lines = b"profile add web\r \n" * 10000
+    for text, limit, expected in ((lines, -1, b"False"), (lines, 1000, b"True"), (b"calicoctl node", -1, b"True")):
+        command = [sys.executable, "-c", script, str(limit)]
+        said = subprocess.run(command, input=text, capture_output=True, check=True)
+        assert said.stdout == b"%b %b\n" % (expected, text)
 
 
 @pytest.mark.parametrize(
