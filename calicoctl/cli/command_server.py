@@ -104,8 +104,8 @@ class Server:
         """Serve until SIGTERM, SIGINT, the end of the lifeline, or a change of the program's files.
 
         Clients that have been greeted by then are still served. Returns whether the new program is to be run: the files
-        have changed, and no signal has told this server to end, then or later. Raises OSError, and CalicoError if a new
-        worker cannot serve.
+        have changed, and neither a signal nor the end of the lifeline has told this server to end, then or later.
+        Raises OSError, and CalicoError if a new worker cannot serve.
         """
         gc.freeze()  # a collection would copy the memory that the workers share
         wake, signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -141,7 +141,11 @@ class Server:
         while self._workers:
             self._step([])
         _bury()
-        return self._outdated and not self._is_told
+        return self._outdated and not (self._is_told or self._is_without_agent())
+
+    def _is_without_agent(self) -> bool:
+        """Return whether the lifeline has reached its end. The next agent has a server of its own."""
+        return self._lifeline is not None and bool(select.select([self._lifeline], [], [], 0)[0])
 
     def _step(self, sources: list[int | socket.socket]) -> list[int | socket.socket]:
         """Pass clients on, fork a worker if it is time, and wait; return those of `sources` that can be read.

@@ -399,6 +399,23 @@ def test_the_server_ends_with_the_agent_and_is_started_again_when_it_ends(served
     wait_for(lambda: worker(served), "the server of the next agent")
 
 
+def test_one_that_outlives_its_agent_leaves_the_next_ones_socket_alone(served: AgentHost) -> None:
+    served.ctl("profile", "add", "web")
+    before, changed = server(), Path(command_client.package(), "__init__.py")
+    command = (CALICOCTL, "profile", "web", "rule", "update")
+    with subprocess.Popen(command, env=served.environment(), stdin=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: any(busy(one) for one in workers(before)), "a worker that runs it")
+        changed.touch()
+        assert worker(served) is None
+        served.kill_agent()
+        served.start_agent()
+        wait_for(lambda: worker(served), "the server of the next agent")
+        process.communicate('{"id": "web", "inbound_rules": [], "outbound_rules": []}')
+    assert process.returncode == 0
+    wait_for(lambda: gone(before), "the end of the server before")
+    wait_for(lambda: worker(served), "the server of the next agent")
+
+
 def test_many_clients_at_once_are_all_served_and_nothing_is_left_of_them(served: AgentHost) -> None:
     def descriptors() -> dict[int, int]:
         return {one: len([*Path(f"/proc/{one}/fd").iterdir()]) for one in workers(server())}
