@@ -131,10 +131,14 @@ def print_table(
     widths = _column_widths(lines, widest)
     part = max(1, PART // len(columns))
     for start in range(0, len(lines), part):  # the text of a large table is never in memory as a whole
-        table = _table(lines[start : start + part], widest, has_heading=start == 0)
-        table.min_width.update(zip(table.field_names, widths))
+        rows = lines[start : start + part]
+        if start <= part:  # one for the part with the heading, and one for all others: it has a dictionary per column
+            table = _table(rows, widest, has_heading=start == 0)
+            table.min_width.update(zip(table.field_names, widths))
+        else:
+            table.add_rows(rows)
         text = str(table)
-        table.clear()  # it refers to itself, so its cells would stay until Python looks for garbage
+        table.clear_rows()
         if start > 0:
             text = text.partition("\n")[2]  # without its upper frame
         if start + part < len(lines):

@@ -41,7 +41,7 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,9 +86,13 @@ def _show(form: str | None, complete: bool) -> None:
         return
     print_table(["Group", "Members", "Names", "Profiles"], network.legend(), complete=complete)
     heading, rows = network.table(_progress)
-    for columns in _parts(heading, rows, complete):
-        print_table([heading[n] for n in columns], ([row[n] for n in columns] for row in rows), complete=complete)
-    warn_of_each([f"{key}: {problem}" for key, problem in network.problems()])
+    problems = network.problems()
+    del network  # the tables need the memory
+    parts = _parts(heading, rows, complete)
+    for columns in parts:
+        left = _let_go(rows) if columns is parts[-1] else rows
+        print_table([heading[n] for n in columns], ([row[n] for n in columns] for row in left), complete=complete)
+    warn_of_each([f"{key}: {problem}" for key, problem in problems])
 
 
 def _write(file: Path | None) -> None:
@@ -152,6 +156,13 @@ def _network() -> NetworkMap:
     from calicoctl.diagnose.network_map import NetworkMap
 
     return NetworkMap(Enforcement(DatastoreClient.from_environment()))
+
+
+def _let_go(rows: list[list[str]]) -> Iterator[list[str]]:
+    """Yield the rows, and remove each: a table of thousands of columns is not to be in memory twice."""
+    rows.reverse()
+    while rows:
+        yield rows.pop()
 
 
 def _parts(heading: list[str], rows: list[list[str]], complete: bool) -> list[list[int]]:

@@ -95,7 +95,7 @@ class Enforcement:
                 self._of_all.append(entry)
             elif host not in (None, self.host) and not own.topology.is_of_all(entry.key):
                 self._of_host[host].append(entry)
-        self._tags: dict[str, set[str]] | None = None
+        self._tags: dict[str, frozenset[str]] | None = None
         """By address, computed on demand: the tags of the endpoints that have the address."""
 
     def seen_by(self, host: str) -> Snapshot:
@@ -108,8 +108,15 @@ class Enforcement:
             of_host = self._of_host.pop(host, [])
             snapshot = _snapshot(Snapshot(host, self._snapshots[self.host].topology), [*self._of_all, *of_host])
             snapshot.endpoints = self.endpoints
+            snapshot.local = {self._once(id): replace(one, id=self._once(id)) for id, one in snapshot.local.items()}
+            snapshot.unusable = {self._once(id): why for id, why in snapshot.unusable.items()}
             self._snapshots[host] = snapshot
         return self._snapshots[host]
+
+    def _once(self, id: EndpointId) -> EndpointId:
+        """Return an endpoint's id as it is in `endpoints`: the same ids of thousands of endpoints need memory."""
+        known = self.endpoints.get(id)
+        return id if known is None else known.id
 
     def outbound(self, id: EndpointId, destination: Place, packet: Packet) -> Ruling:
         """Return the decision about a packet that an endpoint sends to another place."""
@@ -179,16 +186,20 @@ class Enforcement:
         """Return whether an endpoint with a tag has an address."""
         return tag in self.tags_of(address)
 
-    def tags_of(self, address: str) -> set[str]:
+    def tags_of(self, address: str) -> frozenset[str]:
         """Return the tags of the endpoints, of all hosts, that have an address."""
         if self._tags is None:
             profiles = self.seen_by(self.host).profiles
-            self._tags = defaultdict(set)
+            self._tags = {}
+            of_profiles: dict[tuple[str, ...], frozenset[str]] = {}
             for endpoint in self.endpoints.values():
-                tags = [profiles[name].tags for name in endpoint.profile_ids if name in profiles]
+                names = tuple(endpoint.profile_ids)
+                if names not in of_profiles:
+                    of_profiles[names] = frozenset().union(*(profiles[one].tags for one in names if one in profiles))
                 for one in usable_addresses(endpoint):
-                    self._tags[one].update(*tags)
-        return self._tags.get(address, set())
+                    known = self._tags.get(one)
+                    self._tags[one] = of_profiles[names] if known is None else known | of_profiles[names]
+        return self._tags.get(address, frozenset())
 
 
 def _snapshot(snapshot: Snapshot, entries: Iterable[Entry]) -> Snapshot:
