@@ -105,6 +105,19 @@ def _names_own_file(*words: str) -> bool:
     return any(place in word for place in OWN for word in words)
 
 
+def _leads_to_own_file(path: str) -> bool:
+    """Return whether a path, or a symbolic link that it names, leads to a file in OWN. Raises OSError."""
+    folder = posix.getcwd()
+    for _ in range(40):  # the kernel follows no more
+        path = path if path.startswith("/") else f"{folder}/{path}"
+        if _names_own_file(path):
+            return True
+        if posix.lstat(path).st_mode & 0o170000 != 0o120000:
+            break
+        folder, path = path.rpartition("/")[0], posix.readlink(path)
+    return False
+
+
 def _import_site() -> None:
     """Add the folders of libraries to sys.path, as Python's module `site` does, unless Python has done so at its start.
 
@@ -145,8 +158,9 @@ def run(program: str, arguments: list[str]) -> "int | None":
 def _may_manage_agent(arguments: list[str]) -> bool:
     """Return whether a command line is a batch that may start or stop the agent: its lines contain the word `node`.
 
-    An agent that a worker started would belong to the server, and might end with it. A batch from standard input is
-    read here, and standard input is replaced by a copy in memory. Raises OSError, but not after it has read.
+    Returns True also for a batch from a file that a worker could not read as this process does. An agent that a worker
+    started would belong to the server, and might end with it. A batch from standard input is read here, and standard
+    input is replaced by a copy in memory. Raises OSError, but not after it has read.
     """
     assert sys.stdin is not None
     words = [word for word in arguments if not word.startswith("--")]
@@ -154,7 +168,7 @@ def _may_manage_agent(arguments: list[str]) -> bool:
         return False
     if words[1:] and words[1] != "-":
         is_file = posix.stat(words[1]).st_mode & 0o170000 == 0o100000
-        if not is_file:  # it could be read only once
+        if not is_file or _leads_to_own_file(words[1]):  # it could be read only once, or not by the worker
             return True
         with open(words[1], "rb") as file:
             return b"node" in file.read()

@@ -73,13 +73,25 @@ def test_a_file_of_the_callers_process_is_read_by_it(path: str, monkeypatch: pyt
     assert not command_client.is_served(["batch"]) and command_client.is_served(["profile", "show"])
 
 
-def test_a_batch_that_may_start_an_agent_is_run_by_the_caller(tmp_path: Path) -> None:
+def test_a_batch_that_may_start_an_agent_or_that_only_the_caller_can_read_is_run_by_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, pipe = tmp_path / "lines", tmp_path / "pipe"
     os.mkfifo(pipe)
     for text, expected in (("profile add web\n", False), ("profile add web\ncalicoctl node --ip=192.0.2.2\n", True)):
         file.write_text(text)
         assert command_client._may_manage_agent(["batch", "--keep-going", str(file)]) == expected
         assert not command_client._may_manage_agent(["profile", "add", str(file)])
+    file.write_text("profile show")
+    (tmp_path / "link").symlink_to("other")
+    (tmp_path / "other").symlink_to(file)
+    assert not command_client._may_manage_agent(["batch", str(tmp_path / "link")])
+    with file.open() as opened:
+        (tmp_path / "other").unlink()
+        (tmp_path / "other").symlink_to(f"/proc/self/fd/{opened.fileno()}")
+        assert command_client._may_manage_agent(["batch", str(tmp_path / "link")]), "a file of this process"
+        monkeypatch.chdir("/dev")
+        assert command_client._may_manage_agent(["batch", f"fd/{opened.fileno()}"])
     assert command_client._may_manage_agent(["batch", str(pipe)]), "a pipe can be read only once"
     with pytest.raises(OSError):
         command_client._may_manage_agent(["batch", str(tmp_path / "none")])
