@@ -154,7 +154,17 @@ class Block:
                 yield ordinal, owner
 
     def count(self, handle: str) -> int:
-        return sum(owner.handle == handle for _, owner in self.held())
+        return len(self._ordinals(index for index, owner in enumerate(self.owners) if owner.get("handle_id") == handle))
+
+    def held_by(self, owner: Owner) -> list[int]:
+        """Return the offsets from `first` of the addresses that are assigned to exactly this owner."""
+        of_handle = (n for n, one in enumerate(self.owners) if owner.handle in (None, one.get("handle_id")))
+        return [ordinal for ordinal in self._ordinals(of_handle) if self.owner(ordinal) == owner]
+
+    def _ordinals(self, indices: Iterable[int]) -> list[int]:
+        """Return the offsets from `first` of the addresses whose owners have one of these indices."""
+        wanted = set(indices)
+        return [ordinal for ordinal, index in enumerate(self.allocations) if index in wanted]
 
     def allocate(self, ordinal: int, owner: Owner) -> None:
         """Assign the free address `first + ordinal` to `owner`."""

@@ -524,15 +524,12 @@ class Ipam:
         """Return the entry of the block in which this host has last assigned an address; see recent_blocks.py.
 
         `ranges` are the pools: see `_range`. `known` is the handle for which an address is wanted: if it contains the
-        block's entry, that is not read again. Returns None if no such block is known, if the block is invalid or has no
-        affinity to this host any more, or if it overlaps none of `ranges`.
+        block's entry, that is not read again. Returns None if no such block is known, or if it overlaps none of
+        `ranges`. The block may be invalid, or have no affinity to this host any more.
         """
         key = recent_blocks.key(self._host, ranges[0][0] if ranges else 4)
         if key is not None and any(map(partial(_overlaps, ranges), first_addresses([keys.last(key)]))):
-            with suppress(InvalidValue):
-                entry = known.block(key) or self._store.get(key)
-                if entry is not None and Block.from_entry(entry).affinity == f"host:{self._host}":
-                    return entry
+            return known.block(key) or self._store.get(key)
         return None
 
     def _candidates(
@@ -630,7 +627,7 @@ class Ipam:
                 block = Block.empty(version, first, self._host)
             else:
                 break
-            mine = {ordinal for ordinal, holder in block.held() if holder == owner and may_take(ordinal)}
+            mine = {ordinal for ordinal in block.held_by(owner) if may_take(ordinal)}
             before = mine if before is None else before
             # an earlier, unanswered write of this loop may have been applied: what is new and ours comes from it
             taken = sorted(mine - before)[:count]
