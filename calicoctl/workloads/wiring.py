@@ -835,12 +835,11 @@ class WorkloadSession:
         If the earlier process is not known, the process of now counts as another one. In both cases, the workload stays
         connected if its veth pair still leads into the namespace at the path.
         """
+        if self.endpoint is None:
+            return
         now = process_started(self.workload.path or "")
-        if (
-            self.endpoint is not None
-            and now not in (None, self.known and self.known.started)
-            and self.attached_interface(also_down=True) is None
-        ):
+        is_another = now not in (None, self.known and self.known.started)
+        if is_another and self.attached_interface(also_down=True) is None:
             self.disconnect()
 
     def disconnect(self) -> None:
