@@ -128,21 +128,21 @@ class Worker:
         _open_streams(errors)
 
     def _let_go(self) -> None:
-        """Close the client's streams and working directory, before the client ends: others may wait for their end."""
+        """Give back what others may see of the client: its streams, working directory and priority."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in client.SIGNALS:
             signal.signal(number, _ignore)
         for number in range(3):
             os.dup2(self._null, number)
         os.chdir("/")
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, self._priority)
 
     def _reset(self) -> None:
         """Undo `_become`, and what a command may have changed in this process."""
         self._let_go()
         _open_streams("strict")
         os.umask(0o077)
-        with suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, self._priority)
         _change_environment(self._environment)
         gc.set_threshold(THRESHOLD)
 
