@@ -392,7 +392,7 @@ def test_a_container_that_vanishes_is_collected_by_the_agent(node: AgentHost) ->
     wait_for(lambda: len(node.allocations()) == 1, f"the end of two\n{node.log()}", 60)
     assert {owner["workload"] for owner in owners(node)} == {"kept"}
     node.check_consistent()
-    assert "CNI container c1 no longer exists" in node.log()
+    wait_for(lambda: "CNI container c1 no longer exists" in node.log(), "the log")
     network.delete("c1")
 
 
