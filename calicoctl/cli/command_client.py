@@ -2,8 +2,8 @@
 
 A command server (command_server.py) has imported everything, and has connections to etcd and Docker, so that a command
 takes a fraction of the time. This module imports next to nothing, since each command waits for it: `os` would take a
-fifth of Python's own start, so its functions come from `posix`. What a client and a
-worker of the server say to each other are messages of a Unix socket, with SEPARATOR between their parts:
+fifth of Python's own start, so its functions come from `posix`. What a client and a worker of the server say to each
+other are messages of a Unix socket, with SEPARATOR between their parts:
 
 1. The client: the folder of its program, which program it is (CALICOCTL or CNI), and its environment.
 2. The server: a greeting. It closes the connection to a client that it does not serve: see command_fit.py. If nobody
