@@ -524,12 +524,13 @@ class Ipam:
         """Return the entry of the block in which this host has last assigned an address; see recent_blocks.py.
 
         `ranges` are the pools: see `_range`. `known` is the handle for which an address is wanted: if it contains the
-        block's entry, that is not read again. Returns None if no such block is known, or if it overlaps none of
-        `ranges`. The block may be invalid, or have no affinity to this host any more.
+        block's entry, that is not read again. Returns None if no such block is known, if its key cannot be read,
+        or if it overlaps none of `ranges`. The block may be invalid, or have no affinity to this host any more.
         """
         key = recent_blocks.key(self._host, ranges[0][0] if ranges else 4)
         if key is not None and any(map(partial(_overlaps, ranges), first_addresses([keys.last(key)]))):
-            return known.block(key) or self._store.get(key)
+            with suppress(InvalidValue):
+                return known.block(key) or self._store.get(key)
         return None
 
     def _candidates(
