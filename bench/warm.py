@@ -172,7 +172,7 @@ def batch(etcd: Etcd, pairs: int) -> None:
             ptp("DEL")
             return taken
 
-        compare("container add in a batch of 100 / CNI ptp, a process", "at most 1.3", in_a_batch, one_ptp, pairs // 4)
+        compare("container add in a batch of 100 / CNI ptp, a process", "at most 1.3", in_a_batch, one_ptp, pairs)
 
 
 def cni(etcd: Etcd, pairs: int) -> None:

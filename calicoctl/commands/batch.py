@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from calicoctl.cli import main as cli
+from calicoctl.datastore import reserved
 from calicoctl.datastore.backends import PATIENCE
 from calicoctl.errors import CalicoError, Failed, Failures, StoreUnavailable, UsageError
 from calicoctl.grammar import GLOBAL_OPTIONS, Prepared, grammar_of, parse
@@ -47,11 +48,20 @@ def _batch(file: str | None, keep_going: bool) -> None:
         sys.stdin = io.StringIO()  # it has been read: no command may wait for more
     gc.freeze()  # objects that exist now stay; the garbage of each line, which may hold sockets, is collected early
     gc.set_threshold(1000)
+    try:
+        _run(lines, keep_going)
+    finally:
+        reserved.reuse(False)
+
+
+def _run(lines: list[Line], keep_going: bool) -> None:
+    """Run the commands of a batch. Raises Failed if any of them fails."""
     first = done = failures = 0
     waited = 0.0
     for line in with_progress(lines, "batch"):
         began = time.monotonic()
         errors: list[CalicoError] = []
+        reserved.reuse(line.command == "container")  # any other may change the addresses of hosts
         status = cli.main(line.words, line.place, partial(_noting, line.prepared, errors))
         first = first or status
         done += 1
@@ -101,12 +111,14 @@ def _read(file: str | None) -> str:
 class Line:
     """A command of a batch: its `words`, and the function that runs it, `prepared`.
 
-    `place` is the prefix of its error messages: the name of the file, and the number of the line.
+    `command` is the first word that is no global option. `place` is the prefix of its error messages: the name of the
+    file, and the number of the line.
     """
 
     place: str
     words: list[str]
     prepared: Prepared
+    command: str
 
 
 def _lines(text: str, name: str) -> list[Line]:
@@ -123,7 +135,8 @@ def _lines(text: str, name: str) -> list[Line]:
                 del words[0]
             elif not words:
                 continue
-            lines.append(Line(place, words, _prepared(words)))
+            command = [word for word in words if word not in GLOBAL_OPTIONS]
+            lines.append(Line(place, words, _prepared(command), command[0]))
         except UsageError as error:
             raise UsageError(f"{place}{_nothing_run(error)}", error.usage) from None
         except (CalicoError, ValueError) as error:
@@ -138,11 +151,10 @@ def _nothing_run(error: Exception) -> str:
 
 
 def _prepared(words: list[str]) -> Prepared:
-    """Check one command, and return the function that runs it.
+    """Check one command, `words` without global options, and return the function that runs it.
 
     Raises CalicoError if the command is invalid, or not allowed in a batch.
     """
-    words = [word for word in words if word not in GLOBAL_OPTIONS]
     prepared = cli.prepare(words)
     endless = words[0] == "node" and parse(grammar_of("node"), words)["--detach"] == "false"
     if endless or words[0] == "batch" or words[:2] == ["completion", "candidates"]:

@@ -9,8 +9,9 @@ Accesses neither the kernel nor the store: workloads/host_network.py, workloads/
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from calicoctl.addresses import BITS, number_of, unpack, version_of
@@ -19,6 +20,9 @@ from calicoctl.datastore.keys import INTERFACE_PREFIX
 MEMBER = "a member of the etcd that this host uses"
 
 DNS_SERVER = "a DNS server of this host"
+
+MAX_AGE = 1.0
+"""The maximum age, in seconds, of what the commands of a batch use again: see `reuse`."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,32 @@ class Reserved:
         if any(network.has(version, number) for network in self.network.networks):
             return False
         return self.refusal(Network(version, number, BITS[version]).address(number)) is None
+
+
+_recent: dict[int, tuple[float, Reserved]] | None = None
+"""IP version -> when the last Reserved was read (time.monotonic), and that. None while none may be used again."""
+
+
+def reuse(allowed: bool) -> None:
+    """While `allowed` is true, let `recent_or_read` return what it has returned in the last MAX_AGE seconds.
+
+    So lines of a batch that connect workloads read this once a second, in place of once for each of them.
+    """
+    global _recent
+    if not allowed:
+        _recent = None
+    elif _recent is None:
+        _recent = {}
+
+
+def recent_or_read(version: int, read: Callable[[], Reserved]) -> Reserved:
+    """Return what workloads must not have of an IP version: the result of `read`, or a recent one (see `reuse`)."""
+    now = time.monotonic()
+    if _recent is None:
+        return read()
+    if version not in _recent or now - _recent[version][0] > MAX_AGE:
+        _recent[version] = now, read()
+    return _recent[version][1]
 
 
 def _number(address: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from calicoctl.addresses import parse_address, parse_pool_cidr
 from calicoctl.datastore.keys import EndpointId, is_endpoint_id
 from calicoctl.datastore.model import Pool
-from calicoctl.datastore.reserved import Network, Reserved
+from calicoctl.datastore.reserved import Network, Reserved, recent_or_read
 from calicoctl.errors import AddressTaken, CalicoError
 from calicoctl.output import warn
 from calicoctl.workloads import host_network, servers
@@ -212,10 +212,15 @@ def usable(request: AddressRequest, address: IPAddress, reserved: Reserved) -> b
 def reserved_addresses(datastore: DatastoreClient, version: int, hosts: list[Entry] | None = None) -> Reserved:
     """Return the addresses of an IP version that this host's workloads must not have. Raises CalicoError.
 
-    `hosts` are the store's entries below keys.BGP_HOSTS, if the caller has just read them; if None, they are read.
+    `hosts` are the store's entries below keys.BGP_HOSTS, if the caller has just read them; if None, they are read. In a
+    batch, the result may be up to reserved.MAX_AGE seconds old.
     """
-    network = host_network.read_for(version).with_servers(servers.current(datastore.members))
-    return Reserved(network, datastore.hosts.addresses(version, hosts), datastore.host)
+
+    def read() -> Reserved:
+        network = host_network.read_for(version).with_servers(servers.current(datastore.members))
+        return Reserved(network, datastore.hosts.addresses(version, hosts), datastore.host)
+
+    return recent_or_read(version, read)
 
 
 # Owners

@@ -9,6 +9,8 @@ import pytest
 
 from calicoctl.commands import batch
 from calicoctl.commands.batch import Line
+from calicoctl.datastore import reserved
+from calicoctl.datastore.reserved import Reserved
 from calicoctl.errors import CalicoError, Failed, Failures, StoreError, StoreUnavailable
 
 AWAY = StoreUnavailable("etcd cannot do what was asked: no leader; try again later")
@@ -28,7 +30,7 @@ class Lines:
     def add(self, number: int, seconds: float, error: CalicoError | None = None) -> None:
         for _ in range(number):
             place = len(self.lines) + 1
-            self.lines.append(Line(f"commands, line {place}: ", ["x"], self._command(place, seconds, error)))
+            self.lines.append(Line(f"commands, line {place}: ", ["x"], self._command(place, seconds, error), "x"))
 
     def _command(self, place: int, seconds: float, error: CalicoError | None) -> Callable[[], None]:
         def run() -> None:
@@ -81,3 +83,25 @@ def test_the_last_line_leaves_nothing_to_run(lines: Lines) -> None:
 def test_a_batch_that_ends_at_its_first_failure_says_no_more_than_that(lines: Lines) -> None:
     lines.add(2, 25, AWAY)
     assert lines.failure(keep_going=False) == "Of 2 commands, 0 done, 1 failed, 1 not run."
+
+
+def test_what_is_reserved_is_read_again_after_any_line_that_may_change_it(lines: Lines) -> None:
+    found: list[tuple[str, str]] = []
+
+    def read() -> Reserved:
+        return Reserved(host=f"read in line {len(found) + 1}")
+
+    def command(name: str, error: BaseException | None = None) -> Line:
+        def run() -> None:
+            found.append((name, reserved.recent_or_read(4, read).host))
+            if error is not None:
+                raise error
+
+        return Line("", [name], run, name)
+
+    lines.lines = [command(name) for name in ("container", "container", "node", "container", "container")]
+    lines.lines.append(command("container", KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        batch._batch("commands", keep_going=True)
+    assert [text for _, text in found] == [f"read in line {number}" for number in (1, 1, 3, 4, 4, 4)]
+    assert reserved.recent_or_read(4, lambda: Reserved(host="after the batch")).host == "after the batch"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from calicoctl.datastore import reserved
 from calicoctl.datastore.reserved import HostNetwork, InterfaceAddress, Network, Reserved
 
 
@@ -93,3 +96,30 @@ def test_which_networks_a_host_is_connected_to() -> None:
 
 def test_where_nothing_is_known_nothing_is_reserved() -> None:
     assert Reserved().refusal("192.168.0.0") is None and Reserved().is_free_for_any(6, 5)
+
+
+def test_lines_of_a_batch_read_what_is_reserved_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, reads = 100.0, 0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def read() -> Reserved:
+        nonlocal reads
+        reads += 1
+        return Reserved(host=str(reads))
+
+    def found(version: int = 4) -> str:
+        return reserved.recent_or_read(version, read).host
+
+    assert [found(), found()] == ["1", "2"]
+    reserved.reuse(True)
+    assert [found(), found(), found(6), found()] == ["3", "3", "4", "3"]
+    now += reserved.MAX_AGE
+    reserved.reuse(True)
+    assert found() == "3"
+    now += 0.1
+    assert [found(), found(6), found()] == ["5", "6", "5"]
+    reserved.reuse(False)
+    assert [found(), found()] == ["7", "8"]
+    reserved.reuse(True)
+    assert [found(), found()] == ["9", "9"]
+    reserved.reuse(False)
