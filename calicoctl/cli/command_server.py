@@ -63,8 +63,8 @@ BACKLOG = 128
 IMPORTED = (
     *(f"calicoctl.commands.{name}" for name in sorted(client.COMMANDS)),
     *("calicoctl.datastore.etcd2", "calicoctl.datastore.etcd3", "calicoctl.datastore.ipam"),
-    *("calicoctl.workloads.wiring", "calicoctl.workloads.guard", "calicoctl.plugins.cni"),
-    *("docker.api.client", "docker.utils"),
+    *("calicoctl.workloads.wiring", "calicoctl.workloads.host_network", "calicoctl.workloads.servers"),
+    *("calicoctl.plugins.cni", "docker.api.client", "docker.utils", "netaddr.ip", "uuid"),
 )
 """Modules that commands import when they need them, and that the server imports when it starts."""
 

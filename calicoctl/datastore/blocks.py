@@ -10,16 +10,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from calicoctl.addresses import BITS, number_of, unpack, version_of
 from calicoctl.datastore import keys
 from calicoctl.datastore.model import load_object
 from calicoctl.datastore.store import Entry
-from calicoctl.errors import CalicoError, InvalidValue
+from calicoctl.errors import InvalidValue
 
 if TYPE_CHECKING:
     from netaddr import IPAddress
 
 BLOCK_SIZE = 64
-"""The number of addresses in a block: a /26 in IPv4, a /122 in IPv6."""
+"""The number of addresses in a block."""
+
+_LENGTHS = {4: 26, 6: 122}
+"""The prefix length of a block of each IP version."""
 
 
 @dataclass
@@ -56,15 +60,12 @@ class Block:
     @classmethod
     def from_entry(cls, entry: Entry) -> Block:
         """Parse a block; raise InvalidValue for an invalid key or value."""
-        from calicoctl.addresses import parse_cidr
-
         data = load_object(entry.value, entry.key)
-        try:
-            cidr = parse_cidr(keys.undashed(keys.last(entry.key)))
-        except CalicoError:
-            raise InvalidValue(entry.key, "its name is not a block's CIDR") from None
-        if cidr.size != BLOCK_SIZE or data.pop("cidr", None) != str(cidr):
-            raise InvalidValue(entry.key, f"it is not a block of {BLOCK_SIZE} addresses with the CIDR of its key")
+        named = parse_name(keys.last(entry.key))
+        if named is None:
+            raise InvalidValue(entry.key, f"its name is not the CIDR of a block of {BLOCK_SIZE} addresses")
+        if data.pop("cidr", None) != block_cidr(*named):
+            raise InvalidValue(entry.key, "it does not have the CIDR of its key")
         affinity, allocations, owners = (data.pop(name, None) for name in ("affinity", "allocations", "attributes"))
         if not (affinity is None or isinstance(affinity, str)):
             raise InvalidValue(entry.key, '"affinity" should be a string or null')
@@ -76,7 +77,7 @@ class Block:
             or not all(index is None or (type(index) is int and 0 <= index < len(owners)) for index in allocations)
         ):
             raise InvalidValue(entry.key, f'"allocations" should be {BLOCK_SIZE} nulls or indices of "attributes"')
-        return cls(cidr.version, cidr.first, affinity, allocations, owners, data)
+        return cls(*named, affinity, allocations, owners, data)
 
     def to_json(self) -> str:
         free = {} if self.extra.get("unallocated") is None else {"unallocated": self.free()}
@@ -204,7 +205,21 @@ def address_at(version: int, value: int) -> IPAddress:
 
 
 def block_cidr(version: int, first: int) -> str:
-    return f"{address_at(version, first)}/{122 if version == 6 else 26}"
+    return f"{unpack(first.to_bytes(BITS[version] // 8, 'big'))}/{_LENGTHS[version]}"
+
+
+def parse_name(name: str) -> tuple[int, int] | None:
+    """Return (IP version, first address as a number) of the block with this name, None if no block can have it.
+
+    A name is the last part of the key of a block or of a block's affinity, such as `192.168.0.0-26`.
+    """
+    address, _, length = keys.undashed(name).partition("/")
+    version = version_of(address)
+    try:
+        number = number_of(address)
+    except (OSError, ValueError):
+        return None
+    return (version, number - number % BLOCK_SIZE) if length == str(_LENGTHS[version]) else None
 
 
 def place(address: IPAddress) -> tuple[int, int, int]:
@@ -218,17 +233,11 @@ def block_key(address: IPAddress) -> str:
     return keys.ipam_block(version, block_cidr(version, first))
 
 
-def first_addresses(names: Iterable[str]) -> Iterator[int]:
-    """Yield the first address of each block in `names`, as a number. Invalid names are skipped.
+def first_addresses(version: int, names: Iterable[str]) -> Iterator[int]:
+    """Yield the first address of each block in `names` (see `parse_name`), as a number.
 
-    A name is the last part of the key of a block or of a block's affinity, such as `192.168.0.0-26`.
+    Names that are invalid, or of a block of the other IP version, are skipped.
     """
-    from calicoctl.addresses import parse_cidr
-
-    for name in names:
-        try:
-            network = parse_cidr(keys.undashed(name))
-        except CalicoError:
-            continue
-        if network.size == BLOCK_SIZE:
-            yield network.first
+    for named in map(parse_name, names):
+        if named is not None and named[0] == version:
+            yield named[1]

@@ -11,7 +11,7 @@ import random
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Callable, TypeVar
 
@@ -29,7 +29,6 @@ from calicoctl.datastore.blocks import (
 from calicoctl.datastore.handles import Handles, KnownHandle, counted, counts_of, read_blocks
 from calicoctl.datastore.keys import EndpointId
 from calicoctl.datastore.model import Pool
-from calicoctl.datastore.reserved import Network, Reserved
 from calicoctl.datastore.store import (
     ATTEMPTS,
     Create,
@@ -46,6 +45,7 @@ from calicoctl.errors import AddressTaken, CalicoError, CompareFailed, Conflict,
 if TYPE_CHECKING:
     from netaddr import IPAddress, IPNetwork
 
+    from calicoctl.datastore.reserved import Network, Reserved
 
 T = TypeVar("T")
 H = TypeVar("H", bound=Hashable)
@@ -59,16 +59,21 @@ class Holding:
     """The addresses of a handle on this host, as they were read.
 
     `entry` is the handle's entry, with correct counts; None if the handle had no addresses on any host, and so was
-    deleted. `owners` maps each address on this host to its owner. `blocks` are the entries of all valid blocks that the
-    handle names; it is empty if `owners` is empty. `invalid` maps the CIDR of each invalid block that the handle names
-    to an error. Such a block may contain further addresses of the handle.
+    deleted. `held` maps each address on this host, as (IP version, number), to its owner. `blocks` are the entries of
+    all valid blocks that the handle names; it is empty if `held` is empty. `invalid` maps the CIDR of each invalid
+    block that the handle names to an error. Such a block may contain further addresses of the handle.
     """
 
     handle: str
     entry: Entry | None
-    owners: dict[IPAddress, Owner]
+    held: dict[tuple[int, int], Owner]
     blocks: list[Entry]
     invalid: dict[str, InvalidValue] = field(default_factory=dict)
+
+    @cached_property
+    def owners(self) -> dict[IPAddress, Owner]:
+        """Each address on this host, and its owner. (This imports netaddr, which takes some milliseconds.)"""
+        return {address_at(*place): owner for place, owner in self.held.items()}
 
 
 # more than 400 lines: its methods call each other on the same blocks and handles, and half of the lines are docstrings
@@ -151,7 +156,7 @@ class Ipam:
         """Return the sorted assigned addresses in any of `ranges` (see `_range`), all of one IP version, as numbers."""
 
         def overlaps(name: str) -> bool:
-            return any(map(partial(_overlaps, ranges), first_addresses([name])))
+            return any(map(partial(_overlaps, ranges), first_addresses(ranges[0][0], [name])))
 
         def used(block: Block) -> list[int]:
             numbers = (block.first + ordinal for ordinal, _ in block.held())
@@ -199,15 +204,15 @@ class Ipam:
         if entry is None:
             return None
         counts = counts_of(entry)
-        held: dict[IPAddress, Owner] = {}
+        held: dict[tuple[int, int], Owner] = {}
         blocks, invalid = read_blocks(self._store, counts)
         if invalid and not partly:
             raise next(iter(invalid.values()))
         actual = {cidr: counts[cidr] for cidr in invalid}
         for _, block in blocks:
-            mine = {block.address(o): owner for o, owner in block.held() if owner.handle == handle}
+            mine = {block.first + o: owner for o, owner in block.held() if owner.handle == handle}
             actual[block.cidr] = len(mine)
-            held.update({address: owner for address, owner in mine.items() if self._is_here(owner)})
+            held.update({(block.version, one): owner for one, owner in mine.items() if self._is_here(owner)})
         if counts != actual or not counts:
             entry = self.handles.recount(handle)
             if not any(actual.values()):
@@ -274,17 +279,17 @@ class Ipam:
         """
         ranges = [_range(pool) for pool in pools]
         invalid: set[str] = set()
-        reserved = reserved or Reserved()
         found: list[IPAddress] = []
         with self._recount_on_failure(owner):
             recent = None if known is None else self._recent_block(ranges, known)
             if recent is not None and known is not None:
                 known = replace(known, blocks=[*known.blocks, recent])
-            for version, first, claim in self._candidates(ranges, reserved.network.networks, affine, recent):
+            networks = () if reserved is None else reserved.network.networks
+            for version, first, claim in self._candidates(ranges, networks, affine, recent):
 
                 def may_take(ordinal: int, version: int = version, first: int = first) -> bool:
                     is_in_pool = any(low <= first + ordinal <= high for _, low, high in ranges)
-                    return is_in_pool and reserved.is_free_for_any(version, first + ordinal)
+                    return is_in_pool and (reserved is None or reserved.is_free_for_any(version, first + ordinal))
 
                 key = keys.ipam_block(version, block_cidr(version, first))
                 if key in invalid or not any(map(may_take, range(BLOCK_SIZE))):
@@ -464,7 +469,7 @@ class Ipam:
             if affinity is None:
                 continue
             host, version, cidr = affinity
-            if any(block_cidr(version, first) == cidr for first in first_addresses([keys.last(entry.key)])):
+            if any(block_cidr(version, first) == cidr for first in first_addresses(version, [keys.last(entry.key)])):
                 found.setdefault((version, cidr), set()).add(host)
             else:
                 invalid.append(InvalidValue(entry.key, "its name is not a block's CIDR"))
@@ -491,7 +496,7 @@ class Ipam:
         """
         found = False
         for version in (4, 6):
-            firsts = set(first_addresses(self._store.names(keys.ipam_affinities(self._host, version))))
+            firsts = set(first_addresses(version, self._store.names(keys.ipam_affinities(self._host, version))))
             # another tool may have deleted the affinity's key alone
             firsts.update(self.blocks(version, lambda b: b.first if b.affinity == f"host:{self._host}" else None)[0])
             for first in sorted(firsts):
@@ -527,8 +532,9 @@ class Ipam:
         block's entry, that is not read again. Returns None if no such block is known, if its key cannot be read,
         or if it overlaps none of `ranges`. The block may be invalid, or have no affinity to this host any more.
         """
-        key = recent_blocks.key(self._host, ranges[0][0] if ranges else 4)
-        if key is not None and any(map(partial(_overlaps, ranges), first_addresses([keys.last(key)]))):
+        version = ranges[0][0] if ranges else 4
+        key = recent_blocks.key(self._host, version)
+        if key is not None and any(map(partial(_overlaps, ranges), first_addresses(version, [keys.last(key)]))):
             with suppress(InvalidValue):
                 return known.block(key) or self._store.get(key)
         return None
@@ -552,15 +558,15 @@ class Ipam:
         wanted = partial(_overlaps, ranges)
 
         def affine() -> set[int]:
-            return set(first_addresses(self._store.names(keys.ipam_affinities(self._host, version))))
+            return set(first_addresses(version, self._store.names(keys.ipam_affinities(self._host, version))))
 
         def existing() -> set[int]:
-            return set(first_addresses(self._store.names(keys.ipam_blocks(version))))
+            return set(first_addresses(version, self._store.names(keys.ipam_blocks(version))))
 
-        tried = set(first_addresses([] if recent is None else [keys.last(recent.key)]))
+        tried = set(first_addresses(version, [] if recent is None else [keys.last(recent.key)]))
         for first in tried:
             yield version, first, True
-        ours = affine() if names is None else set(first_addresses(names))
+        ours = affine() if names is None else set(first_addresses(version, names))
         for first in sorted(filter(wanted, ours - tried)):
             yield version, first, True
         known = existing()

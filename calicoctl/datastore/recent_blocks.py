@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 
 from calicoctl import files
-from calicoctl.addresses import BITS
 from calicoctl.datastore import keys
-from calicoctl.datastore.blocks import block_cidr, first_addresses
+from calicoctl.datastore.blocks import block_cidr, parse_name
 
 _NAME = ".recent-blocks"
 """The name of the file: see files.leave."""
@@ -20,10 +19,8 @@ _NAME = ".recent-blocks"
 def key(host: str, version: int) -> str | None:
     """Return the key of the block in which `host` has last assigned an address of an IP version, None if unknown."""
     name = _read(host).get(str(version))
-    for first in first_addresses([name] if isinstance(name, str) else []):
-        if first < 2 ** BITS[version]:
-            return keys.ipam_block(version, block_cidr(version, first))
-    return None
+    named = parse_name(name) if isinstance(name, str) else None
+    return keys.ipam_block(version, block_cidr(*named)) if named is not None and named[0] == version else None
 
 
 def remember(host: str, version: int, name: str) -> None:

@@ -5,17 +5,15 @@ Reads the store, and assigns addresses. What else happens when a workload is con
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from calicoctl.addresses import parse_address, parse_pool_cidr
 from calicoctl.datastore.keys import EndpointId, is_endpoint_id
 from calicoctl.datastore.model import Pool
-from calicoctl.datastore.reserved import Network, Reserved, recent_or_read
 from calicoctl.errors import AddressTaken, CalicoError
 from calicoctl.output import warn
-from calicoctl.workloads import host_network, servers
 from calicoctl.workloads.workload import Workload, short_id
 
 if TYPE_CHECKING:
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from calicoctl.datastore.blocks import Owner
     from calicoctl.datastore.client import DatastoreClient
     from calicoctl.datastore.handles import KnownHandle
+    from calicoctl.datastore.reserved import Network, Reserved
     from calicoctl.datastore.store import Entry
 
 DEFAULT_INTERFACE = "eth1"
@@ -215,6 +214,9 @@ def reserved_addresses(datastore: DatastoreClient, version: int, hosts: list[Ent
     `hosts` are the store's entries below keys.BGP_HOSTS, if the caller has just read them; if None, they are read. In a
     batch, the result may be up to reserved.MAX_AGE seconds old.
     """
+    # 'container remove' does without these
+    from calicoctl.datastore.reserved import Reserved, recent_or_read
+    from calicoctl.workloads import host_network, servers
 
     def read() -> Reserved:
         network = host_network.read_for(version).with_servers(servers.current(datastore.members))
@@ -282,21 +284,21 @@ def owner_text(owner: Owner | None) -> str:
     return f" ({name} on host {facts.get('host')})" if name else ""
 
 
-def interfaces_of(held: dict[IPAddress, Owner]) -> set[str]:
-    """Return the names of the host ends of the veth pairs that were created for the addresses in `held`.
+def interfaces_of(owners: Iterable[Owner]) -> set[str]:
+    """Return the names of the host ends of the veth pairs that were created for the addresses of these owners.
 
     The names are derived from the endpoint ids in the addresses' attributes.
     """
-    ids = {endpoint_of(owner) for owner in held.values()} - {None}
+    ids = {endpoint_of(owner) for owner in owners} - {None}
     return {EndpointId("", "", "", str(id)).interface for id in ids}
 
 
-def paths_of(held: dict[IPAddress, Owner]) -> list[object]:
-    """Return, for each address in `held`, the namespace's path in its attributes; None for a container's address.
+def paths_of(owners: Iterable[Owner]) -> list[object]:
+    """Return the path of the namespace of each owner, from its address's attributes; None for a container.
 
     The values are returned as they are stored, even if they are not strings.
     """
-    return [owner.secondary.get("namespace") for owner in held.values()]
+    return [owner.secondary.get("namespace") for owner in owners]
 
 
 # Names of interfaces

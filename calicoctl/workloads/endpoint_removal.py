@@ -104,7 +104,7 @@ def _refuse_existing(datastore: DatastoreClient, id: EndpointId, held: dict[IPAd
         _refuse_on_docker_network(id)
     elif is_managed(orchestrator, workload):
         known = connected.get(datastore.host, orchestrator, workload)
-        paths = [known.path if known is not None else None, *paths_of(held)]
+        paths = [known.path if known is not None else None, *paths_of(held.values())]
         path = next((path for path in paths if isinstance(path, str) and path), "")
         called = path or "PATH" if orchestrator == NAMESPACE else short_id(workload)
         disconnect = f"'calicoctl container remove {called}'"

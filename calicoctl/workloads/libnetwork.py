@@ -14,7 +14,6 @@ Docker network, and CONTAINER, the id of the container, as soon as that is known
 from __future__ import annotations
 
 import re
-import uuid
 from typing import TYPE_CHECKING
 
 from calicoctl import state
@@ -69,6 +68,8 @@ def requests_of(host: str) -> str:
 
 def request_owner(host: str) -> Owner:
     """Return an Owner, with a handle of its own, of an address that was requested and has no endpoint yet."""
+    import uuid  # with platform, which most commands do not need
+
     from calicoctl.datastore.blocks import Owner
 
     id = uuid.uuid4().hex

@@ -21,7 +21,6 @@ from calicoctl import netlink
 from calicoctl.addresses import BITS, FAMILIES, version_of
 from calicoctl.datastore import config, keys
 from calicoctl.datastore.model import NEVER, Pool
-from calicoctl.datastore.reserved import Network
 from calicoctl.errors import CalicoError, StoreError
 
 if TYPE_CHECKING:
@@ -112,6 +111,8 @@ def of_interface(
     with suppress(CalicoError):  # the agent reports an invalid value
         config.MTU.check(configured or "")
         return int(configured or "")
+    from calicoctl.datastore.reserved import Network  # 'container remove' does without it
+
     networks = [(Network.parse(pool.cidr), pool.vxlan) for pool in pools]
     modes = []
     for address in addresses:

@@ -344,7 +344,7 @@ def _garbage_collect(
     listed = {address for endpoint in endpoints for address in endpoint.addresses}
     owners = {address: datastore.ipam.owner(parse_address(address)) for address in sorted(listed - set(map(str, held)))}
     kept = [address for address, owner in owners.items() if owner is not None and owner.handle is None]
-    for name in {id.interface for id in ids} | interfaces_of(held):
+    for name in {id.interface for id in ids} | interfaces_of(held.values()):
         netns.delete_interface(name)
     for id in ids:
         datastore.remove_endpoint(id)
@@ -372,7 +372,7 @@ def _release_leaked(
     the workload's lock.
     """
     left = _unlisted(endpoints, held)
-    pairs = interfaces_of(left) - {endpoint.id.interface for endpoint in endpoints}
+    pairs = interfaces_of(left.values()) - {endpoint.id.interface for endpoint in endpoints}
     pairs = {name for name in pairs if netns.delete_interface(name)}
     datastore.ipam.release(left, {workload.handle})
     if left:

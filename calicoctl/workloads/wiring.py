@@ -18,7 +18,6 @@ A function that changes a workload holds the workload's lock from its first read
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,6 @@ from calicoctl.addresses import host_net, parse_address, version_of
 from calicoctl.datastore.handles import KnownHandle
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint
-from calicoctl.datastore.reserved import Reserved
 from calicoctl.errors import AddressTaken, CalicoError, Conflict, HandleExists, InvalidValue, NotFound
 from calicoctl.workloads import connected, guard, mtu, netns
 from calicoctl.workloads.addressing import (
@@ -62,6 +60,7 @@ if TYPE_CHECKING:
     from calicoctl.datastore.blocks import Owner
     from calicoctl.datastore.client import DatastoreClient, StoredWorkload
     from calicoctl.datastore.ipam import Holding
+    from calicoctl.datastore.reserved import Reserved
     from calicoctl.datastore.store import Entry
     from calicoctl.netlink import Interface
 
@@ -447,7 +446,8 @@ def _disconnect(datastore: DatastoreClient, workload: Workload, lock: WorkloadLo
     """Do what `disconnect` does. The caller holds `lock`, the workload's lock, and has read `stored` since."""
     holding = datastore.ipam.holding(workload.handle, stored.handle, partly=True)
     known = connected.get(datastore.host, workload.orchestrator, workload.id)
-    refuse_other_path(workload, *([known.path] if known is not None else paths_of(holding.owners if holding else {})))
+    owners = [] if holding is None else list(holding.held.values())
+    refuse_other_path(workload, *([known.path] if known is not None else paths_of(owners)))
     attachment = (workload.network, workload.interface)
     if workload.network and known is not None and (known.network, known.interface) != attachment:
         raise NotFound(f"{workload.name} is not attached to {workload.network} through {workload.interface}.")
@@ -495,14 +495,15 @@ def _clear(
     `holding` is None if the handle holds no addresses on this host. The caller holds `lock`, the workload's lock, and
     has read `endpoints` and `holding` since it acquired the lock.
     """
-    held = {} if holding is None else holding.owners
+    held = {} if holding is None else holding.held
     invalid = {} if holding is None else holding.invalid
     datastore.check_endpoints_writable(endpoints, workload.handle)
     lock.mark_in_progress()
-    for name in {id.interface for id in endpoints} | interfaces_of(held):
+    for name in {id.interface for id in endpoints} | interfaces_of(held.values()):
         netns.delete_interface(name)
     # addresses of old tools have no handle: without the endpoints, their owner would be unknown
-    others = {address for id, entry in endpoints.items() for address in _listed(id, entry)} - set(held)
+    listed = {address for id, entry in endpoints.items() for address in _listed(id, entry)}
+    others = [address for address in listed if (address.version, int(address)) not in held]
     datastore.ipam.release([a for a in others if datastore.ipam.cidr_of(a) not in invalid], {None})
     datastore.remove_workloads(endpoints)
     if holding is not None:
@@ -712,7 +713,7 @@ class WorkloadSession:
         self.handle: KnownHandle | None = KnownHandle(entry, is_assumed=is_assumed)
         if holding is not None:
             self.handle = KnownHandle(holding.entry, holding.blocks)
-        refuse_other_path(workload, *([self.known.path] if self.known is not None else paths_of(self.held)))
+        refuse_other_path(workload, *([self.known.path] if self.known is not None else paths_of(self.held.values())))
 
     @property
     def entry(self) -> Entry | None:
@@ -789,7 +790,7 @@ class WorkloadSession:
 
         Their names are derived from the attributes of the addresses in `held`.
         """
-        for name in interfaces_of(self.held):
+        for name in interfaces_of(self.held.values()):
             self._delete(name)
 
     def remove_orphans(self) -> None:
@@ -1075,4 +1076,6 @@ def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: 
 
 def _new_endpoint() -> str:
     # a host end is named by the first digits: those of a real version 1 are from the time, so two could be the same
+    import uuid  # with platform, which most commands do not need
+
     return uuid.UUID(bytes=os.urandom(16), version=1).hex

@@ -18,7 +18,7 @@ from netaddr import IPAddress, IPNetwork
 
 from calicoctl import limits
 from calicoctl.datastore import handles, ipam
-from calicoctl.datastore.blocks import Block, Owner
+from calicoctl.datastore.blocks import Block, Owner, block_cidr, parse_name
 from calicoctl.datastore.handles import KnownHandle
 from calicoctl.datastore.ipam import Ipam
 from calicoctl.datastore.model import Pool
@@ -827,3 +827,37 @@ def test_a_handle_that_names_blocks_without_end_is_invalid_before_any_is_read() 
     with pytest.raises(InvalidValue, match="a handle can have 1000 blocks"):
         ipam_of.assign(IPAddress("10.0.0.1"), Owner("h", {}))
     assert not any("/assignment/" in key for key in store.entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("10.0.0.64-26", (4, 0x0A000040)),
+        ("10.0.0.70-26", (4, 0x0A000040)),
+        ("fd00--1:40-122", None),
+        ("fd00::40-122", (6, 0xFD << 120 | 0x40)),
+        ("::ffff:10.0.0.64-122", (6, 0xFFFF0A000040)),
+        *((name, None) for name in ("", "-", "10.0.0.64", "10.0.0.64-", "10.0.0.64-24", "10.0.0.64-122", "10.0.64-26")),
+        *(
+            (name, None)
+            for name in ("10.0.0.064-26", "10.0.0.64-٢٦", "10.0.0.\udc80-26", "10.0.0.0\0-26", "fd00::%1-122")
+        ),
+        ("fd00::40-" + "1" * 5000, None),
+    ],
+)
+def test_the_name_of_a_block(name: str, expected: tuple[int, int] | None) -> None:
+    assert parse_name(name) == expected
+    if expected is not None:
+        network = IPNetwork(block_cidr(*expected))
+        assert (network.version, network.first, network.size) == (*expected, 64)
+        assert str(network) == block_cidr(*expected)
+
+
+def test_an_affinity_in_the_wrong_place_is_passed_over() -> None:
+    store = MemoryStore(modern=True)
+    wrong = "/calico/ipam/v2/host/host1/ipv4/block/fd00::40-122"
+    store.create(wrong, "")
+    ipam = Ipam(store, "host1")
+    assert ipam.auto_assign(1, [Pool("10.0.0.0/24")], Owner("h1", {})) == [IPAddress("10.0.0.0")]
+    assert ipam.release_affinities()
+    assert [key for key in store.entries if "/host/host1/" in key] == [wrong]

@@ -29,7 +29,7 @@ from calicoctl.plugins.ipam_driver import IpamDriver
 from calicoctl.plugins.network_driver import NetworkDriver
 from calicoctl.plugins.networks import Network, Networks
 from calicoctl.plugins.stores import Stores
-from calicoctl.workloads import addressing, libnetwork, locks, netns, network_profiles
+from calicoctl.workloads import host_network, libnetwork, locks, netns, network_profiles
 from tests.unit.memory_store import MemoryStore
 
 NETWORK, OTHER = "a" * 64, "b" * 64
@@ -131,7 +131,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(netns, "find_interface", kernel.find)
     monkeypatch.setattr(endpoints, "ensure_guard", lambda datastore: None)
     monkeypatch.setattr(endpoints.mtu, "of_interface", lambda *arguments: 1500)
-    monkeypatch.setattr(addressing.host_network, "read", HostNetwork)
+    monkeypatch.setattr(host_network, "read_for", lambda version: HostNetwork())
     monkeypatch.setattr(networks, "NAME_PATIENCE", 0.05)
     return kernel
 
