@@ -29,7 +29,7 @@ from calicoctl.errors import CalicoError, StoreError, WatchExpired, is_shortage
 from calicoctl.felix import shortage
 from calicoctl.felix.dataplane import connection_limit
 from calicoctl.felix.dataplane.links import link_of
-from calicoctl.felix.dataplane.nft import TableEvents, own_ports
+from calicoctl.felix.dataplane.nft import OwnPorts, TableEvents
 from calicoctl.felix.dataplane.routes import PROTOCOL
 from calicoctl.felix.events import (
     AddressesChanged,
@@ -315,7 +315,7 @@ class KernelEvents(_Source):
         elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
             if _is_assignable(message):
                 self._events.put(AddressesChanged())
-        elif _is_loss(kind, message) and _sender(message) not in own_ports(socket.NETLINK_ROUTE):
+        elif _is_loss(kind, message) and _sender(message) not in OwnPorts(socket.NETLINK_ROUTE):
             self._events.put(RouteLost(_destination(message).partition("/")[0]))
         elif kind == netlink.RTM_DELROUTE and message[21] == netlink.OVERLAY_PROTOCOL:
             self._events.put(OverlayRouteLost(_destination(message)))
@@ -528,9 +528,10 @@ class FirewallEvents(_Source):
 
     def follow(self) -> None:
         self._ensure_guard()
+        own = OwnPorts()
         while True:
             names, port = self._tables.wait()
-            if names & {"", "calico", connection_limit.TABLE, "filter"} and port not in own_ports():
+            if names & {"", "calico", connection_limit.TABLE, "filter"} and port not in own:
                 self._events.put(TablesChanged(frozenset(names)))
 
     def _ensure_guard(self) -> None:

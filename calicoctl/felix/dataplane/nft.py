@@ -14,7 +14,7 @@ import socket
 import stat
 import struct
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -214,22 +214,41 @@ def _netlink_sockets() -> set[str]:
         return {f"socket:[{line.split()[-1]}]" for line in table}
 
 
-def own_ports(protocol: int = NETLINK_NETFILTER) -> set[int]:
-    """Return the netlink ports of the sockets of the netlink protocol `protocol` that this process has open.
+class OwnPorts:
+    """The netlink ports of the sockets of a netlink protocol that this process has open.
 
     The kernel's notification of a change contains the port of the socket that requested the change. So the ports tell
-    whether this process itself has requested it. Raises OSError.
+    whether this process itself has requested it.
     """
-    inodes = set()
-    for file in Path("/proc/self/fd").iterdir():
+
+    def __init__(self, protocol: int = NETLINK_NETFILTER) -> None:
+        self._protocol = protocol
+        self._found: dict[int, tuple[int, int]] = {}
+        """Port -> the descriptor and the inode of its socket, when it was last looked for."""
+
+    def __contains__(self, port: int) -> bool:
+        """Return whether a port is that of a socket of this process. Raises OSError."""
+        # each transaction brings us here, mostly with the same port, and a socket keeps its port while it is open
+        if port in self._found and self._found[port] in _sockets([self._found[port][0]]):
+            return True
+        with open("/proc/net/netlink") as table:
+            next(table)
+            rows = [line.split() for line in table]
+        ports = {int(row[-1]): int(row[2]) for row in rows if row[1] == str(self._protocol)}
+        sockets = _sockets(int(file.name) for file in Path("/proc/self/fd").iterdir())
+        self._found = {ports[inode]: (fd, inode) for fd, inode in sockets if inode in ports}
+        return port in self._found
+
+
+def _sockets(descriptors: Iterable[int]) -> list[tuple[int, int]]:
+    """Return (descriptor, inode) for those of the descriptors that are open sockets."""
+    found = []
+    for fd in descriptors:
         with suppress(OSError):
-            status = os.fstat(int(file.name))  # to read the link takes much longer, and each transaction brings us here
+            status = os.fstat(fd)  # to read the link takes much longer
             if stat.S_ISSOCK(status.st_mode):
-                inodes.add(str(status.st_ino))
-    with open("/proc/net/netlink") as table:
-        next(table)
-        rows = [line.split() for line in table]
-    return {int(row[2]) for row in rows if row[1] == str(protocol) and row[-1] in inodes}
+                found.append((fd, status.st_ino))
+    return found
 
 
 class TableEvents:
