@@ -1075,7 +1075,7 @@ def _reassign(session: WorkloadSession, address: IPAddress, owner: Owner, undo: 
 
 
 def _new_endpoint() -> str:
-    # a host end is named by the first digits: those of a real version 1 are from the time, so two could be the same
     import uuid  # with platform, which most commands do not need
 
+    # a host end is named by the first digits: those of a real version 1 are from the time, so two could be the same
     return uuid.UUID(bytes=os.urandom(16), version=1).hex
