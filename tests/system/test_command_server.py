@@ -424,8 +424,15 @@ def test_many_clients_at_once_are_all_served_and_nothing_is_left_of_them(served:
         done = list(pool.map(lambda n: served.ctl("profile", "add", f"p{n}"), range(60)))
     assert {one.status for one in done} == {0} and len(served.ctl("profile", "show", env=COLD).out.split()) > 60
     wait_for(lambda: len(workers(server())) <= 2, "the workers that are too many to end")
-    for _ in range(20):  # so that each worker has its connection to etcd
-        served.ctl("profile", "show")
+    used: set[int | None] = set()
+
+    def all_have_been_used() -> bool:  # each has its connection to etcd then
+        with ThreadPoolExecutor(2) as pool:
+            used.update(pool.map(lambda _: worker(served), range(2)))
+        return used >= set(workers(server()))
+
+    wait_for(all_have_been_used, "each worker to run a command")
+    wait_for(lambda: len(workers(server())) <= 2, "the workers that are too many to end")
     before = {one: min(counts) for one, *counts in zip(descriptors(), *(descriptors().values() for _ in range(100)))}
     for _ in range(20):
         served.ctl("profile", "show")
