@@ -421,7 +421,7 @@ def test_many_clients_at_once_are_all_served_and_nothing_is_left_of_them(served:
         """Return how many files the worker with the most has open."""
         counts = []
         for one in workers(server()):
-            with contextlib.suppress(FileNotFoundError):  # one that was started while all were busy, and has ended again
+            with contextlib.suppress(FileNotFoundError):  # one of too many, which has ended meanwhile
                 counts.append(len([*Path(f"/proc/{one}/fd").iterdir()]))
         return max(counts)
 
