@@ -116,7 +116,7 @@ class Worker:
         """
         _change_environment(theirs)
         programs.look_in_system_folders()
-        backends.check_choices()
+        backends.begin_command()
         time.tzset()
         os.umask(umask)
         *streams, here = descriptors

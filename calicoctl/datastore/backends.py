@@ -21,6 +21,7 @@ from calicoctl.datastore.store import FencedStore
 from calicoctl.errors import NoSuchApi, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
+    from calicoctl.datastore.etcd2 import Etcd2Store
     from calicoctl.datastore.etcd3 import Etcd3Store
 
 PATIENCE = 20.0
@@ -34,14 +35,20 @@ _latest: dict[EtcdSettings, Choice] = {}
 """Cluster -> the last choice in this process of an API whose data is not frozen. All clients share these choices."""
 
 
-def check_choices() -> None:
-    """Have the next client in this process check the last choice by a request, however recent this choice is."""
-    for settings, choice in list(_latest.items()):
-        _latest[settings] = replace(choice, at=-math.inf)
-
-
 _shared = threading.local()
 """`backends`: (settings, patience) -> the backends that the clients of this thread share."""
+
+
+def begin_command() -> None:
+    """Have the next client in this thread take note of what others may have changed since the last one.
+
+    It checks the last choice in this process by a request, however recent this choice is. It asks those members last
+    that have kept a command of another process waiting.
+    """
+    for settings, choice in list(_latest.items()):
+        _latest[settings] = replace(choice, at=-math.inf)
+    for backends in _shared.__dict__.get("backends", {}).values():
+        backends.recall_slow_members()
 
 
 def connect(settings: EtcdSettings, patience: float = PATIENCE, shared: bool = False) -> ChosenStore:
@@ -69,8 +76,14 @@ class Backends:
         """Return the backend for an API (V2 or V3)."""
         return self._v3 if api == V3 else self._v2
 
+    def recall_slow_members(self) -> None:
+        """Have the backends that were used ask those members last that another command has found slow since."""
+        for backend in (self.__dict__.get("_v2"), self.__dict__.get("_v3")):
+            if backend is not None:
+                backend.recall_slow_members()
+
     @cached_property
-    def _v2(self) -> FencedStore:
+    def _v2(self) -> Etcd2Store:
         from calicoctl.datastore.etcd2 import Etcd2Store
 
         return Etcd2Store(self._settings, self._patience, keys.implied_directories)

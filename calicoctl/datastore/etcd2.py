@@ -103,6 +103,10 @@ class Etcd2Store:
         self._members = Members(settings, lambda member: _Connection(settings, member), patience)
         self._implied_directories = implied_directories
 
+    def recall_slow_members(self) -> None:
+        """Do what Members.recall_slow does. Sends no request."""
+        self._members.recall_slow()
+
     def get(self, key: str) -> Entry | None:
         import etcd
 

@@ -184,6 +184,10 @@ class Etcd3Store:
         The value is None before that, and after `watch` has taken the watch.
         """
 
+    def recall_slow_members(self) -> None:
+        """Do what Members.recall_slow does. Sends no request."""
+        self._members.recall_slow()
+
     # Reads
 
     def get(self, key: str) -> Entry | None:

@@ -92,6 +92,10 @@ class Members(Generic[C]):
         self._connections: dict[Member, C] = {}
         self._answered: set[Member] = set()
 
+    def recall_slow(self) -> None:
+        """Ask those members last that another command has found slow since: see slow_members.py."""
+        self._order = slow_members.last(self._order)
+
     def ask(self, send: Callable[[C], T]) -> T:
         """Call `send` with the connection to the first member that can be reached, and return what it returns.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from calicoctl.datastore import backends, keys
+from calicoctl.datastore import backends, keys, slow_members
 from calicoctl.datastore.chosen import ChosenStore
 from calicoctl.datastore.settings import EtcdSettings
 from calicoctl.errors import Frozen, StoreError
@@ -196,7 +196,7 @@ def test_the_first_read_of_a_warm_command_also_says_whether_the_data_is_still_th
     settings, etcd = EtcdSettings("http", (("127.0.0.1", counted.proxy.port),)), counted.host.etcd
 
     def store_of_a_command() -> ChosenStore:
-        backends.check_choices()  # as a worker of the command server does before each command
+        backends.begin_command()  # as a worker of the command server does before each command
         counted.proxy.asked.clear()
         return backends.connect(settings, shared=True)
 
@@ -223,3 +223,19 @@ def test_the_first_read_of_a_warm_command_also_says_whether_the_data_is_still_th
     etcd.put(f"{keys.OTHER_CALICO}/test", "")
     with pytest.raises(StoreError, match="another Calico"):
         read(store_of_a_command())
+
+
+@pytest.mark.parametrize("counted", APIS.values(), indirect=True)
+def test_a_warm_command_asks_a_member_last_that_has_kept_another_waiting(counted: Counted) -> None:
+    members = (("127.0.0.1", counted.proxy.port), ("127.0.0.1", counted.host.etcd.port))
+    settings = EtcdSettings("http", members, api=counted.host.etcd.api)
+
+    def asked() -> int:
+        backends.begin_command()  # as a worker of the command server does before each command
+        counted.proxy.asked.clear()
+        assert backends.connect(settings, shared=True).get(keys.READY)
+        return len(counted.proxy.asked)
+
+    assert asked() and asked()
+    slow_members.remember(members[0])  # as another worker does
+    assert not asked()
