@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable, Iterator
 
 from calicoctl.addresses import host_net, parse_address, version_of
+from calicoctl.datastore import keys
 from calicoctl.datastore.handles import KnownHandle
 from calicoctl.datastore.keys import INTERFACE_PREFIX, EndpointId
 from calicoctl.datastore.model import Endpoint
@@ -456,7 +457,7 @@ def _disconnect(datastore: DatastoreClient, workload: Workload, lock: WorkloadLo
         raise NotFound(f"{workload.name} is not connected to Calico.")
     if workload.started_at or (workload.started_at == "" and known is not None and known.labelled):
         connected.set_disconnected(datastore.host, workload.id, workload.started_at)
-    _clear(datastore, workload, lock, stored.endpoints, holding)
+    holding = _clear(datastore, workload, lock, stored.endpoints, holding)
     if holding is not None and holding.invalid:
         raise CalicoError(
             f"{workload.name} is removed, but for its addresses in the block {', '.join(holding.invalid)}: "
@@ -489,11 +490,12 @@ def _clear(
     lock: WorkloadLock,
     endpoints: dict[EndpointId, Entry],
     holding: Holding | None,
-) -> None:
+) -> Holding | None:
     """Remove a workload's `endpoints`, their interfaces and addresses, and the addresses of its handle, `holding`.
 
     `holding` is None if the handle holds no addresses on this host. The caller holds `lock`, the workload's lock, and
-    has read `endpoints` and `holding` since it acquired the lock.
+    has read `endpoints` and `holding` since it acquired the lock. Returns the addresses of the handle: `holding`, or
+    what was found after the handle was corrected, since it did not name the block of an address of an endpoint.
     """
     held = {} if holding is None else holding.held
     invalid = {} if holding is None else holding.invalid
@@ -501,14 +503,21 @@ def _clear(
     lock.mark_in_progress()
     for name in {id.interface for id in endpoints} | interfaces_of(held.values()):
         netns.delete_interface(name)
-    # addresses of old tools have no handle: without the endpoints, their owner would be unknown
     listed = {address for id, entry in endpoints.items() for address in _listed(id, entry)}
+    named = {keys.undashed(keys.last(entry.key)) for entry in ([] if holding is None else holding.blocks)}
+    unnamed = {datastore.ipam.cidr_of(address) for address in listed} - named - set(invalid)
+    if unnamed:  # an old tool has connected the workload, or the handle was deleted, as an error may have advised
+        handle = datastore.ipam.handles.recount(workload.handle, unnamed)
+        holding = datastore.ipam.holding(workload.handle, handle, partly=True)
+        held, invalid = ({}, {}) if holding is None else (holding.held, holding.invalid)
+    # addresses of old tools have no handle: without the endpoints, their owner would be unknown
     others = [address for address in listed if (address.version, int(address)) not in held]
     datastore.ipam.release([a for a in others if datastore.ipam.cidr_of(a) not in invalid], {None})
     datastore.remove_workloads(endpoints)
     if holding is not None:
         datastore.ipam.release_held(holding, holding.owners)
     _forget(datastore, workload, lock)
+    return holding
 
 
 def _listed(id: EndpointId, entry: Entry) -> list[IPAddress]:

@@ -302,6 +302,22 @@ def test_an_invalid_block_is_passed_over_and_released_once_it_is_mended(host: Ho
     host.check_nothing_left()
 
 
+@pytest.mark.parametrize("left", [None, {"192.168.0.0/26": 1}], ids=["no handle", "one block of two"])
+def test_addresses_whose_handle_does_not_name_their_block_are_released(
+    host: Host, blue: str, left: dict[str, int] | None
+) -> None:
+    host.ctl("container", "add", blue, "192.168.0.1")
+    host.ctl("container", blue, "ip", "add", "192.168.1.1")
+    handle = "/calico/ipam/v2/handle/namespace.-var-run-netns-blue"
+    host.etcd.put(handle, "gar bage")
+    assert "fix or delete it" in host.ctl("container", "remove", blue, status=1).err
+    host.etcd.delete(handle)
+    if left is not None:
+        host.etcd.put(handle, {"id": "namespace.-var-run-netns-blue", "block": left})
+    host.ctl("container", "remove", blue)
+    host.check_nothing_left()
+
+
 def test_profiles_of_a_container_keep_their_order(host: Host, blue: str) -> None:
     for name in ("a", "b", "c"):
         host.ctl("profile", "add", name)
