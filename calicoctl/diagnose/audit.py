@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from calicoctl.addresses import parse_address
@@ -210,10 +210,16 @@ def _compare(datastore: DatastoreClient, facts: _Facts) -> Iterator[Finding]:
                     counted[handle][cidr] = counted[handle].get(cidr, 0) + 1
     affinities, misnamed = facts.copy.ipam.affinities()
     invalid += misnamed
+
+    @cache  # a host that is gone may have left many blocks
+    def release(host: str) -> Callable[[], bool] | None:
+        there = datastore.for_host(host)
+        return cache(partial(_release_affinities, there)) if _is_gone(there) else None
+
     for version, cidr in sorted(affinities.keys() | affine.keys()):
         hosts = affinities.get((version, cidr), set())
         if cidr not in unread:
-            yield from _of_affinities(datastore, version, cidr, affine.get((version, cidr)), hosts, registered)
+            yield from _of_affinities(datastore, version, cidr, affine.get((version, cidr)), hosts, registered, release)
     for address in sorted(unseen):
         if datastore.ipam.cidr_of(parse_address(address)) not in unread:
             for listing in listed[address]:
@@ -239,24 +245,30 @@ def _is_key(handle: str) -> bool:
 
 
 def _of_affinities(
-    datastore: DatastoreClient, version: int, cidr: str, affine: str | None, hosts: set[str], registered: set[str]
+    datastore: DatastoreClient,
+    version: int,
+    cidr: str,
+    affine: str | None,
+    hosts: set[str],
+    registered: set[str],
+    release: Callable[[str], Callable[[], bool] | None],
 ) -> Iterator[Finding]:
     """Yield the contradictions between the affinity in a block and the hosts' affinity keys.
 
     A host announces the blocks for which it has an affinity key. `affine` is the host to which the block `cidr` has
     affinity, empty if it has none; None if the block does not exist. `hosts` are the hosts with an affinity key for
-    this block. `registered` are the names of the registered hosts.
+    this block. `registered` are the names of the registered hosts. `release` returns a repair that releases all blocks
+    of a host that is gone, and None for any other host.
     """
     for host in sorted(hosts | ({affine} if affine else set())):
-        there = datastore.for_host(host)
-        repair = partial(_repair_affinity, there, version, cidr)
+        repair = partial(_repair_affinity, datastore.for_host(host), version, cidr)
         if host not in registered:
             yield Finding(
                 "block",
                 cidr,
                 f"it has affinity to host {host}, which is not registered",
                 f"run 'calicoctl node' there, or 'calicoctl node remove --hostname={host}'",
-                partial(_release_affinities, there) if _is_gone(there) else None,
+                release(host),
             )
         elif affine is None:
             yield Finding("block", cidr, f"host {host} has affinity to it, but the block does not exist", fix=repair)

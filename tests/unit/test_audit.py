@@ -122,6 +122,31 @@ def test_all_is_read_once_for_each_of_the_two_checks(store: MemoryStore) -> None
     assert len(audit.check(DatastoreClient(store, "host2"))[0]) == 3 and store.requests == 2
 
 
+def test_a_host_that_is_gone_is_asked_about_once_however_many_blocks_it_has_left(store: MemoryStore) -> None:
+    delete(store, "/calico/bgp/v1/host/host1/ip_addr_v4")
+
+    def count() -> tuple[int, int]:
+        """Return how many requests a check takes, and then the repairs, but for one to delete each block."""
+        store.requests = 0
+        findings = audit.check(DatastoreClient(store, "host2"))[0]
+        asked, store.requests = store.requests, 0
+        assert {audit.repair(finding) for finding in findings} == {None}
+        return asked, store.requests
+
+    def add(*numbers: int) -> None:
+        for number in numbers:
+            block = Block.empty(4, 0xC0A80000 + 64 * number, "host1")
+            store.create(block.key, block.to_json())
+
+    add(1)
+    few, repairs_of_few = count()
+    assert not store.names("/calico/ipam/v2/assignment/ipv4/block")
+    add(*range(22))
+    many, repairs_of_many = count()
+    assert not store.names("/calico/ipam/v2/assignment/ipv4/block")
+    assert many == few and (repairs_of_many - repairs_of_few) / 20 <= 3, "each block is read, and deleted"
+
+
 def test_a_copy_of_the_store_reads_like_the_store() -> None:
     store = MemoryStore()
     for key in ("/calico/a", "/calico/a/b", "/calico/a/b/c", "/calico/a.b", "/calico/a/d/e", "/calico/é/f", "/calicos"):
