@@ -607,6 +607,8 @@ def remove_address(datastore: DatastoreClient, workload: Workload, address: IPAd
         if attached is not None:
             session.refuse_other_interface(attached, interface)
         others = [other for other in endpoint.nets_of(address.version) if other != net]
+        if address not in session.held:
+            session.correct_handle(address)
 
         datastore.check_endpoints_writable([endpoint.id], workload.handle)
         session.lock.mark_in_progress()
@@ -713,6 +715,11 @@ class WorkloadSession:
     def read_handle(self) -> None:
         """Read the workload's handle, and set `held`, `holding` and `handle`. Raises CalicoError."""
         self._set_handle(self.datastore.ipam.handles.read(self.workload.handle))
+
+    def correct_handle(self, address: IPAddress) -> None:
+        """Have the workload's handle name the block of `address`, if it should, and read it. Raises CalicoError."""
+        ipam = self.datastore.ipam
+        self._set_handle(ipam.handles.recount(self.workload.handle, [ipam.cidr_of(address)]))
 
     def _set_handle(self, entry: Entry | None, is_assumed: bool = False) -> None:
         """Set `held`, `holding` and `handle`. `entry` is the handle's entry; for `is_assumed`, see KnownHandle."""

@@ -318,6 +318,16 @@ def test_addresses_whose_handle_does_not_name_their_block_are_released(
     host.check_nothing_left()
 
 
+def test_an_address_whose_handle_was_deleted_is_released_when_it_is_removed(host: Host, blue: str) -> None:
+    host.ctl("container", "add", blue, "192.168.0.1")
+    host.ctl("container", blue, "ip", "add", "192.168.1.1")
+    host.etcd.delete("/calico/ipam/v2/handle/namespace.-var-run-netns-blue")
+    host.ctl("container", blue, "ip", "remove", "192.168.1.1")
+    assert set(host.allocations()) == {"192.168.0.1"}
+    host.ctl("container", "remove", blue)
+    host.check_nothing_left()
+
+
 def test_profiles_of_a_container_keep_their_order(host: Host, blue: str) -> None:
     for name in ("a", "b", "c"):
         host.ctl("profile", "add", name)
